@@ -1,0 +1,37 @@
+# make serve | test | lint | bench: each makes .venv first and reuses it while the pins stand.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: serve test lint bench clean
+
+serve: $(STAMP)
+	$(BIN)/sluice serve --enforce-eager --port 8000
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+# mypy does not follow setuptools' package-dir mapping, so it gets the import names as links.
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/typing/sluice
+	ln -sfn ../../../server build/typing/sluice/server
+	ln -sfn ../../../models build/typing/sluice/models
+	ln -sfn ../../../kernels build/typing/sluice/kernels
+	MYPYPATH=build/typing $(BIN)/mypy -p sluice.server -p sluice.models -p sluice.kernels
+
+bench: $(STAMP)
+	cd $(VENV) && HF_HUB_OFFLINE=1 $(BIN)/python -m sluice.models.bench --out $(CURDIR)/bench-results
+
+$(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt -r requirements/dev.txt
+	@$(BIN)/python -c "import torch, sys; torch.version.cuda and sys.exit('pip chose a CUDA build of torch: see Set-up in README.md')"
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build

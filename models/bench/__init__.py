@@ -1,0 +1,1 @@
+"""Speed against stock vLLM, interleaved in one run."""

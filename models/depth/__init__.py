@@ -1,0 +1,1 @@
+"""Depth controls: one method a file."""

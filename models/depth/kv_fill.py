@@ -1,0 +1,51 @@
+"""Keys and values for tokens that pass a layer by: hidden-state propagation.
+
+Source: CALM (arXiv 2207.07061): a skipped layer's K/V come from the hidden state that skipped it,
+through that layer's own projection, never from another layer's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sluice.models.seams.attention import write_keys_values
+from sluice.models.stack import DecoderLayer
+
+
+class _KeysValuesWritten(Exception):
+    """Leaves an attention module once its K/V are written; never escapes this file."""
+
+
+def fill_keys_values(
+    layer: DecoderLayer, positions: torch.Tensor, normed: torch.Tensor
+) -> None:
+    """Write K/V of `normed` (rows, hidden) at `positions` (rows,) without attending.
+
+    The slots are those of the current forward context. The model's own attention module runs its
+    projection, norms and rotary embedding; what is replaced, for this call, is its attention
+    operation, and raising from there spares the output projection.
+    """
+    with _write_only(layer.attention_op):
+        try:
+            layer.attention(positions=positions, hidden_states=normed)
+        except _KeysValuesWritten:
+            return
+    raise RuntimeError(f"{layer.kv_name} never reached its attention operation")
+
+
+@contextmanager
+def _write_only(attention_op: Any) -> Iterator[None]:
+    def write(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> None:
+        write_keys_values(attention_op, key, value)
+        raise _KeysValuesWritten
+
+    # An instance attribute shadows the class's `forward` and disappears again with `del`.
+    attention_op.forward = write
+    try:
+        yield
+    finally:
+        del attention_op.forward

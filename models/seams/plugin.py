@@ -1,0 +1,10 @@
+"""Seam: `vllm.general_plugins` entry point, run by vLLM in every process."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Install what the engine process needs; stock requests are not affected."""
+    from sluice.models.seams.block_hash import install
+
+    install()

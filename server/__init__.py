@@ -1,0 +1,1 @@
+"""The HTTP edge of Sluice: CLI, wire schema, presets, routes and metrics."""

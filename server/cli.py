@@ -1,0 +1,33 @@
+"""The `sluice` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main() -> None:
+    """Entry point. `serve` has vLLM's parser and is dispatched before any parsing."""
+    argv = sys.argv[1:]
+    if argv[:1] == ["serve"]:
+        from sluice.server.serve import main as serve
+
+        serve(argv[1:])
+        return
+    args = _parser().parse_args(argv)
+    args.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sluice",
+        description="Inference server where each request decides how deep the model runs.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True)
+    commands.add_parser("serve", help="serve a model (takes every flag of `vllm serve`)")
+    demo = commands.add_parser("demo", help="the demo model").add_subparsers(required=True)
+
+    from sluice.server.demo_eval import add_parser as add_demo_eval
+
+    add_demo_eval(demo)
+    return parser

@@ -1,0 +1,101 @@
+"""Names, labels and sources of the `sluice_*` series (design section 8).
+
+Series about requests are counted here, at the HTTP edge. Series about layers are read from the
+workers' counter files at the moment of a scrape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from sluice.models.depth.skip import MODULES
+from sluice.models.plan import EXECUTED, OUTCOMES
+from sluice.models.telemetry import LayerCounters
+from sluice.server.errors import REASONS, Reason
+from sluice.server.presets import RESERVED_NAMES
+
+Outcome = Literal["ok", "rejected", "error", "aborted"]
+
+_FRACTION_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+
+
+class RequestMetrics:
+    """Counters of the HTTP edge; label sets are closed and exported from zero."""
+
+    def __init__(self, presets: Iterable[str], registry: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "sluice_requests_total",
+            "Generation requests by preset and outcome.",
+            ["preset", "outcome"],
+            registry=registry,
+        )
+        self._rejections = Counter(
+            "sluice_policy_rejections_total",
+            "Requests refused for their routing.",
+            ["reason"],
+            registry=registry,
+        )
+        self._compute_fraction = Histogram(
+            "sluice_request_compute_fraction",
+            "Share of full depth's compute that a request ran.",
+            buckets=_FRACTION_BUCKETS,
+            registry=registry,
+        )
+        for preset in (*sorted(RESERVED_NAMES), *presets):
+            for outcome in get_args(Outcome):
+                self._requests.labels(preset, outcome)
+        for reason in REASONS:
+            self._rejections.labels(reason)
+
+    def finished(self, preset: str, outcome: Outcome) -> None:
+        """Count a request that ended."""
+        self._requests.labels(preset, outcome).inc()
+
+    def rejected(self, reason: Reason) -> None:
+        """Count a refused policy."""
+        self._rejections.labels(reason).inc()
+
+    def ran(self, compute_fraction: float) -> None:
+        """Observe what share of full depth a request ran, in [0, 1]."""
+        self._compute_fraction.observe(compute_fraction)
+
+
+class LayerCollector(Collector):
+    """Per-layer series, summed over the engines that write into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the counter files; an engine that has not started yet has none."""
+        engines = [LayerCounters.read(path) for path in sorted(self._folder.glob("*.counts"))]
+        tokens = CounterMetricFamily(
+            "sluice_layer_tokens",
+            "Token rows by layer, module and what became of them.",
+            labels=["layer", "module", "outcome"],
+        )
+        ratio = GaugeMetricFamily(
+            "sluice_layer_utilization_ratio",
+            "Share of token rows that executed a module in the last window of work.",
+            labels=["layer", "module"],
+        )
+        if engines:
+            totals = np.sum([engine.totals for engine in engines], axis=0)
+            window = np.sum([engine.window for engine in engines], axis=0)
+            for layer, module in np.ndindex(*totals.shape[:2]):
+                labels = [str(layer), MODULES[module]]
+                for outcome, count in zip(OUTCOMES, totals[layer, module], strict=True):
+                    if (MODULES[module], outcome) != ("mlp", "filled"):
+                        tokens.add_metric([*labels, outcome], float(count))
+                rows = window[layer, module].sum()
+                share = window[layer, module, EXECUTED] / rows if rows else float("nan")
+                ratio.add_metric(labels, float(share))
+        yield tokens
+        yield ratio

@@ -1,0 +1,208 @@
+"""Pure ASGI middleware around vLLM's routes: admits routing on the way in, reports on the way out.
+
+It sits innermost, behind vLLM's authentication, so that nobody without a key gets this far.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from starlette._utils import get_route_path
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sluice.models.policy import PolicyTicket
+from sluice.server.admission import ROUTED_PATHS, Admitted
+from sluice.server.edge import Edge
+from sluice.server.errors import RoutingError
+from sluice.server.report import EventSplitter, build_report, is_usage_chunk, with_report
+
+logger = logging.getLogger(__name__)
+
+NO_PRESET = "none"
+CUSTOM_PRESET = "custom"
+
+
+class RoutingMiddleware:
+    """Turns `routing` into a ticket for the engine and the engine's record into a report."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection; anything but a JSON POST passes untouched."""
+        edge: Edge | None = getattr(scope["app"].state, "sluice", None) if "app" in scope else None
+        if edge is None or not _is_json_post(scope):
+            await self._app(scope, receive, send)
+            return
+        path = get_route_path(scope)
+        raw, disconnected = await _read_body(receive)
+        if disconnected:
+            return
+        try:
+            body = _parse(raw)
+            admitted = edge.admission.admit(path, body) if isinstance(body, dict) else None
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            admitted = None  # vLLM's route answers a body that is no JSON.
+        except RoutingError as error:
+            edge.metrics.rejected(error.reason)
+            if path in ROUTED_PATHS:
+                edge.metrics.finished(CUSTOM_PRESET, "rejected")
+            await JSONResponse(error.body(), error.status)(scope, receive, send)
+            return
+        if path not in ROUTED_PATHS:
+            await self._app(scope, _replay(raw, receive), send)
+            return
+        if admitted is not None:
+            raw = json.dumps(admitted.body, ensure_ascii=False).encode()
+            headers = MutableHeaders(scope=scope)
+            headers["content-length"] = str(len(raw))
+        await self._run(edge, admitted, scope, _replay(raw, receive), send)
+
+    async def _run(
+        self, edge: Edge, admitted: Admitted | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        answer = _Answer(edge, admitted.ticket if admitted else None, send)
+        try:
+            await self._app(scope, receive, answer.send)
+        finally:
+            preset = admitted.preset if admitted else NO_PRESET
+            edge.metrics.finished(preset, answer.outcome)
+            await answer.count()
+
+
+class _Answer:
+    """Watches one answer go by, adds the report, and counts what ran."""
+
+    def __init__(self, edge: Edge, ticket: PolicyTicket | None, send: Send) -> None:
+        self._edge = edge
+        self._ticket = ticket
+        self._send = send
+        self._status = 0
+        self._complete = False
+        self._start: Message | None = None
+        self._buffer = b""
+        self._events: EventSplitter | None = None
+        self._record: dict[str, Any] | None = None
+
+    @property
+    def outcome(self) -> Any:
+        """`Outcome` of the request once the app has returned."""
+        if not self._status or not self._complete:
+            return "aborted"
+        if self._status < 400:
+            return "ok"
+        return "rejected" if self._status < 500 else "error"
+
+    async def send(self, message: Message) -> None:
+        """ASGI send."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            if self._reports and not self._streams(message):
+                self._start = message  # The length is known once the report is in.
+                return
+        elif message["type"] == "http.response.body":
+            self._complete = not message.get("more_body", False)
+            if self._reports:
+                await self._send_reported(message)
+                return
+        await self._send(message)
+
+    @property
+    def _reports(self) -> bool:
+        return self._ticket is not None and self._ticket.policy.report and self._status == 200
+
+    def _streams(self, start: Message) -> bool:
+        kind = Headers(raw=start["headers"]).get("content-type", "")
+        if kind.startswith("text/event-stream"):
+            self._events = EventSplitter()
+        return self._events is not None
+
+    async def _send_reported(self, message: Message) -> None:
+        body = message.get("body", b"")
+        if self._events is None:
+            self._buffer += body
+            if self._complete:
+                await self._send_whole()
+            return
+        out = b"".join([await self._reported(event) for event in self._events.feed(body)])
+        if self._complete:
+            out += self._events.flush()
+        await self._send({**message, "body": out})
+
+    async def _send_whole(self) -> None:
+        assert self._start is not None
+        body = with_report(self._buffer, await self._report())
+        headers = MutableHeaders(raw=self._start["headers"])
+        headers["content-length"] = str(len(body))
+        await self._send(self._start)
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _reported(self, event: bytes) -> bytes:
+        return with_report(event, await self._report()) if is_usage_chunk(event) else event
+
+    async def _report(self) -> dict[str, Any]:
+        assert self._ticket is not None
+        await self._take()
+        return build_report(self._ticket.policy, self._record)
+
+    async def _take(self) -> None:
+        assert self._ticket is not None
+        if self._record is None:
+            self._record = await self._edge.take_record(self._ticket.record)
+
+    async def count(self) -> None:
+        """Observe the compute fraction of a request that the engine ran."""
+        if self._ticket is None:
+            if self.outcome == "ok":
+                self._edge.metrics.ran(1.0)
+            return
+        try:
+            await self._take()
+        except Exception:
+            # The answer is out, or the engine is dead and vLLM is reporting that.
+            logger.exception("no routing record for an ended request")
+            return
+        if self._record is not None:
+            self._edge.metrics.ran(self._record["compute_fraction"])
+
+
+def _is_json_post(scope: Scope) -> bool:
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return False
+    kind = Headers(scope=scope).get("content-type", "").lower()
+    return not kind or "json" in kind
+
+
+def _parse(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except RecursionError:
+        raise RoutingError(
+            "the body is nested too deeply", param="body", reason="invalid_field"
+        ) from None
+
+
+async def _read_body(receive: Receive) -> tuple[bytes, bool]:
+    """The whole body, and whether the client left before it was there."""
+    parts: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return b"", True
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts), False
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that hands out `body` once and then listens for the disconnect."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replayed

@@ -1,0 +1,59 @@
+"""`vllm.endpoint_plugins` entry point: hangs the HTTP edge into vLLM's OpenAI server."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client import REGISTRY
+from starlette.middleware import Middleware
+
+from sluice.models.telemetry import telemetry_folder
+from sluice.server.admission import Admission
+from sluice.server.capabilities import Capabilities
+from sluice.server.edge import Edge
+from sluice.server.errors import RoutingError
+from sluice.server.metrics import LayerCollector, RequestMetrics
+from sluice.server.middleware import RoutingMiddleware
+from sluice.server.presets import PresetsFileError, load_presets
+from sluice.server.routes import build_router
+
+
+class RoutingPlugin:
+    """vLLM `EndpointPlugin`; named in `VLLM_PLUGINS` by `sluice serve`."""
+
+    name = "sluice"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add routes and the innermost middleware; called before the engine is known."""
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+        registry = get_prometheus_registry()
+        folder = telemetry_folder()
+        if folder is None:
+            raise RuntimeError("start the server with `sluice serve`: no telemetry folder is set")
+        registry.register(LayerCollector(folder))
+        app.include_router(build_router(registry))
+        # `add_middleware` would put ours outside vLLM's authentication, which is added later.
+        app.user_middleware.append(Middleware(RoutingMiddleware))
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Read capabilities and presets once the engine is there.
+
+        Raises:
+            PresetsFileError: a preset asks for something this model cannot do.
+        """
+        served = tuple(card.name for card in state.openai_serving_models.base_model_paths)
+        presets_file: Path | None = args.presets
+        presets = load_presets(presets_file) if presets_file else {}
+        admission = Admission(Capabilities.of(engine_client.vllm_config, served), presets)
+        try:
+            admission.check_presets()
+        except RoutingError as error:
+            raise PresetsFileError(
+                f"presets file {presets_file}: {error.param}: {error.message}"
+            ) from None
+        state.sluice = Edge(admission, RequestMetrics(presets, REGISTRY), engine_client)

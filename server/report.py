@@ -1,0 +1,71 @@
+"""The response's `routing` object, and where it goes in an answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from sluice.models.policy import RoutingPolicy
+
+_MODULES = ("attention", "mlp")
+_OUTCOMES = ("executed", "skipped", "filled")
+
+
+def build_report(policy: RoutingPolicy, record: dict[str, Any] | None) -> dict[str, Any]:
+    """What ran, as counted by the worker.
+
+    Args:
+        policy: the effective policy.
+        record: the worker's record: `counts` nested as layers x modules x outcomes, and
+            `compute_fraction`; None if it was lost.
+    """
+    report: dict[str, Any] = {"policy": policy.to_dict()}
+    if record is None:
+        return {**report, "warnings": ["the engine kept no record of this request"]}
+    report["layers"] = [
+        {
+            "layer": layer,
+            **{
+                module: dict(zip(_OUTCOMES, counts, strict=True))
+                for module, counts in zip(_MODULES, modules, strict=True)
+            },
+        }
+        for layer, modules in enumerate(record["counts"])
+    ]
+    report["compute_fraction"] = round(record["compute_fraction"], 6)
+    report["warnings"] = []
+    return report
+
+
+def is_usage_chunk(event: bytes) -> bool:
+    """True for the server-sent event that closes a stream with usage and no choices."""
+    if not event.startswith(b"data: {") or b'"usage"' not in event:
+        return False
+    chunk = json.loads(event.removeprefix(b"data: "))
+    return bool(chunk.get("usage")) and chunk.get("choices") == []
+
+
+def with_report(payload: bytes, report: dict[str, Any]) -> bytes:
+    """Add `routing` to a JSON answer or to a server-sent event holding one."""
+    prefix = b"data: " if payload.startswith(b"data: ") else b""
+    answer = json.loads(payload.removeprefix(prefix))
+    body = json.dumps({**answer, "routing": report}, ensure_ascii=False, separators=(",", ":"))
+    return prefix + body.encode() + (b"\n\n" if prefix else b"")
+
+
+class EventSplitter:
+    """Cuts a byte stream into server-sent events; keeps an unfinished one for the next chunk."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        """Whole events, each with its closing blank line."""
+        *events, self._rest = (self._rest + chunk).split(b"\n\n")
+        yield from (event + b"\n\n" for event in events)
+
+    def flush(self) -> bytes:
+        """What is left when the stream ends."""
+        rest, self._rest = self._rest, b""
+        return rest

@@ -1,0 +1,67 @@
+"""Routes beside vLLM's own: `/v1/routing/*`, and two of vLLM's with our part added."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from sluice.server.edge import Edge
+from sluice.server.presets import MODEL_SEPARATOR
+from sluice.server.schema import RoutingFields
+
+
+def build_router(registry: CollectorRegistry) -> APIRouter:
+    """Routes of one app.
+
+    Args:
+        registry: what `/metrics` shows.
+    """
+    router = APIRouter()
+
+    @router.get("/v1/routing/capabilities")
+    async def capabilities(request: Request) -> dict[str, Any]:
+        return _edge(request).admission.capabilities.to_wire()
+
+    @router.get("/v1/routing/presets")
+    async def presets(request: Request) -> dict[str, Any]:
+        admission = _edge(request).admission
+        return {
+            "object": "list",
+            "data": [
+                {
+                    "id": name,
+                    "object": "routing.preset",
+                    "description": preset.description,
+                    "model": f"{admission.capabilities.models[0]}{MODEL_SEPARATOR}{name}",
+                    "policy": admission.policy(RoutingFields(preset=name)).to_dict(),
+                }
+                for name, preset in admission.presets.items()
+            ],
+        }
+
+    @router.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        """vLLM's list, and each preset as a model whose parent is the base model."""
+        listed = await request.app.state.openai_serving_models.show_available_models()
+        wire: dict[str, Any] = listed.model_dump()
+        admission = _edge(request).admission
+        base = admission.capabilities.models[0]
+        card = next(card for card in wire["data"] if card["id"] == base)
+        wire["data"] += [
+            {**card, "id": f"{base}{MODEL_SEPARATOR}{name}", "parent": base}
+            for name in admission.presets
+        ]
+        return wire
+
+    @router.get("/metrics", include_in_schema=False)
+    def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def _edge(request: Request) -> Edge:
+    edge: Edge = request.app.state.sluice
+    return edge

@@ -1,0 +1,131 @@
+"""`sluice serve`: vLLM's own OpenAI server, with our worker, our plugin and safe defaults.
+
+Every flag of `vllm serve` is passed through. What is set here, and only where the user has not:
+the worker class, loopback as the host, and, without a MODEL, the demo model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from sluice.models.demo import DEMO_MODEL_DIR
+from sluice.models.telemetry import TELEMETRY_ENV
+from sluice.server.presets import PresetsFileError, load_presets
+
+PLUGIN = "sluice"
+_ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
+_V2_RUNNER_ENV = "VLLM_USE_V2_MODEL_RUNNER"
+
+DEMO_NAME = "demo"
+DEMO_PRESETS = DEMO_MODEL_DIR.parent / "presets.yaml"
+DEMO_KV_CACHE_BYTES = 512 * 1024**2
+
+
+def main(argv: list[str]) -> None:
+    """Serve until interrupted; does not return before that."""
+    allow_plugin()
+    os.environ.setdefault(_V2_RUNNER_ENV, "0")
+
+    # vLLM reads the environment on import.
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.logger import configure_logging_from_args
+
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    refuse_unsupported(parser, args)
+    if args.model_tag is None and args.model == parser.get_default("model"):
+        apply_demo_defaults(args)
+    if args.presets is not None:
+        try:
+            load_presets(args.presets)
+        except PresetsFileError as error:
+            parser.error(str(error))
+    if args.worker_cls == "auto":
+        args.worker_cls = worker_class()
+    configure_logging_from_args(args)
+    command = ServeSubcommand()
+    command.validate(args)
+    with tempfile.TemporaryDirectory(prefix="sluice-") as folder:
+        os.environ[TELEMETRY_ENV] = folder
+        command.cmd(args)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """vLLM's serve parser with our flag and our defaults."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(
+        prog="sluice serve",
+        usage="sluice serve [MODEL] [options]",
+        description="Serve MODEL (default: the demo model). Takes every flag of `vllm serve`; "
+        "`--help=all` lists them.",
+    )
+    group = parser.add_argument_group("sluice")
+    group.add_argument(
+        "--presets",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="YAML or JSON file of named policies (see the README)",
+    )
+    make_arg_parser(parser)
+    parser.set_defaults(host="127.0.0.1")
+    return parser
+
+
+def apply_demo_defaults(args: argparse.Namespace) -> None:
+    """Without a MODEL, serve the demo model; what the user did set stays."""
+    args.model_tag = str(DEMO_MODEL_DIR)
+    if args.served_model_name is None:
+        args.served_model_name = [DEMO_NAME]
+    if args.kv_cache_memory_bytes is None:
+        args.kv_cache_memory_bytes = DEMO_KV_CACHE_BYTES
+    if args.presets is None:
+        args.presets = DEMO_PRESETS
+
+
+def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse front ends that our plugin is not part of: routing would be ignored there."""
+    if getattr(args, "grpc", False):
+        parser.error("--grpc is not supported: routing is an extension of the OpenAI HTTP API")
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        parser.error("VLLM_USE_RUST_FRONTEND is not supported: it runs no endpoint plugins")
+
+
+def allow_plugin() -> None:
+    """Name our plugin in `VLLM_PLUGINS`, as vLLM asks of plugins that add routes.
+
+    Unset means "all but endpoint plugins", so the others are named too and nothing else changes.
+    """
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is None:
+        installed = entry_points()
+        names = {
+            plugin.name
+            for group in installed.groups
+            if group.startswith("vllm.") and group != _ENDPOINT_PLUGINS
+            for plugin in installed.select(group=group)
+        }
+    else:
+        names = {name for name in allowed.split(",") if name}
+    os.environ["VLLM_PLUGINS"] = ",".join(sorted(names | {PLUGIN}))
+
+
+def worker_class() -> str:
+    """Our worker for the platform vLLM runs on.
+
+    Raises:
+        SystemExit: neither CPU nor CUDA.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return "sluice.models.seams.cpu_worker.RoutedCPUWorker"
+    if current_platform.is_cuda():
+        return "sluice.models.seams.cuda_worker.RoutedCUDAWorker"
+    raise SystemExit(f"sluice serve runs on CPU and CUDA, not on {current_platform.device_name}")

@@ -1,0 +1,67 @@
+"""Tiny random-weight models of every family, made from transformers configs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+LAYERS = 6
+VOCABULARY = 256
+_SEED = 7
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_DENSE = {**_COMMON, "intermediate_size": 128}
+_HEAD_32 = {"head_dim": 32}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
+
+FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("LlamaConfig", {**_DENSE, **_HEAD_32}),
+    "mistral": ("MistralConfig", {**_DENSE, **_HEAD_32, "sliding_window": None}),
+    # Qwen2 and OLMoE have no head_dim of their own: two heads of 32.
+    "qwen2": ("Qwen2Config", {**_DENSE, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    "qwen3": ("Qwen3Config", {**_DENSE, **_HEAD_32}),
+    "olmoe": ("OlmoeConfig", {**_DENSE, **_EXPERTS, "num_attention_heads": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_DENSE, **_HEAD_32, **_EXPERTS, "moe_intermediate_size": 64, "mlp_only_layers": [1]},
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        {**_DENSE, **_HEAD_32, "num_local_experts": 8, "num_experts_per_tok": 2,
+         "sliding_window": None},
+    ),
+}
+
+
+def make_model(family: str, folder: Path, **changes: object) -> Path:
+    """Write a random model of `family` to `folder` in fp32 and return the folder.
+
+    Weights are scaled up from transformers' initialisation so that every sub-layer moves the
+    residual stream enough for a wrong skip to change greedy tokens.
+    """
+    config_class, settings = FAMILIES[family]
+    config = getattr(transformers, config_class)(**{**settings, **changes})
+    torch.manual_seed(_SEED)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "embed" not in name:
+                parameter.mul_(4.0)
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=None, eos_token_id=None, pad_token_id=None
+    )
+    model.save_pretrained(folder)
+    return folder
