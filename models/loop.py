@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-
 from sluice.kernels.row_compact import row_compact, row_scatter
 from sluice.models.depth.kv_fill import fill_keys_values
 from sluice.models.plan import Rows, StepPlan
 from sluice.models.seams.attention import RowsContext, build_rows_context, rows_forward_context
 from sluice.models.stack import DecoderLayer, DecoderStack, Norm
+from torch import nn
 
 
 class _ResidualStream:
@@ -92,7 +91,9 @@ class LayerLoop:
                 if len(rows.fill):
                     step.fill(layer, rows.fill, *stream.select(rows.fill))
                 if len(rows.attention):
-                    stream.store(*step.attend(layer, rows.attention, *stream.select(rows.attention)))
+                    stream.store(
+                        *step.attend(layer, rows.attention, *stream.select(rows.attention))
+                    )
                 if len(rows.mlp):
                     stream.store(*_mlp(layer.mlp_norm, layer.mlp, *stream.select(rows.mlp)))
             final, _ = self._stack.final_norm(*stream.expand())

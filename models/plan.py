@@ -15,7 +15,6 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
 from sluice.models.depth.skip import ATTENTION, DECODE, MLP, MODULES, PREFILL, fill_masks
 from sluice.models.policy_table import STOCK_ROW
 
@@ -177,9 +176,7 @@ class _Segments:
         requests = np.repeat(np.arange(len(step.rows)), 2)[keep]
         phases = np.tile(np.array([PREFILL, DECODE]), len(step.rows))[keep]
         starts = (np.cumsum(lengths) - lengths)[keep]
-        return cls(
-            requests, step.rows[requests], phases, starts, lengths[keep], int(lengths.sum())
-        )
+        return cls(requests, step.rows[requests], phases, starts, lengths[keep], int(lengths.sum()))
 
     def select(self, selected: NDArray[np.bool_]) -> Rows:
         """Rows of the chosen segments. One request's chosen segments are always adjacent."""

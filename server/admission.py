@@ -21,8 +21,8 @@ from sluice.models.policy import (
 )
 from sluice.server.capabilities import Capabilities
 from sluice.server.errors import RoutingError
-from sluice.server.presets import MODEL_SEPARATOR, PresetFields
-from sluice.server.schema import DepthFields, RoutingFields, parse_routing
+from sluice.server.presets import MODEL_SEPARATOR
+from sluice.server.schema import DepthFields, PresetFields, RoutingFields, parse_routing
 
 ROUTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 _EXTRA_ARGS_FIELDS = ("vllm_xargs", "extra_args")
@@ -215,7 +215,11 @@ def _refuse_smuggled(body: dict[str, Any]) -> None:
         if isinstance(value, dict):
             for key, child in value.items():
                 where = f"{path}.{key}" if path else key
-                if key in _EXTRA_ARGS_FIELDS and isinstance(child, dict) and EXTRA_ARGS_KEY in child:
+                if (
+                    key in _EXTRA_ARGS_FIELDS
+                    and isinstance(child, dict)
+                    and EXTRA_ARGS_KEY in child
+                ):
                     raise RoutingError(
                         f"{where}.{EXTRA_ARGS_KEY} is reserved; send a `routing` object",
                         param=f"{where}.{EXTRA_ARGS_KEY}",

@@ -1,7 +1,7 @@
 """Errors a client can cause, and their OpenAI shape.
 
-    RoutingError                 400, with the dotted name of the offending field
-    └── the `reason` of each is one of `REASONS`, a closed set for the metric's label
+RoutingError                 400, with the dotted name of the offending field
+└── the `reason` of each is one of `REASONS`, a closed set for the metric's label
 """
 
 from __future__ import annotations

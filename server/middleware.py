@@ -9,16 +9,15 @@ import json
 import logging
 from typing import Any
 
-from starlette._utils import get_route_path
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from sluice.models.policy import PolicyTicket
 from sluice.server.admission import ROUTED_PATHS, Admitted
 from sluice.server.edge import Edge
 from sluice.server.errors import RoutingError
 from sluice.server.report import EventSplitter, build_report, is_usage_chunk, with_report
+from starlette._utils import get_route_path
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,9 @@
 """Named policies from a YAML or JSON file.
 
-    presets:
-      shallow:
-        description: leaves out two blocks while decoding
-        depth: {skip: {blocks: [5, 6]}, phase: decode}
+presets:
+  shallow:
+    description: leaves out two blocks while decoding
+    depth: {skip: {blocks: [5, 6]}, phase: decode}
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import re
 from pathlib import Path
 
 import yaml
-from pydantic import ConfigDict, ValidationError
-
-from sluice.server.schema import PresetFields, _Strict, dotted
+from pydantic import ValidationError
+from sluice.server.schema import PresetFields, StrictFields, dotted
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 RESERVED_NAMES = frozenset({"none", "custom"})
@@ -27,9 +26,7 @@ class PresetsFileError(ValueError):
     """A presets file cannot be used; the message names the file and the entry."""
 
 
-class _PresetsFile(_Strict):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class _PresetsFile(StrictFields):
     presets: dict[str, PresetFields]
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
-
 from sluice.models.policy import Phase
 from sluice.server.errors import RoutingError
 
 LayerList = Annotated[list[StrictInt], Field(max_length=4096)]
 
 
-class _Strict(BaseModel):
+class StrictFields(BaseModel):
+    """Base of everything a user writes: frozen, unknown keys are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SkipFields(_Strict):
+class SkipFields(StrictFields):
     """`routing.depth.skip`: 0-based layers that do not run."""
 
     blocks: LayerList = []
@@ -24,21 +25,21 @@ class SkipFields(_Strict):
     mlp: LayerList = []
 
 
-class DepthFields(_Strict):
+class DepthFields(StrictFields):
     """`routing.depth`."""
 
     skip: SkipFields | None = None
     phase: Phase | None = None
 
 
-class PresetFields(_Strict):
+class PresetFields(StrictFields):
     """One entry of a presets file: a routing object with a description."""
 
     description: StrictStr = ""
     depth: DepthFields = DepthFields()
 
 
-class RoutingFields(_Strict):
+class RoutingFields(StrictFields):
     """`routing` of a request."""
 
     preset: StrictStr | None = None

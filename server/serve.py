@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser(
+    parser: argparse.ArgumentParser = FlexibleArgumentParser(
         prog="sluice serve",
         usage="sluice serve [MODEL] [options]",
         description="Serve MODEL (default: the demo model). Takes every flag of `vllm serve`; "

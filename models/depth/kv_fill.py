@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-
 from sluice.models.seams.attention import write_keys_values
 from sluice.models.stack import DecoderLayer
 
@@ -20,9 +19,7 @@ class _KeysValuesWritten(Exception):
     """Leaves an attention module once its K/V are written; never escapes this file."""
 
 
-def fill_keys_values(
-    layer: DecoderLayer, positions: torch.Tensor, normed: torch.Tensor
-) -> None:
+def fill_keys_values(layer: DecoderLayer, positions: torch.Tensor, normed: torch.Tensor) -> None:
     """Write K/V of `normed` (rows, hidden) at `positions` (rows,) without attending.
 
     The slots are those of the current forward context. The model's own attention module runs its
@@ -39,7 +36,7 @@ def fill_keys_values(
 
 @contextmanager
 def _write_only(attention_op: Any) -> Iterator[None]:
-    def write(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> None:
+    def write(_query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         write_keys_values(attention_op, key, value)
         raise _KeysValuesWritten
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from sluice.models.plan import Rows
 from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import CommonAttentionMetadata
-
-from sluice.models.plan import Rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.worker import cpu_worker
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
 from sluice.models.seams.runner import RoutedModelRunner
 from sluice.models.seams.worker import RoutedWorker
+from vllm.v1.worker import cpu_worker
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 
 class RoutedCPUModelRunner(RoutedModelRunner, CPUModelRunner):

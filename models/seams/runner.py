@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from sluice.models.families import family_of
 from sluice.models.loop import LayerLoop
 from sluice.models.plan import StepPlan, StepRequests, build_plan

@@ -67,13 +67,9 @@ def test_targets_are_the_answers() -> None:
     batch = pack([encoder.encode([item]) for item in items])
     for index, task in enumerate(batch.tasks):
         (item,) = [item for item in items if item.task == task]
-        answer = [i for i, a in zip(*_fields(encoder, item), strict=True) if a]
+        alone = encoder.encode([item])
+        answer = [i for i, a in zip(alone.ids, alone.is_answer, strict=True) if a]
         assert batch.targets[batch.segment_of == index].tolist() == answer
-
-
-def _fields(encoder: Encoder, item: object) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    segment = encoder.encode([item])  # type: ignore[list-item]
-    return segment.ids, segment.is_answer
 
 
 def test_training_batch_is_deterministic_and_full() -> None:

@@ -1,0 +1,102 @@
+"""A real vLLM engine inside the test process: starts in seconds, because nothing is spawned."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sluice.models.policy import EXTRA_ARGS_KEY, PolicyTicket, RoutingPolicy, SkipSet, salted
+
+STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+ROUTED_WORKER = "sluice.models.seams.cpu_worker.RoutedCPUWorker"
+BLOCK = 32
+
+
+class Engine:
+    """vLLM's `LLM` with policies as the HTTP edge would hand them over."""
+
+    def __init__(self, folder: Path, worker: str = ROUTED_WORKER, **flags: Any) -> None:
+        from vllm import LLM
+
+        settings = {
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "dtype": "float32",
+            "max_model_len": 512,
+            "block_size": BLOCK,
+            "kv_cache_memory_bytes": 64 * 1024**2,
+            "worker_cls": worker,
+            "seed": 0,
+        }
+        self.llm = LLM(str(folder), **{**settings, **flags})
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        skips: Sequence[SkipSet | None],
+        tokens: int = 12,
+        **sampling: Any,
+    ) -> list[list[int]]:
+        """One batch of requests; each gets its own policy, `None` being no ticket at all."""
+        return [out.outputs[0].token_ids for out in self.run(prompts, skips, tokens, **sampling)]
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        skips: Sequence[SkipSet | None],
+        tokens: int = 12,
+        records: Sequence[str] | None = None,
+        **sampling: Any,
+    ) -> list[Any]:
+        """As `generate`, with vLLM's whole outputs."""
+        from vllm import SamplingParams
+
+        requests, params = [], []
+        for index, (prompt, skip) in enumerate(zip(prompts, skips, strict=True)):
+            request: dict[str, Any] = {"prompt_token_ids": list(prompt)}
+            extra_args = None
+            if skip is not None:
+                policy = RoutingPolicy(skip)
+                record = records[index] if records else uuid.uuid4().hex
+                extra_args = {EXTRA_ARGS_KEY: PolicyTicket(policy, record).encode()}
+                salt = salted(policy.prompt_kv_digest, None)
+                if salt:
+                    request["cache_salt"] = salt
+            requests.append(request)
+            params.append(
+                SamplingParams(
+                    max_tokens=tokens,
+                    ignore_eos=True,
+                    detokenize=False,
+                    extra_args=extra_args,
+                    **{"temperature": 0.0, **sampling},
+                )
+            )
+        return self.llm.generate(requests, params, use_tqdm=False)
+
+    @property
+    def runner(self) -> Any:
+        """The live model runner."""
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+    @property
+    def scheduler(self) -> Any:
+        """The live scheduler."""
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+
+@contextmanager
+def engine(folder: Path, worker: str = ROUTED_WORKER, **flags: Any) -> Iterator[Engine]:
+    """An engine that leaves the process fit for the next one."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    running = Engine(folder, worker, **flags)
+    try:
+        yield running
+    finally:
+        running.llm.llm_engine.engine_core.shutdown()
+        del running.llm
+        cleanup_dist_env_and_memory()

@@ -1,0 +1,105 @@
+"""Scoring, the server backend against a stub server, and the table."""
+
+import io
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from rich.console import Console
+from sluice.models.demo.evaluate import (
+    evaluate_server,
+    heldout_items,
+    score,
+    server_answerer,
+    table,
+)
+from sluice.models.demo.tasks import TASKS, is_heldout
+
+
+def test_heldout_items_are_different_and_held_out() -> None:
+    items = heldout_items(30, seed=1)
+    assert tuple(items) == TASKS
+    for group in items.values():
+        assert len({item.prompt for item in group}) == 30
+        assert all(is_heldout(item.prompt) for item in group)
+
+
+def test_score_counts_exact_answers() -> None:
+    items = heldout_items(10, seed=1, tasks=("copy", "add"))
+    right = {item.prompt: item.answer for group in items.values() for item in group}
+    wrong = items["add"][3]
+
+    def answer(prompts: Sequence[str]) -> list[str]:
+        return [f" {right[p]}\n" if p != wrong.prompt else right[p] + "0" for p in prompts]
+
+    scores = score(items, answer)
+    assert scores["copy"].exact_match == 1
+    assert scores["add"].exact_match == pytest.approx(0.9)
+    assert scores["add"].misses == ((wrong, wrong.answer + "0"),)
+
+
+class _Stub(BaseHTTPRequestHandler):
+    """Answers every chat completion with its prompt reversed, and remembers the bodies."""
+
+    bodies: list[dict[str, Any]]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.bodies.append(body)
+        text = body["messages"][-1]["content"][::-1]
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant"}}
+        choice["message"]["content"] = text  # type: ignore[index]
+        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+        data = json.dumps({**reply, "choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def stub() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    bodies: list[dict[str, Any]] = []
+    handler = type("Stub", (_Stub,), {"bodies": bodies})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", bodies
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_server_answers_come_back_in_order(stub: tuple[str, list[dict[str, Any]]]) -> None:
+    url, bodies = stub
+    prompts = [f"prompt {index}" for index in range(20)]
+    assert server_answerer(url, "m", concurrency=4)(prompts) == [p[::-1] for p in prompts]
+    assert all(body["temperature"] == 0 and "routing" not in body for body in bodies)
+
+
+def test_routing_is_sent_with_every_request(stub: tuple[str, list[dict[str, Any]]]) -> None:
+    url, bodies = stub
+    routing = {"depth": {"skip": {"blocks": [5]}}}
+    scores = evaluate_server(url, "m@fast", items_per_task=2, seed=1, routing=routing)
+    assert set(scores) == set(TASKS)
+    assert len(bodies) == 2 * len(TASKS)
+    assert all(body["routing"] == routing and body["model"] == "m@fast" for body in bodies)
+
+
+def test_table_shows_every_task_and_a_miss() -> None:
+    items = heldout_items(4, seed=1, tasks=("copy", "sort"))
+    scores = score(items, lambda prompts: ["[b]nonsense"] * len(prompts))
+    console = Console(file=io.StringIO(), width=120, record=True)
+    console.print(table(scores))
+    text = console.export_text()
+    assert "copy" in text
+    assert "sort" in text
+    assert "0.0 %" in text
+    assert "[b]nonsense" in text
