@@ -95,12 +95,32 @@ def logits_at_exit(model: "Qwen3MoeForCausalLM", hidden: Tensor) -> Tensor:
     return logits
 
 
-def early_exit_loss(logits: list[Tensor], targets: Tensor, weights: list[float]) -> Tensor:
-    """Sum the cross-entropies of the exits, each [answers, vocabulary], by weight."""
+def answer_weights(batch: Batch) -> Tensor:
+    """Weigh answer tokens so that long answers do not drown short ones: [answers], mean 1.
+
+    A token of an ``n``-token answer gets a weight proportional to ``n ** -0.5``.
+    """
+    lengths = torch.bincount(batch.segment_of)[batch.segment_of]
+    weights = lengths.float().rsqrt()
+    return weights / weights.mean()
+
+
+def early_exit_loss(
+    logits: list[Tensor], targets: Tensor, exits: list[float], answers: Tensor
+) -> Tensor:
+    """Sum the cross-entropies of the exits.
+
+    Args:
+        logits: per exit, [answers, vocabulary].
+        targets: [answers] token ids.
+        exits: weight of each exit.
+        answers: [answers] weight of each token, mean 1.
+    """
     total = logits[0].new_zeros(())
-    for exit_logits, weight in zip(logits, weights, strict=True):
+    for exit_logits, weight in zip(logits, exits, strict=True):
         if weight:
-            total = total + weight * nn.functional.cross_entropy(exit_logits, targets)
+            each = nn.functional.cross_entropy(exit_logits, targets, reduction="none")
+            total = total + weight * (each * answers).mean()
     return total
 
 

@@ -53,7 +53,7 @@ class TrainConfig:
     """
 
     seed: int = 17
-    steps: int = 10_000
+    steps: int = 6_000
     rows: int = 16
     workers: int = 2
     layers: int = 8
@@ -130,7 +130,9 @@ class Trainer:
         self.model.train()
         out = losses.forward(self.model, batch, dropped)
         logits = [losses.logits_at_exit(self.model, hidden) for hidden in out.exits]
-        loss = losses.early_exit_loss(logits, batch.targets, self._exit_weights)
+        loss = losses.early_exit_loss(
+            logits, batch.targets, self._exit_weights, losses.answer_weights(batch)
+        )
         top_k = self.model.config.num_experts_per_tok
         balance = losses.balance_loss(out.router_logits, batch.used.flatten(), top_k)
         (loss + config.balance * balance).backward()  # type: ignore[no-untyped-call]
@@ -246,8 +248,9 @@ def _run_member(
             trainer.save(checkpoint)
             export(trainer.model, out / "weights")
             with (out / "log.jsonl").open("a") as lines:
-                figures = {"step": trainer.done_steps, "tokens": trainer.seen_tokens}
-                figures |= {"loss": running, "seconds": trainer.seconds, "exits": scores}
+                figures: dict[str, Any] = {"step": trainer.done_steps}
+                figures |= {"tokens": trainer.seen_tokens, "seconds": trainer.seconds}
+                figures |= {"loss": running, "exits": scores}
                 lines.write(json.dumps(figures) + "\n")
         if min(exits[-1] for exits in scores.values()) >= config.stop_at:
             break

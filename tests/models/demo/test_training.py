@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 TINY = TrainConfig(
     steps=12,
     rows=4,
+    workers=1,
     layers=2,
     hidden=64,
     experts=8,
@@ -26,6 +27,10 @@ TINY = TrainConfig(
     evaluate_items=4,
 )
 CPU = torch.device("cpu")
+
+
+def ignore(line: str) -> None:
+    """Log nothing; a function that a worker process can import."""
 
 
 def small_batch(rows: int = 2) -> Batch:
@@ -166,6 +171,34 @@ def test_resuming_gives_the_same_state(tmp_path: Path) -> None:
     assert straight.task_weights() == resumed.task_weights()
 
 
+def test_workers_stay_in_step(tmp_path: Path) -> None:
+    config = replace(TINY, workers=2, steps=4, evaluate_every=2)
+    scores = run(config, tmp_path / "two", log=ignore)
+    assert tuple(scores) == TASKS
+    again = run(config, tmp_path / "again", log=ignore)
+    assert again == scores
+    first, second = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
+        for name in ("two", "again")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_workers_must_divide_the_rows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="3 workers"):
+        run(replace(TINY, workers=3), tmp_path)
+
+
+def test_answer_weights_favour_short_answers() -> None:
+    batch = small_batch(4)
+    weights = losses.answer_weights(batch)
+    assert weights.mean() == pytest.approx(1)
+    lengths = torch.bincount(batch.segment_of)
+    totals = torch.zeros(len(batch.tasks)).index_add_(0, batch.segment_of, weights)
+    shares = totals / lengths.sqrt()
+    torch.testing.assert_close(shares, shares.mean().expand_as(shares))
+
+
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
     Trainer(TINY, CPU).save(tmp_path / "checkpoint.pt")
     other = Trainer(replace(TINY, learning_rate=1e-4), CPU)
@@ -174,7 +207,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
 
 
 def test_run_writes_a_loadable_folder_and_a_log(tmp_path: Path) -> None:
-    scores = run(TINY, tmp_path, log=lambda _line: None)
+    scores = run(TINY, tmp_path, log=ignore)
     assert set(scores) == set(TASKS)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "weights")
     assert model.dtype == torch.bfloat16
