@@ -11,6 +11,7 @@ serve: $(STAMP)
 	$(BIN)/sluice serve --enforce-eager --port 8000
 
 test: $(STAMP)
+	tests/tools/get-promtool.sh
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
 
 # mypy does not follow setuptools' package-dir mapping, so it gets the import names as links.

@@ -1,0 +1,35 @@
+"""One server for all tests of the HTTP edge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+from serving import Server, running_server
+
+PRESETS = """
+presets:
+  shallow:
+    description: two blocks less while decoding
+    depth: {skip: {blocks: [4, 5]}, phase: decode}
+  no-attention-3:
+    depth: {skip: {attention: [3]}}
+"""
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo model with two presets and small blocks, so that prompts fill some."""
+    folder = tmp_path_factory.mktemp("server")
+    presets = folder / "presets.yaml"
+    presets.write_text(PRESETS)
+    tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    arguments = ["--enforce-eager", "--presets", str(presets), "--block-size", "32", *tools]
+    with running_server(folder / "log", *arguments) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return server.client()

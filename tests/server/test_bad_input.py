@@ -1,0 +1,216 @@
+"""Bad input: 400 with the dotted field, the engine untouched, the next request served."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from serving import Server, running_server
+from sluice.models.demo import DEMO_MODEL_DIR
+from tiny import VOCABULARY
+
+CHAT = {"model": "demo", "messages": [{"role": "user", "content": "copy abc"}], "max_tokens": 2}
+
+
+def post(server: Server, path: str, body: Any) -> tuple[int, dict[str, Any]]:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(
+        f"{server.url}{path}", raw, {"content-type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def routed(routing: Any, **changes: Any) -> dict[str, Any]:
+    return {**CHAT, **changes, "routing": routing}
+
+
+BAD = {
+    "unknown key": (routed({"dept": {}}), "routing.dept"),
+    "unknown depth key": (routed({"depth": {"exit": {}}}), "routing.depth.exit"),
+    "unknown skip key": (
+        routed({"depth": {"skip": {"layers": [1]}}}),
+        "routing.depth.skip.layers",
+    ),
+    "not an object": (routed([1]), "routing"),
+    "string for a list": (
+        routed({"depth": {"skip": {"blocks": "3"}}}),
+        "routing.depth.skip.blocks",
+    ),
+    "string for a layer": (
+        routed({"depth": {"skip": {"blocks": ["3"]}}}),
+        "routing.depth.skip.blocks.0",
+    ),
+    "boolean for a layer": (
+        routed({"depth": {"skip": {"mlp": [True]}}}),
+        "routing.depth.skip.mlp.0",
+    ),
+    "float for a layer": (
+        routed({"depth": {"skip": {"mlp": [1.0]}}}),
+        "routing.depth.skip.mlp.0",
+    ),
+    "report is no boolean": (routed({"report": "yes"}), "routing.report"),
+    "unknown phase": (
+        routed({"depth": {"skip": {"mlp": [1]}, "phase": "always"}}),
+        "routing.depth.phase",
+    ),
+    "phase alone": (routed({"depth": {"phase": "decode"}}), "routing.depth.phase"),
+    "layer too high": (
+        routed({"depth": {"skip": {"attention": [0, 8]}}}),
+        "routing.depth.skip.attention.1",
+    ),
+    "negative layer": (
+        routed({"depth": {"skip": {"blocks": [-1]}}}),
+        "routing.depth.skip.blocks.0",
+    ),
+    "everything": (routed({"depth": {"skip": {"blocks": list(range(8))}}}), "routing.depth.skip"),
+    "unknown preset": (routed({"preset": "fastest"}), "routing.preset"),
+    "unknown preset by model": ({**CHAT, "model": "demo@fastest"}, "model"),
+    "two presets": (
+        routed({"preset": "shallow"}, model="demo@no-attention-3"),
+        "routing.preset",
+    ),
+    "beam search": (routed({"report": True}, use_beam_search=True), "use_beam_search"),
+    "smuggled": ({**CHAT, "vllm_xargs": {"sluice": "{}"}}, "vllm_xargs.sluice"),
+    "smuggled beside routing": (
+        routed({"report": True}, vllm_xargs={"sluice": "{}"}),
+        "vllm_xargs.sluice",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused_with_the_field(server: Server, name: str) -> None:
+    body, param = BAD[name]
+    status, answer = post(server, "/v1/chat/completions", body)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert answer["error"]["code"] == 400
+    assert answer["error"]["type"] == "BadRequestError"
+    assert answer["error"]["message"]
+
+
+def test_the_client_raises_bad_request_and_the_next_request_is_served(server: Server) -> None:
+    client = server.client()
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            **CHAT, extra_body={"routing": {"depth": {"skip": {"blocks": [99]}}}}
+        )
+    assert caught.value.param == "routing.depth.skip.blocks.0"
+    assert client.chat.completions.create(**CHAT).choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"vllm_xargs": {"sluice": "{}"}}, "vllm_xargs.sluice"),
+        ("/v1/messages", {"vllm_xargs": {"sluice": "{}"}}, "vllm_xargs.sluice"),
+        ("/v1/responses", {"vllm_xargs": {"sluice": "{}"}}, "vllm_xargs.sluice"),
+        ("/v1/chat/completions/batch", {"vllm_xargs": {"sluice": 1}}, "vllm_xargs.sluice"),
+        ("/invocations", {"vllm_xargs": {"sluice": "{}"}}, "vllm_xargs.sluice"),
+        (
+            "/inference/v1/generate",
+            {"token_ids": [1], "sampling_params": {"extra_args": {"sluice": "{}"}}},
+            "sampling_params.extra_args.sluice",
+        ),
+        ("/v1/responses", {"routing": {"report": True}}, "routing"),
+        ("/v1/messages", {"routing": {"report": True}}, "routing"),
+        ("/invocations", {"routing": {"report": True}}, "routing"),
+        ("/v1/responses", {"model": "demo@shallow"}, "model"),
+    ],
+)
+def test_other_endpoints_neither_smuggle_nor_ignore(
+    server: Server, path: str, body: dict[str, Any], param: str
+) -> None:
+    status, answer = post(server, path, {"model": "demo", "input": "a", "prompt": "a", **body})
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+def test_a_deeply_nested_body_does_not_hide_anything(server: Server) -> None:
+    deep: Any = "x"
+    for _ in range(900):
+        deep = [deep]
+    status, answer = post(
+        server, "/v1/chat/completions", {"junk": deep, **CHAT, "vllm_xargs": {"sluice": "{}"}}
+    )
+    assert (status, answer["error"]["param"]) == (400, "vllm_xargs.sluice")
+    nested = b'{"a":' * 200_000 + b"1" + b"}" * 200_000
+    status, answer = post(server, "/v1/chat/completions", nested)
+    assert status == 400
+
+
+def test_what_is_no_json_is_answered_by_vllm(server: Server) -> None:
+    status, answer = post(server, "/v1/chat/completions", b"{not json")
+    assert status == 400
+    assert answer["error"]["message"]
+
+
+def test_null_routing_is_no_routing(server: Server) -> None:
+    status, answer = post(server, "/v1/chat/completions", routed(None))
+    assert status == 200
+    assert "routing" not in answer
+
+
+@pytest.fixture(scope="module")
+def unsupported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A stock architecture that the layer loop does not know, with the demo's tokenizer."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("unsupported")
+    model = folder / "model"
+    config = transformers.GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    transformers.AutoTokenizer.from_pretrained(DEMO_MODEL_DIR).save_pretrained(model)
+    arguments = [str(model), "--served-model-name", "neox", "--enforce-eager"]
+    with running_server(folder / "log", *arguments, "--kv-cache-memory-bytes", "64M") as running:
+        yield running
+
+
+def test_unsupported_family_serves_stock_and_refuses_routing(unsupported: Server) -> None:
+    client = unsupported.client()
+    capabilities = client.get("/routing/capabilities", cast_to=dict[str, Any])
+    assert not capabilities["supported"]
+    assert "GPTNeoXForCausalLM" in capabilities["reason"]
+    request = {**CHAT, "model": "neox"}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            **request, extra_body={"routing": {"depth": {"skip": {"blocks": [0]}}}}
+        )
+    assert caught.value.param == "routing"
+    assert client.chat.completions.create(**request).usage.completion_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("presets: {Fast: {}}", "not a preset name"),
+        ("presets: {none: {}}", "not a preset name"),
+        ("presets: {fast: {depth: {skip: {layers: [1]}}}}", "presets.fast.depth.skip.layers"),
+        ("presets: [", "presets file"),
+        ("[]", "presets file"),
+    ],
+)
+def test_bad_presets_files_stop_the_server_before_the_engine(
+    tmp_path: Path, content: str, complaint: str
+) -> None:
+    from sluice.server.presets import PresetsFileError, load_presets
+
+    path = tmp_path / "presets.yaml"
+    path.write_text(content)
+    with pytest.raises(PresetsFileError, match=complaint):
+        load_presets(path)
