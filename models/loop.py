@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+
 from sluice.kernels.row_compact import row_compact, row_scatter
 from sluice.models.depth.kv_fill import fill_keys_values
 from sluice.models.plan import Rows, StepPlan
 from sluice.models.seams.attention import RowsContext, build_rows_context, rows_forward_context
 from sluice.models.stack import DecoderLayer, DecoderStack, Norm
-from torch import nn
 
 
 class _ResidualStream:
@@ -32,7 +33,7 @@ class _ResidualStream:
         if wanted is not self._rows:
             self.expand()
             if wanted is not None:
-                index = wanted.index.to(self._all[0].device)
+                index = wanted.index(self._all[0].device)
                 self._view = (
                     row_compact(self._all[0], index),
                     row_compact(self._all[1], index),
@@ -49,7 +50,7 @@ class _ResidualStream:
     def expand(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The pair of all rows."""
         if self._rows is not None:
-            index = self._rows.index.to(self._all[0].device)
+            index = self._rows.index(self._all[0].device)
             for state, view in zip(self._all, self._view, strict=True):
                 row_scatter(state, index, view)
             self._rows, self._view = None, self._all
@@ -138,10 +139,9 @@ class _Step:
         if rows.everything:
             return self._whole, self._positions
         if id(rows) not in self._contexts:
-            index = rows.index.to(self._positions.device)
             self._contexts[id(rows)] = (
                 build_rows_context(self._runner, rows),
-                self._positions[index],
+                self._positions[rows.index(self._positions.device)],
             )
         return self._contexts[id(rows)]
 

@@ -9,14 +9,13 @@ plan from step to step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from sluice.models.depth.skip import ATTENTION, DECODE, MLP, MODULES, PREFILL, fill_masks
-from sluice.models.policy_table import STOCK_ROW
 
 EXECUTED, SKIPPED, FILLED = 0, 1, 2
 OUTCOMES = ("executed", "skipped", "filled")
@@ -76,14 +75,16 @@ class Rows:
     lengths: IntArray
     trailing: IntArray
     everything: bool
+    _indices: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @cached_property
-    def index(self) -> torch.Tensor:
-        """`tokens` as a CPU tensor for gather and scatter."""
-        return torch.from_numpy(self.tokens)
+    def index(self, device: torch.device) -> torch.Tensor:
+        """`tokens` on `device`, for gather and scatter; copied there once per plan."""
+        if device not in self._indices:
+            self._indices[device] = torch.from_numpy(self.tokens).to(device)
+        return self._indices[device]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +199,3 @@ class _Segments:
             trailing=request_end[requests] - chosen_end,
             everything=len(tokens) == self.total,
         )
-
-
-def stock_requests(requests: StepRequests) -> bool:
-    """True when every request of the step has the stock policy."""
-    return bool((requests.rows == STOCK_ROW).all())

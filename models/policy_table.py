@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from sluice.models.depth.skip import skip_masks
 from sluice.models.policy import RoutingPolicy, SkipSet
 

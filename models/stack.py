@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+
 from sluice.models.families import DecoderFamily
 from sluice.models.telemetry import ModuleCost
-from torch import nn
 
 Norm = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 

@@ -16,6 +16,7 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+
 from sluice.models.depth.skip import ATTENTION, MODULES
 from sluice.models.plan import EXECUTED, FILLED, OUTCOMES
 

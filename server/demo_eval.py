@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
         SystemExit: 1 if a task is under the bar at full depth, 2 for arguments that do not fit.
     """
     from rich.console import Console
+
     from sluice.models.demo import evaluate
 
     if args.items < 1:

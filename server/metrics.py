@@ -14,6 +14,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
 from sluice.models.depth.skip import MODULES
 from sluice.models.plan import EXECUTED, OUTCOMES
 from sluice.models.telemetry import LayerCounters

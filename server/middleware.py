@@ -9,15 +9,15 @@ import json
 import logging
 from typing import Any
 
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from sluice.models.policy import PolicyTicket
 from sluice.server.admission import ROUTED_PATHS, Admitted
 from sluice.server.edge import Edge
 from sluice.server.errors import RoutingError
 from sluice.server.report import EventSplitter, build_report, is_usage_chunk, with_report
-from starlette._utils import get_route_path
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class RoutingMiddleware:
         if edge is None or not _is_json_post(scope):
             await self._app(scope, receive, send)
             return
-        path = get_route_path(scope)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         raw, disconnected = await _read_body(receive)
         if disconnected:
             return
@@ -149,9 +149,13 @@ class _Answer:
         return build_report(self._ticket.policy, self._record)
 
     async def _take(self) -> None:
+        """Fetch the record once. An engine that dies meanwhile must not take the answer along."""
         assert self._ticket is not None
         if self._record is None:
-            self._record = await self._edge.take_record(self._ticket.record)
+            try:
+                self._record = await self._edge.take_record(self._ticket.record)
+            except Exception:
+                logger.exception("no routing record for a request that ran")
 
     async def count(self) -> None:
         """Observe the compute fraction of a request that the engine ran."""
@@ -159,12 +163,7 @@ class _Answer:
             if self.outcome == "ok":
                 self._edge.metrics.ran(1.0)
             return
-        try:
-            await self._take()
-        except Exception:
-            # The answer is out, or the engine is dead and vLLM is reporting that.
-            logger.exception("no routing record for an ended request")
-            return
+        await self._take()
         if self._record is not None:
             self._edge.metrics.ran(self._record["compute_fraction"])
 

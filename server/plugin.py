@@ -8,6 +8,8 @@ from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import REGISTRY
+from starlette.middleware import Middleware
+
 from sluice.models.telemetry import telemetry_folder
 from sluice.server.admission import Admission
 from sluice.server.capabilities import Capabilities
@@ -17,7 +19,6 @@ from sluice.server.metrics import LayerCollector, RequestMetrics
 from sluice.server.middleware import RoutingMiddleware
 from sluice.server.presets import PresetsFileError, load_presets
 from sluice.server.routes import build_router
-from starlette.middleware import Middleware
 
 
 class RoutingPlugin:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
+
 from sluice.server.schema import PresetFields, StrictFields, dotted
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")

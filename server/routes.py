@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
 from sluice.server.edge import Edge
 from sluice.server.presets import MODEL_SEPARATOR
 from sluice.server.schema import RoutingFields

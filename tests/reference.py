@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from sluice.models.policy import Phase, SkipSet
 
 
@@ -47,9 +48,9 @@ class Reference:
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         layers = self.model.model.layers
-        hooks = [
-            layers[i].self_attn.register_forward_hook(silence) for i in skip.attention
-        ] + [layers[i].mlp.register_forward_hook(silence) for i in skip.mlp]
+        hooks = [layers[i].self_attn.register_forward_hook(silence) for i in skip.attention] + [
+            layers[i].mlp.register_forward_hook(silence) for i in skip.mlp
+        ]
         try:
             yield
         finally:

@@ -1,1 +1,1 @@
-"""Speed against stock vLLM, interleaved in one run."""
+"""Speed against stock vLLM: the same flags, model and prompts, interleaved in one run."""

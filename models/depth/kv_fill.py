@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
 from sluice.models.seams.attention import write_keys_values
 from sluice.models.stack import DecoderLayer
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from sluice.models.policy import Phase, SkipSet
 
 PREFILL, DECODE = 0, 1

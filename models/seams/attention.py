@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from sluice.models.plan import Rows
 from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from sluice.models.plan import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def build_rows_context(runner: Any, rows: Rows) -> RowsContext:
     seq_lens_cpu = runner.optimistic_seq_lens_cpu[requests] - torch.from_numpy(rows.trailing)
     seq_lens_cpu = seq_lens_cpu.to(torch.int32)
     on_device = requests.to(device)
-    index = rows.index.to(device)
+    index = rows.index(device)
     prompt = runner.input_batch.num_prompt_tokens_cpu_tensor[requests]
     common = CommonAttentionMetadata(
         query_start_loc=starts_cpu.to(device),

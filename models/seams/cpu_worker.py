@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sluice.models.seams.runner import RoutedModelRunner
-from sluice.models.seams.worker import RoutedWorker
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from sluice.models.seams.runner import RoutedModelRunner
+from sluice.models.seams.worker import RoutedWorker
 
 
 class RoutedCPUModelRunner(RoutedModelRunner, CPUModelRunner):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from sluice.models.seams.runner import RoutedModelRunner
-from sluice.models.seams.worker import RoutedWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
+
+from sluice.models.seams.runner import RoutedModelRunner
+from sluice.models.seams.worker import RoutedWorker
 
 
 class RoutedCUDAModelRunner(RoutedModelRunner, GPUModelRunner):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from sluice.models.families import family_of
 from sluice.models.loop import LayerLoop
 from sluice.models.plan import StepPlan, StepRequests, build_plan
@@ -87,13 +88,15 @@ class RoutedModelRunner(_Runner):
         )
 
     def _update_states(self, scheduler_output: Any) -> Any:
+        # First vLLM's part: it drops ended requests, and an id may end and come back in one step.
+        corrections = super()._update_states(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             ticket = params and PolicyTicket.from_extra_args(params.extra_args)
             if ticket is not None:
                 row = self._table.acquire(ticket.policy)
                 self._routed[request.req_id] = _Routed(row, ticket.record)
-        return super()._update_states(scheduler_output)
+        return corrections
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)

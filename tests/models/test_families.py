@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from engine import Engine, engine
 from reference import Reference
+from tiny import FAMILIES, LAYERS, VOCABULARY, make_model
+
 from sluice.models.families import FAMILIES as DESCRIBED
 from sluice.models.policy import Phase, SkipSet
-from tiny import FAMILIES, LAYERS, VOCABULARY, make_model
 
 TOKENS = 10
 
@@ -41,9 +42,7 @@ def test_every_described_family_is_tested() -> None:
 
 
 @pytest.mark.parametrize("phase", list(Phase))
-def test_random_masks_equal_the_reference(
-    served: tuple[Engine, Reference], phase: Phase
-) -> None:
+def test_random_masks_equal_the_reference(served: tuple[Engine, Reference], phase: Phase) -> None:
     running, reference = served
     rng = random.Random(f"{phase}")
     prompts = [random_prompt(rng) for _ in range(5)]
@@ -55,8 +54,7 @@ def test_random_masks_equal_the_reference(
         random_skip(rng, phase),
     ]
     expected = [
-        reference.greedy(prompt, skip, TOKENS)
-        for prompt, skip in zip(prompts, skips, strict=True)
+        reference.greedy(prompt, skip, TOKENS) for prompt, skip in zip(prompts, skips, strict=True)
     ]
     alone = [
         running.generate([prompt], [skip], TOKENS)[0]

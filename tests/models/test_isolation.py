@@ -1,4 +1,4 @@
-"""Neighbours, the prefix cache, chunked prefill and preemption leave every request's tokens alone."""
+"""Neighbours, prefix cache, chunked prefill and preemption leave a request's tokens alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 import torch
 from engine import BLOCK, Engine, engine
 from reference import Reference
-from sluice.models.policy import Phase, SkipSet
 from tiny import LAYERS, VOCABULARY, make_model
+
+from sluice.models.policy import Phase, SkipSet
 
 FULL = SkipSet()
 ATTENTION_OUT = SkipSet.of(attention=(1, 3))

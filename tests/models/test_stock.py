@@ -1,4 +1,4 @@
-"""Absent means stock: without routing, our engine gives stock vLLM's tokens and log-probabilities."""
+"""Absent means stock: without routing, our engine gives stock vLLM's tokens and logprobs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from engine import ROUTED_WORKER, STOCK_WORKER, engine
-from sluice.models.policy import SkipSet
 from tiny import VOCABULARY, make_model
+
+from sluice.models.policy import SkipSet
 
 SAMPLING: list[dict[str, Any]] = [
     {"temperature": 0.0},

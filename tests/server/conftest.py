@@ -25,7 +25,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     presets = folder / "presets.yaml"
     presets.write_text(PRESETS)
     tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    arguments = ["--enforce-eager", "--presets", str(presets), "--block-size", "32", *tools]
+    settings = ["--enforce-eager", "--dtype", "float32", "--block-size", "32"]
+    arguments = [*settings, "--presets", str(presets), *tools]
     with running_server(folder / "log", *arguments) as running:
         yield running
 

@@ -12,8 +12,9 @@ from typing import Any
 import openai
 import pytest
 from serving import Server, running_server
-from sluice.models.demo import DEMO_MODEL_DIR
 from tiny import VOCABULARY
+
+from sluice.models.demo import DEMO_MODEL_DIR
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "copy abc"}], "max_tokens": 2}
 

@@ -27,9 +27,7 @@ def ask(client: openai.OpenAI, **options: Any) -> Any:
 
 def test_promtool_is_content(server: Server) -> None:
     promtool = shutil.which("promtool") or str(UNPACKED_PROMTOOL)
-    ours = "".join(
-        line + "\n" for line in server.metrics_text().splitlines() if "sluice_" in line
-    )
+    ours = "".join(line + "\n" for line in server.metrics_text().splitlines() if "sluice_" in line)
     for name in (
         "sluice_layer_tokens_total",
         "sluice_layer_utilization_ratio",

@@ -18,9 +18,7 @@ SKIP = {"depth": {"skip": {"blocks": [3], "attention": [5], "mlp": [6]}}}
 def ask(client: openai.OpenAI, routing: Any = None, model: str = "demo", **options: Any) -> Any:
     settings = {"messages": QUESTION, "temperature": 0, "max_tokens": 12}
     extra = {} if routing is None else {"routing": routing}
-    return client.chat.completions.create(
-        model=model, extra_body=extra, **{**settings, **options}
-    )
+    return client.chat.completions.create(model=model, extra_body=extra, **{**settings, **options})
 
 
 def skipped(report: dict[str, Any], module: str) -> dict[int, int]:
@@ -54,9 +52,7 @@ def test_report_tells_what_ran(client: openai.OpenAI) -> None:
     assert report["warnings"] == []
 
 
-@pytest.mark.parametrize(
-    ("phase", "outcome"), [("decode", "skipped"), ("prefill", "filled")]
-)
+@pytest.mark.parametrize(("phase", "outcome"), [("decode", "skipped"), ("prefill", "filled")])
 def test_phase_is_counted_by_token(client: openai.OpenAI, phase: str, outcome: str) -> None:
     routing = {"depth": {"skip": {"attention": [3]}, "phase": phase}, "report": True}
     answer = ask(client, routing, max_tokens=6)
@@ -104,9 +100,7 @@ def test_presets_by_name_and_by_model_id(client: openai.OpenAI) -> None:
     by_model = ask(client, {"report": True}, model="demo@shallow")
     assert by_name.routing["policy"] == by_model.routing["policy"]
     assert by_name.choices[0].message.content == by_model.choices[0].message.content
-    overridden = ask(
-        client, {"preset": "shallow", "depth": {"skip": {"mlp": [2]}}, "report": True}
-    )
+    overridden = ask(client, {"preset": "shallow", "depth": {"skip": {"mlp": [2]}}, "report": True})
     assert overridden.routing["policy"] == {
         "depth": {"skip": {"attention": [], "mlp": [2]}, "phase": "decode"}
     }
@@ -140,6 +134,7 @@ def test_neighbours_do_not_matter(client: openai.OpenAI) -> None:
         {"depth": {"skip": {"attention": [1, 2]}, "phase": "prefill"}},
         {"preset": "no-attention-3"},
     ]
+
     def answer(routing: Any) -> str:
         body = {"ignore_eos": True, **({} if routing is None else {"routing": routing})}
         got = client.chat.completions.create(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+
 from sluice.models.demo.evaluate import (
     evaluate_server,
     heldout_items,

@@ -4,6 +4,7 @@ import itertools
 import re
 
 import pytest
+
 from sluice.models.demo import facts
 from sluice.models.demo.tasks import (
     MAX_PROMPT_CHARS,

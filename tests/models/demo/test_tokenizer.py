@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
 from sluice.models.demo.packing import Encoder
 from sluice.models.demo.tasks import Item
 from sluice.models.demo.tokenizer import CHARACTERS, UNKNOWN, build_tokenizer
-from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="module")

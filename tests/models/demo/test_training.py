@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from sluice.models.demo import losses
 from sluice.models.demo.architecture import build_model, demo_config
 from sluice.models.demo.experts import IMPLEMENTATION, register_experts_implementation
 from sluice.models.demo.packing import ROW_TOKENS, Batch, Encoder, pack, training_batch
 from sluice.models.demo.tasks import TASKS, generate
 from sluice.models.demo.train import TrainConfig, Trainer, run
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TINY = TrainConfig(
     steps=12,
@@ -27,10 +28,6 @@ TINY = TrainConfig(
     evaluate_items=4,
 )
 CPU = torch.device("cpu")
-
-
-def ignore(line: str) -> None:
-    """Log nothing; a function that a worker process can import."""
 
 
 def small_batch(rows: int = 2) -> Batch:
@@ -173,9 +170,9 @@ def test_resuming_gives_the_same_state(tmp_path: Path) -> None:
 
 def test_workers_stay_in_step(tmp_path: Path) -> None:
     config = replace(TINY, workers=2, steps=4, evaluate_every=2)
-    scores = run(config, tmp_path / "two", log=ignore)
+    scores = run(config, tmp_path / "two")
     assert tuple(scores) == TASKS
-    again = run(config, tmp_path / "again", log=ignore)
+    again = run(config, tmp_path / "again")
     assert again == scores
     first, second = (
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
@@ -207,7 +204,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
 
 
 def test_run_writes_a_loadable_folder_and_a_log(tmp_path: Path) -> None:
-    scores = run(TINY, tmp_path, log=ignore)
+    scores = run(TINY, tmp_path)
     assert set(scores) == set(TASKS)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "weights")
     assert model.dtype == torch.bfloat16

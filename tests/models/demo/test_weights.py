@@ -3,12 +3,13 @@
 import json
 
 import pytest
+from transformers import AutoConfig, AutoTokenizer
+
 from sluice.models.demo import DEMO_MODEL_DIR
 from sluice.models.demo.architecture import demo_config
 from sluice.models.demo.evaluate import BAR, TaskScore, evaluate_local
 from sluice.models.demo.tasks import TASKS
 from sluice.models.demo.tokenizer import build_tokenizer
-from transformers import AutoConfig, AutoTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,81 @@
+"""Two engines side by side, and one timed batch on one of them."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from sluice.models.bench.model import LAYERS, VOCABULARY
+from sluice.models.bench.rows import Row
+from sluice.models.policy import EXTRA_ARGS_KEY, PolicyTicket, RoutingPolicy
+
+_KV_CACHE_BYTES = 1024**3
+
+
+class BenchEngine:
+    """A vLLM engine in processes of its own, as a server has it."""
+
+    def __init__(self, model: Path, worker: str, eager: bool) -> None:
+        from vllm import LLM
+
+        self._llm = LLM(
+            str(model),
+            worker_cls=worker,
+            enforce_eager=eager,
+            dtype="float32",
+            skip_tokenizer_init=True,
+            max_model_len=1024,
+            max_num_batched_tokens=4096,
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=_KV_CACHE_BYTES,
+            disable_log_stats=False,
+            seed=0,
+        )
+
+    def close(self) -> None:
+        """End the engine's processes."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def seconds(self, row: Row, seed: int, routed: bool) -> float:
+        """Time of one batch of `row`, seconds.
+
+        Args:
+            row: what to run.
+            seed: of the random prompts; equal seeds give equal prompts.
+            routed: whether the row's policy is sent; stock vLLM gets the same prompts without.
+        """
+        from vllm import SamplingParams
+
+        rng = random.Random(seed)
+        prompts = [
+            {"prompt_token_ids": [rng.randrange(VOCABULARY) for _ in range(row.prompt_tokens)]}
+            for _ in range(row.batch)
+        ]
+        policy = RoutingPolicy(row.skip(LAYERS)) if row.routed else RoutingPolicy()
+        params = [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=row.new_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args={EXTRA_ARGS_KEY: PolicyTicket(policy, uuid.uuid4().hex).encode()}
+                # Routed and stock requests alternate in the batch.
+                if routed and index * row.routed % row.batch < row.routed
+                else None,
+            )
+            for index in range(row.batch)
+        ]
+        began = time.perf_counter()
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        wall = time.perf_counter() - began
+        return wall if row.measure == "prefill" else _decode_seconds(outputs)
+
+
+def _decode_seconds(outputs: list[Any]) -> float:
+    """From the last first token of the batch to its last token, by the engine's own clock."""
+    stats = [output.metrics for output in outputs]
+    began = max(stat.first_token_ts for stat in stats)
+    return float(max(stat.last_token_ts for stat in stats) - began)

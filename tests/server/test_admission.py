@@ -1,0 +1,100 @@
+"""What leaves the HTTP edge for the engine."""
+
+from __future__ import annotations
+
+import pytest
+
+from sluice.models.policy import EXTRA_ARGS_KEY, Phase, PolicyTicket, SkipSet
+from sluice.server.admission import Admission
+from sluice.server.capabilities import Capabilities
+from sluice.server.errors import RoutingError
+from sluice.server.schema import DepthFields, PresetFields, SkipFields
+
+CHAT = "/v1/chat/completions"
+CAPABILITIES = Capabilities(("m", "alias@x"), "LlamaForCausalLM", 4, 0, None)
+PRESETS = {"half": PresetFields(depth=DepthFields(skip=SkipFields(blocks=[1, 2])))}
+ADMISSION = Admission(CAPABILITIES, PRESETS)
+SKIP = {"depth": {"skip": {"mlp": [2]}}}
+
+
+def test_a_request_without_routing_is_not_touched() -> None:
+    assert ADMISSION.admit(CHAT, {"model": "m", "vllm_xargs": {"other": 1}}) is None
+    assert ADMISSION.admit(CHAT, {"model": "alias@x"}) is None
+    assert ADMISSION.admit(CHAT, {"model": "unknown@half"}) is None
+
+
+def test_the_engine_gets_a_ticket_a_salt_and_the_base_model() -> None:
+    body = {"model": "m@half", "routing": {"report": True}, "vllm_xargs": {"other": 1}}
+    admitted = ADMISSION.admit(CHAT, body)
+    assert admitted is not None
+    assert admitted.preset == "half"
+    engine_body = admitted.body
+    assert engine_body["model"] == "m"
+    assert "routing" not in engine_body
+    assert engine_body["vllm_xargs"]["other"] == 1
+    ticket = PolicyTicket.decode(engine_body["vllm_xargs"][EXTRA_ARGS_KEY])
+    assert ticket.policy.skip == SkipSet.of(blocks=(1, 2))
+    assert engine_body["cache_salt"].startswith("sluice-")
+    assert body["vllm_xargs"] == {"other": 1}, "the client's body must not change"
+
+
+def test_policies_get_salts_of_their_own() -> None:
+    def salt(routing: object, client: str | None = None) -> str | None:
+        body = {"model": "m", "routing": routing, **({"cache_salt": client} if client else {})}
+        admitted = ADMISSION.admit(CHAT, body)
+        assert admitted is not None
+        found: str | None = admitted.body.get("cache_salt")
+        return found
+
+    decode = {"depth": {**SKIP["depth"], "phase": "decode"}}
+    salts = [salt(SKIP), salt({"preset": "half"}), salt(SKIP, "mine"), salt(SKIP, "yours")]
+    assert len(set(salts)) == 4
+    assert salt({**SKIP, "report": True}) == salts[0]
+    assert salt(decode) is None
+    assert salt(decode, "mine") == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (None, {"include_usage": True}),
+        ({"include_usage": False}, {"include_usage": True}),
+        ({"continuous_usage_stats": True}, {"continuous_usage_stats": True, "include_usage": True}),
+    ],
+)
+def test_a_streamed_report_brings_its_usage_chunk(options: object, expected: object) -> None:
+    body = {"stream": True, "routing": {"report": True}, "stream_options": options}
+    admitted = ADMISSION.admit(CHAT, body)
+    assert admitted is not None
+    assert admitted.body["stream_options"] == expected
+
+
+def test_explicit_fields_override_the_preset_one_by_one() -> None:
+    routing = {"preset": "half", "depth": {"phase": "prefill"}}
+    admitted = ADMISSION.admit(CHAT, {"routing": routing})
+    assert admitted is not None
+    assert admitted.ticket.policy.skip == SkipSet.of(blocks=(1, 2), phase=Phase.PREFILL)
+    emptied = ADMISSION.admit(CHAT, {"routing": {"preset": "half", "depth": {"skip": {}}}})
+    assert emptied is not None
+    assert emptied.ticket.policy.skip.empty
+
+
+def test_everything_but_one_sub_layer_may_go() -> None:
+    everything = {"blocks": [0, 1, 2, 3]}
+    with pytest.raises(RoutingError, match="nothing to run"):
+        ADMISSION.admit(CHAT, {"routing": {"depth": {"skip": everything}}})
+    nearly = {"attention": [0, 1, 2, 3], "mlp": [0, 1, 2]}
+    assert ADMISSION.admit(CHAT, {"routing": {"depth": {"skip": nearly}}})
+
+
+def test_a_preset_the_model_cannot_run_is_found_at_start_up() -> None:
+    presets = {"deep": PresetFields(depth=DepthFields(skip=SkipFields(mlp=[7])))}
+    with pytest.raises(RoutingError, match="layer 7 does not exist"):
+        Admission(CAPABILITIES, presets).check_presets()
+
+
+def test_an_engine_without_depth_control_says_why() -> None:
+    refused = Capabilities(("m",), "OPTForCausalLM", 4, 0, "it is an OPT")
+    with pytest.raises(RoutingError, match="it is an OPT") as caught:
+        Admission(refused, {}).admit(CHAT, {"routing": {"report": True}})
+    assert (caught.value.param, caught.value.reason) == ("routing", "unsupported_model")
