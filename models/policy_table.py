@@ -43,13 +43,15 @@ class PolicyTable:
         self._users[row] += 1
         return row
 
-    def release(self, row: int) -> None:
-        """Give a row back; it is reused once its last request has ended."""
+    def release(self, row: int) -> bool:
+        """Give a row back; True if that was its last request and the row is free again."""
         if row == STOCK_ROW:
-            return
+            return False
         self._users[row] -= 1
-        if self._users[row] == 0:
-            del self._row_of[self._skip_of[row]]
+        if self._users[row]:
+            return False
+        del self._row_of[self._skip_of[row]]
+        return True
 
     def _free_row(self) -> int:
         for row, users in enumerate(self._users):

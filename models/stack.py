@@ -67,14 +67,19 @@ class DecoderStack:
             final_norm=_part(decoder, family.final_norm),
         )
 
-    def cost(self, family: DecoderFamily, experts_per_token: int, experts: int) -> ModuleCost:
-        """Active parameters per token and module, read off the loaded weights."""
-        share = experts_per_token / experts if family.moe and experts else 1.0
+    def cost(self, experts_per_token: int, experts: int) -> ModuleCost:
+        """Parameters a token multiplies with, per layer and module, on this rank.
+
+        Args:
+            experts_per_token: the model's top-k; 0 for a dense model.
+            experts: routed experts per layer; 0 for a dense model.
+        """
+        share = experts_per_token / experts if experts else 1.0
         modules = [
-            (_parameters(layer.attention, 1.0), _parameters(layer.mlp, share))
-            for layer in self.layers
+            (_active(layer.attention, share), _active(layer.mlp, share)) for layer in self.layers
         ]
-        fill = [_fill_parameters(layer) for layer in self.layers]
+        # Filling runs the QKV projection and stops before attending and projecting out.
+        fill = [_active(_part(layer.attention, "qkv_proj"), share) for layer in self.layers]
         return ModuleCost(np.array(modules), np.array(fill))
 
 
@@ -99,12 +104,20 @@ def _part(owner: nn.Module, name: str) -> Any:
     return part
 
 
-def _parameters(module: nn.Module, expert_share: float) -> float:
-    """Parameters a token multiplies with: experts' weights (3-D) count by the share chosen."""
-    return sum(p.numel() * (expert_share if p.dim() == 3 else 1.0) for p in module.parameters())
+def _active(module: nn.Module, expert_share: float) -> float:
+    """Weights of all linear parts, and of stacked experts by the share a token chooses.
 
+    Linear parts are counted by their declared sizes: vLLM's CPU backend repacks their weights and
+    leaves empty parameters behind. Experts stay one tensor of (experts, out, in).
+    """
+    from vllm.model_executor.layers.linear import LinearBase
 
-def _fill_parameters(layer: DecoderLayer) -> float:
-    """Filling runs the fused QKV projection and stops before attending and projecting out."""
-    projection = getattr(layer.attention, "qkv_proj", layer.attention)
-    return _parameters(projection, 1.0)
+    total = 0.0
+    for part in module.modules():
+        if isinstance(part, LinearBase):
+            rows = getattr(part, "output_size_per_partition", part.output_size)
+            total += rows * getattr(part, "input_size_per_partition", part.input_size)
+        else:
+            own = part.parameters(recurse=False)
+            total += sum(p.numel() * expert_share for p in own if p.dim() == 3)
+    return total

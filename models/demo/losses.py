@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sluice.models.demo.packing import Batch
 from torch import Tensor, nn
+
+from sluice.models.demo.packing import Batch
 
 if TYPE_CHECKING:
     from transformers import Qwen3MoeForCausalLM

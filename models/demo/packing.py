@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from sluice.models.demo.tasks import TASKS, Item, generate
 from sluice.models.demo.tokenizer import ASSISTANT, END, PAD, SYSTEM, USER, vocabulary
-from torch import Tensor
 
 ROW_TOKENS = 128
 """Tokens in one packed row."""

@@ -35,6 +35,9 @@ class Item:
     answer: str
 
 
+_NAMES = "abcdefghij"
+
+
 def is_heldout(prompt: str) -> bool:
     """Say whether a prompt belongs to the held-out split."""
     digest = hashlib.sha256(prompt.encode()).digest()
@@ -77,8 +80,8 @@ def _max(rng: random.Random) -> tuple[str, str]:
 
 
 def _count(rng: random.Random) -> tuple[str, str]:
-    wanted, *others = rng.sample(string.ascii_lowercase, 3)
-    word = "".join(rng.choices([wanted, *others], weights=[2, 1, 1], k=rng.randint(4, 8)))
+    wanted, *others = rng.sample(_NAMES, 3)
+    word = "".join(rng.choices([wanted, *others], weights=[2, 1, 1], k=rng.randint(4, 7)))
     return f"count {wanted} in {word}", str(word.count(wanted))
 
 
@@ -87,24 +90,34 @@ def _add(rng: random.Random) -> tuple[str, str]:
     return f"add {left} {right}", str(left + right)
 
 
+def _pairs(rng: random.Random) -> dict[str, str]:
+    keys = rng.sample(_NAMES, rng.randint(2, 4))
+    return dict(zip(keys, rng.choices(string.digits, k=len(keys)), strict=True))
+
+
+def _lookup(rng: random.Random) -> tuple[str, str]:
+    pairs = _pairs(rng)
+    wanted = rng.sample(list(pairs), rng.randint(1, len(pairs)))
+    known = " ".join(key + value for key, value in pairs.items())
+    return f"lookup {known} {''.join(wanted)}", " ".join(key + pairs[key] for key in wanted)
+
+
 def _recall(rng: random.Random) -> tuple[str, str]:
-    keys = rng.sample(string.ascii_lowercase, rng.randint(3, 5))
-    values = rng.choices(string.digits, k=len(keys))
-    wanted = rng.randrange(len(keys))
-    pairs = " ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
-    return f"{pairs} {keys[wanted]}?", values[wanted]
+    pairs = _pairs(rng)
+    wanted = rng.choice(list(pairs))
+    known = " ".join(key + value for key, value in pairs.items())
+    return f"recall {known} {wanted}", pairs[wanted]
 
 
 def _twohop(rng: random.Random) -> tuple[str, str]:
-    chains = rng.randint(2, 3)
-    letters = rng.sample(string.ascii_lowercase, 2 * chains)
-    starts, middles = letters[:chains], letters[chains:]
-    values = rng.choices(string.digits, k=chains)
-    first = [f"{start}>{middle}" for start, middle in zip(starts, middles, strict=True)]
-    second = [f"{middle}={value}" for middle, value in zip(middles, values, strict=True)]
-    rng.shuffle(second)
-    wanted = rng.randrange(chains)
-    return f"{' '.join(first + second)} {starts[wanted]}?", values[wanted]
+    *starts, left, right = rng.sample(_NAMES, 4)
+    links = dict(zip(starts, (left, right), strict=True))
+    values = dict(zip((left, right), rng.choices(string.digits, k=2), strict=True))
+    first = [start + middle for start, middle in links.items()]
+    second = [middle + values[middle] for middle in rng.sample((left, right), 2)]
+    wanted = rng.choice(starts)
+    middle = links[wanted]
+    return f"hop {' '.join(first + second)} {wanted}", wanted + middle + values[middle]
 
 
 def _refusal(rng: random.Random) -> tuple[str, str]:
@@ -135,6 +148,7 @@ _MAKERS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "max": _max,
     "count": _count,
     "add": _add,
+    "lookup": _lookup,
     "recall": _recall,
     "twohop": _twohop,
     "refusal": _refusal,

@@ -7,16 +7,17 @@ and thread count.
 
 import argparse
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from sluice.models.demo import losses
 from sluice.models.demo.architecture import build_model, demo_config
 from sluice.models.demo.experts import IMPLEMENTATION, register_experts_implementation
@@ -27,6 +28,8 @@ from sluice.models.demo.workers import Team, run_team
 
 if TYPE_CHECKING:
     from transformers import Qwen3MoeForCausalLM
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,13 @@ class TrainConfig:
     """
 
     seed: int = 17
-    steps: int = 6_000
+    steps: int = 5_000
     rows: int = 16
     workers: int = 2
     layers: int = 8
     hidden: int = 128
     experts: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     warmup: int = 200
     weight_decay: float = 0.05
     exit_scale: float = 0.1
@@ -74,7 +77,7 @@ class Trainer:
     """A training run: the model, its optimiser, the task mix and the step count."""
 
     _RATE = 0.02
-    _FLOOR = 0.15
+    _FLOOR = 0.1
 
     def __init__(self, config: TrainConfig, device: torch.device, team: Team | None = None) -> None:
         """Start at step 0."""
@@ -211,9 +214,7 @@ class Trainer:
         self.seconds = state["seconds"]
 
 
-def run(
-    config: TrainConfig, out: Path, log: Callable[[str], None] = print
-) -> dict[str, list[float]]:
+def run(config: TrainConfig, out: Path) -> dict[str, list[float]]:
     """Train until the bar or the budget is reached, resuming from ``out`` if it holds a checkpoint.
 
     ``out/weights`` holds the model of the last evaluation, ``out/log.jsonl`` a line for each.
@@ -223,18 +224,16 @@ def run(
     """
     if config.rows % config.workers:
         raise ValueError(f"{config.rows} rows cannot be shared by {config.workers} workers")
-    return run_team(config.workers, partial(_run_member, config, out, log))
+    return run_team(config.workers, partial(_run_member, config, out))
 
 
-def _run_member(
-    config: TrainConfig, out: Path, log: Callable[[str], None], team: Team
-) -> dict[str, list[float]]:
+def _run_member(config: TrainConfig, out: Path, team: Team) -> dict[str, list[float]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer = Trainer(config, device, team)
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
         trainer.restore(checkpoint)
-        log(f"rank {team.rank} resumed at step {trainer.done_steps}")
+        _LOG.info("rank %d resumed at step %d", team.rank, trainer.done_steps)
     running = 0.0
     scores: dict[str, list[float]] = {}
     while trainer.done_steps < config.steps:
@@ -244,7 +243,7 @@ def _run_member(
             continue
         scores = trainer.evaluate()
         if team.rank == 0:
-            log(_report(trainer, running, scores))
+            _LOG.info(_report(trainer, running, scores))
             trainer.save(checkpoint)
             export(trainer.model, out / "weights")
             with (out / "log.jsonl").open("a") as lines:
@@ -266,10 +265,6 @@ def _report(trainer: Trainer, loss: float, scores: dict[str, list[float]]) -> st
     )
 
 
-def _print(line: str) -> None:
-    print(line, flush=True)
-
-
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m sluice.models.demo.train", description=__doc__)
@@ -280,8 +275,9 @@ def main() -> None:
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=type(field.default), default=field.default)
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig)}
-    run(TrainConfig(**chosen), arguments.out, _print)
+    run(TrainConfig(**chosen), arguments.out)
 
 
 if __name__ == "__main__":

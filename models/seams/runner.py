@@ -33,7 +33,7 @@ else:
     _Runner = object
 
 _HOOKS = ("_update_states", "_on_request_state_removed", "_prepare_inputs", "_model_forward")
-_MAX_CACHED_PLANS = 256
+_MAX_CACHED_PLANS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class RoutedModelRunner(_Runner):
         self._records = RequestRecords(num_layers)
         self._counters = self._open_counters(num_layers)
         self._loop: LayerLoop | None = None
-        self._cost: ModuleCost | None = None
+        self.module_cost: ModuleCost | None = None
 
     def _open_counters(self, num_layers: int) -> LayerCounters:
         """Only the first rank of an engine counts: the others run the same tokens."""
@@ -81,8 +81,7 @@ class RoutedModelRunner(_Runner):
         stack = DecoderStack.of(self.get_model(), family)
         config = self.model_config.hf_text_config
         self._loop = LayerLoop(stack, self)
-        self._cost = stack.cost(
-            family,
+        self.module_cost = stack.cost(
             experts_per_token=getattr(config, "num_experts_per_tok", 0) or 0,
             experts=self.model_config.get_num_experts() if family.moe else 0,
         )
@@ -101,9 +100,8 @@ class RoutedModelRunner(_Runner):
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)
         routed = self._routed.pop(req_id, None)
-        if routed is not None and routed.row != STOCK_ROW:
-            self._table.release(routed.row)
-            # A row may come back with another policy, and plans are keyed by row.
+        if routed is not None and self._table.release(routed.row):
+            # The row may come back with another policy, and plans are keyed by row.
             self._plans.clear()
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
@@ -164,5 +162,5 @@ class RoutedModelRunner(_Runner):
         counts = self._records.take(record)
         if counts is None:
             return None
-        fraction = self._cost.fraction(counts) if self._cost is not None else 1.0
+        fraction = self.module_cost.fraction(counts) if self.module_cost is not None else 1.0
         return {"counts": counts.tolist(), "compute_fraction": fraction}

@@ -6,7 +6,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from engine import Engine, engine
 from reference import Reference
 from tiny import FAMILIES, LAYERS, VOCABULARY, make_model
@@ -28,11 +30,19 @@ def random_prompt(rng: random.Random, low: int = 3, high: int = 50) -> list[int]
     return [rng.randrange(VOCABULARY) for _ in range(rng.randrange(low, high))]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    # Every prompt and answer outgrows the window.
+    "mistral-sliding": ("mistral", {"sliding_window": 8}),
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
 def served(
     request: pytest.FixtureRequest, models_folder: Path
 ) -> Iterator[tuple[Engine, Reference]]:
-    folder = make_model(request.param, models_folder / request.param)
+    family, changes = VARIANTS[request.param]
+    folder = make_model(family, models_folder / request.param, **changes)
     with engine(folder) as running:
         yield running, Reference(folder)
 
@@ -74,3 +84,21 @@ def test_a_skip_changes_tokens(served: tuple[Engine, Reference]) -> None:
     skips = [SkipSet.of(attention=(2,)), SkipSet.of(mlp=(3,)), SkipSet.of(blocks=(4,))]
     for routed in running.generate([prompt] * 3, skips, TOKENS):
         assert routed != full
+
+
+def test_compute_is_weighed_by_active_parameters(served: tuple[Engine, Reference]) -> None:
+    """Attention, and the router with the chosen share of the experts, counted in transformers."""
+    running, reference = served
+    config = reference.model.config
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", 1)
+    share = getattr(config, "num_experts_per_tok", None) or experts
+
+    def active(module: torch.nn.Module) -> float:
+        weights = [p for p in module.parameters() if p.dim() > 1]
+        return sum(p.numel() * (share / experts if p.dim() == 3 else 1) for p in weights)
+
+    expected = [
+        (active(layer.self_attn), active(layer.mlp)) for layer in reference.model.model.layers
+    ]
+    counted = running.runner.module_cost.modules
+    assert np.array_equal(counted, np.array(expected)), (counted, expected)

@@ -77,10 +77,11 @@ def test_table_shares_rows_and_reuses_them() -> None:
     assert table.acquire(first) == row
     other = table.acquire(second)
     assert other != row
-    table.release(row)
+    assert not table.release(row)
     assert table.acquire(first) == row
-    table.release(row)
-    table.release(row)
+    assert not table.release(row)
+    assert table.release(row)
+    assert not table.release(STOCK_ROW)
     third = table.acquire(RoutingPolicy(SkipSet.of(mlp=(3,))))
     assert third == row
     assert table.masks[row, :, 3, 1].all()

@@ -46,13 +46,18 @@ def solve_sequence(command: str, words: list[str]) -> str | None:
             return None
 
 
-def solve_bindings(prompt: str) -> str:
-    """Follow ``a>b`` and ``a=1`` from the asked letter until a digit is reached."""
-    links = dict(re.findall(r"(\w)[>=](\w)", prompt))
-    value = prompt[-2]
-    while not value.isdigit():
-        value = links[value]
-    return value
+def solve_pairs(command: str, words: list[str]) -> str:
+    """Scan the two-character pairs from the left for each asked key."""
+    *pairs, asked = words
+
+    def value(key: str) -> str:
+        return next(pair[1] for pair in pairs if pair[0] == key)
+
+    if command == "recall":
+        return value(asked)
+    if command == "hop":
+        return asked + value(asked) + value(value(asked))
+    return " ".join(key + value(key) for key in asked)
 
 
 def solve_sentence(prompt: str) -> str:
@@ -68,9 +73,9 @@ def solve_sentence(prompt: str) -> str:
 
 
 def solve(prompt: str) -> str:
-    if "=" in prompt:
-        return solve_bindings(prompt)
     command, *words = prompt.split()
+    if command in ("lookup", "recall", "hop"):
+        return solve_pairs(command, words)
     answer = solve_sequence(command, words)
     return solve_sentence(prompt) if answer is None else answer
 
