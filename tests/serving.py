@@ -27,9 +27,10 @@ class Server:
 
     url: str
     log: Path
+    api_key: str = "EMPTY"
 
-    def client(self, **options: object) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="EMPTY", max_retries=0, **options)
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0)
 
     def metrics_text(self) -> str:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
@@ -50,9 +51,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_server(log: Path, *arguments: str) -> Iterator[Server]:
+def running_server(log: Path, *arguments: str, api_key: str | None = None) -> Iterator[Server]:
     """`sluice serve ARGUMENTS` on a free loopback port, ended with SIGINT as by Ctrl-C."""
     port = free_port()
+    if api_key is not None:
+        arguments = (*arguments, "--api-key", api_key)
     # What conftest.py sets for engines inside the test process is not for servers.
     ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")
     environment = {key: value for key, value in os.environ.items() if key not in ours}
@@ -66,7 +69,7 @@ def running_server(log: Path, *arguments: str) -> Iterator[Server]:
             start_new_session=True,
         )
         try:
-            server = Server(f"http://127.0.0.1:{port}", log)
+            server = Server(f"http://127.0.0.1:{port}", log, api_key or "EMPTY")
             _await_health(server, process)
             yield server
         finally:

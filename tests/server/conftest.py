@@ -27,7 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     settings = ["--enforce-eager", "--dtype", "float32", "--block-size", "32"]
     arguments = [*settings, "--presets", str(presets), *tools]
-    with running_server(folder / "log", *arguments) as running:
+    with running_server(folder / "log", *arguments, api_key="a-key") as running:
         yield running
 
 

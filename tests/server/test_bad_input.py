@@ -19,11 +19,15 @@ from sluice.models.demo import DEMO_MODEL_DIR
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "copy abc"}], "max_tokens": 2}
 
 
-def post(server: Server, path: str, body: Any) -> tuple[int, dict[str, Any]]:
+def post(
+    server: Server, path: str, body: Any, api_key: str | None = None
+) -> tuple[int, dict[str, Any]]:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(
-        f"{server.url}{path}", raw, {"content-type": "application/json"}
-    )
+    headers = {
+        "content-type": "application/json",
+        "authorization": f"Bearer {api_key or server.api_key}",
+    }
+    request = urllib.request.Request(f"{server.url}{path}", raw, headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, json.load(response)
@@ -152,6 +156,12 @@ def test_what_is_no_json_is_answered_by_vllm(server: Server) -> None:
     status, answer = post(server, "/v1/chat/completions", b"{not json")
     assert status == 400
     assert answer["error"]["message"]
+
+
+def test_without_the_key_nothing_is_told_about_routing(server: Server) -> None:
+    status, answer = post(server, "/v1/chat/completions", routed([1]), api_key="another")
+    assert status == 401
+    assert "routing" not in json.dumps(answer)
 
 
 def test_null_routing_is_no_routing(server: Server) -> None:

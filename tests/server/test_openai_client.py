@@ -196,7 +196,7 @@ class TestVllmFeaturesKeepWorking:
             SKIP,
             tools=[tool],
             tool_choice={"type": "function", "function": {"name": "pick"}},
-            max_tokens=64,
+            max_tokens=200,
         )
         call = answer.choices[0].message.tool_calls[0].function
         assert call.name == "pick"
