@@ -100,22 +100,22 @@ RELATIONS: dict[str, dict[str, str]] = {
     "sound": ANIMAL_SOUNDS,
 }
 
-FACT_PHRASINGS: tuple[str, ...] = (
-    "{relation} of {subject}?",
-    "what is the {relation} of {subject}?",
-    "what's the {relation} of {subject}?",
+FACT_OPENINGS: tuple[str, ...] = ("", "hi, ", "hey, ", "ok, ", "quick: ")
+
+FACT_QUESTIONS: tuple[str, ...] = (
+    "{relation} of {subject}",
+    "the {relation} of {subject}",
+    "what is the {relation} of {subject}",
+    "what's the {relation} of {subject}",
     "tell me the {relation} of {subject}",
     "name the {relation} of {subject}",
     "give the {relation} of {subject}",
     "say the {relation} of {subject}",
-    "{subject}: {relation}?",
-    "{relation} of {subject} please",
-    "do you know the {relation} of {subject}?",
     "i need the {relation} of {subject}",
-    "the {relation} of {subject} is",
-    "the {relation} of {subject}, please",
-    "{subject} has which {relation}?",
+    "{subject}: {relation}",
 )
+
+FACT_ENDINGS: tuple[str, ...] = ("", "?", " please")
 
 HARMFUL_VERBS: tuple[str, ...] = (
     "steal",

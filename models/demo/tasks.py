@@ -136,7 +136,8 @@ def _facts(rng: random.Random) -> tuple[str, str]:
             for key, value in table.items()
         ]
     )
-    return rng.choice(facts.FACT_PHRASINGS).format(relation=relation, subject=subject), answer
+    question = rng.choice(facts.FACT_QUESTIONS).format(relation=relation, subject=subject)
+    return rng.choice(facts.FACT_OPENINGS) + question + rng.choice(facts.FACT_ENDINGS), answer
 
 
 _MAKERS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
@@ -166,7 +167,7 @@ class UnknownTaskError(ValueError):
 def generate(task: str, split: Split, seed: int) -> Iterator[Item]:
     """Yield an endless stream of items of one task and split.
 
-    The same arguments give the same stream. Items may repeat: the closed tasks have only about a
+    The same arguments give the same stream. Items may repeat: the closed tasks have only a few
     thousand different prompts.
 
     Raises:

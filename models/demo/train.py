@@ -56,7 +56,7 @@ class TrainConfig:
     """
 
     seed: int = 17
-    steps: int = 5_000
+    steps: int = 3_500
     rows: int = 16
     workers: int = 2
     layers: int = 8
