@@ -195,7 +195,7 @@ def distinct(task: str, split: Split, seed: int, count: int) -> list[Item]:
     """
     found: dict[str, Item] = {}
     stream = generate(task, split, seed)
-    for _ in range(100 * count + 10_000):
+    for _ in range(20 * count + 5_000):
         if len(found) == count:
             break
         item = next(stream)

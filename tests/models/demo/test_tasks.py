@@ -132,4 +132,4 @@ def test_unknown_task_is_refused() -> None:
 
 def test_asking_for_too_many_different_items_is_refused() -> None:
     with pytest.raises(ValueError, match="facts"):
-        distinct("facts", "heldout", 1, 5000)
+        distinct("facts", "heldout", 1, 3000)
