@@ -50,7 +50,7 @@ def main() -> None:
     """Run the chosen rows."""
     parser = argparse.ArgumentParser(prog="python -m sluice.models.bench", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for bench.json and .png")
-    parser.add_argument("--repeats", type=int, default=6, help="pairs per row (at least 5; even is fairest)")
+    parser.add_argument("--repeats", type=int, default=6, help="pairs per row, at least 5")
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--compiled", action="store_true", help="both engines with torch.compile")
     args = parser.parse_args()
