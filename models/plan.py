@@ -10,12 +10,15 @@ plan from step to step.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from sluice.models.depth.skip import ATTENTION, DECODE, MLP, MODULES, PREFILL, fill_masks
+
+if TYPE_CHECKING:
+    import torch
 
 EXECUTED, SKIPPED, FILLED = 0, 1, 2
 OUTCOMES = ("executed", "skipped", "filled")
@@ -82,6 +85,9 @@ class Rows:
 
     def index(self, device: torch.device) -> torch.Tensor:
         """`tokens` on `device`, for gather and scatter; copied there once per plan."""
+        # Here, so that the HTTP edge, which shares this module's names, loads no torch.
+        import torch
+
         if device not in self._indices:
             self._indices[device] = torch.from_numpy(self.tokens).to(device)
         return self._indices[device]

@@ -21,7 +21,7 @@ from sluice.models.policy import (
 )
 from sluice.server.capabilities import Capabilities
 from sluice.server.errors import RoutingError
-from sluice.server.presets import MODEL_SEPARATOR
+from sluice.server.presets import CUSTOM_PRESET, MODEL_SEPARATOR
 from sluice.server.schema import DepthFields, PresetFields, RoutingFields, parse_routing
 
 ROUTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -96,7 +96,9 @@ class Admission:
             )
         ticket = PolicyTicket(policy, uuid.uuid4().hex)
         return Admitted(
-            body=_engine_body(body, model, ticket), ticket=ticket, preset=fields.preset or "custom"
+            body=_engine_body(body, model, ticket),
+            ticket=ticket,
+            preset=fields.preset or CUSTOM_PRESET,
         )
 
     def policy(

@@ -17,12 +17,10 @@ from sluice.models.policy import PolicyTicket
 from sluice.server.admission import ROUTED_PATHS, Admitted
 from sluice.server.edge import Edge
 from sluice.server.errors import RoutingError
+from sluice.server.presets import CUSTOM_PRESET, NO_PRESET
 from sluice.server.report import EventSplitter, build_report, is_usage_chunk, with_report
 
 logger = logging.getLogger(__name__)
-
-NO_PRESET = "none"
-CUSTOM_PRESET = "custom"
 
 
 class RoutingMiddleware:

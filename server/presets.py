@@ -17,7 +17,9 @@ from pydantic import ValidationError
 from sluice.server.schema import PresetFields, StrictFields, dotted
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-RESERVED_NAMES = frozenset({"none", "custom"})
+NO_PRESET = "none"
+CUSTOM_PRESET = "custom"
+RESERVED_NAMES = frozenset({NO_PRESET, CUSTOM_PRESET})
 """Labels of `sluice_requests_total` for requests without a preset."""
 
 MODEL_SEPARATOR = "@"

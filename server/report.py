@@ -6,10 +6,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from sluice.models.depth.skip import MODULES
+from sluice.models.plan import OUTCOMES
 from sluice.models.policy import RoutingPolicy
-
-_MODULES = ("attention", "mlp")
-_OUTCOMES = ("executed", "skipped", "filled")
 
 
 def build_report(policy: RoutingPolicy, record: dict[str, Any] | None) -> dict[str, Any]:
@@ -27,8 +26,8 @@ def build_report(policy: RoutingPolicy, record: dict[str, Any] | None) -> dict[s
         {
             "layer": layer,
             **{
-                module: dict(zip(_OUTCOMES, counts, strict=True))
-                for module, counts in zip(_MODULES, modules, strict=True)
+                module: dict(zip(OUTCOMES, counts, strict=True))
+                for module, counts in zip(MODULES, modules, strict=True)
             },
         }
         for layer, modules in enumerate(record["counts"])

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from sluice.models.demo import DEMO_MODEL_DIR
+from sluice.models.seams import CPU_WORKER, CUDA_WORKER
 from sluice.models.telemetry import TELEMETRY_ENV
 from sluice.server.presets import PresetsFileError, load_presets
 
@@ -125,7 +126,7 @@ def worker_class() -> str:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        return "sluice.models.seams.cpu_worker.RoutedCPUWorker"
+        return CPU_WORKER
     if current_platform.is_cuda():
-        return "sluice.models.seams.cuda_worker.RoutedCUDAWorker"
+        return CUDA_WORKER
     raise SystemExit(f"sluice serve runs on CPU and CUDA, not on {current_platform.device_name}")

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from sluice.models.policy import EXTRA_ARGS_KEY, PolicyTicket, RoutingPolicy, SkipSet, salted
+from sluice.models.seams import CPU_WORKER
 
 STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
-ROUTED_WORKER = "sluice.models.seams.cpu_worker.RoutedCPUWorker"
 BLOCK = 32
 
 
 class Engine:
     """vLLM's `LLM` with policies as the HTTP edge would hand them over."""
 
-    def __init__(self, folder: Path, worker: str = ROUTED_WORKER, **flags: Any) -> None:
+    def __init__(self, folder: Path, worker: str = CPU_WORKER, **flags: Any) -> None:
         from vllm import LLM
 
         settings = {
@@ -89,7 +89,7 @@ class Engine:
 
 
 @contextmanager
-def engine(folder: Path, worker: str = ROUTED_WORKER, **flags: Any) -> Iterator[Engine]:
+def engine(folder: Path, worker: str = CPU_WORKER, **flags: Any) -> Iterator[Engine]:
     """An engine that leaves the process fit for the next one."""
     from vllm.distributed import cleanup_dist_env_and_memory
 

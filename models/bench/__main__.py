@@ -14,9 +14,9 @@ from pathlib import Path
 
 from sluice.models.bench.engines import BenchEngine
 from sluice.models.bench.rows import ROWS, Row
+from sluice.models.seams import CPU_WORKER
 
 STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
-ROUTED_WORKER = "sluice.models.seams.cpu_worker.RoutedCPUWorker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def run(rows: list[Row], repeats: int, *, eager: bool) -> tuple[list[Result], in
         parameters = make_bench_model(Path(folder))
         with (
             closing(BenchEngine(Path(folder), STOCK_WORKER, eager)) as stock,
-            closing(BenchEngine(Path(folder), ROUTED_WORKER, eager)) as ours,
+            closing(BenchEngine(Path(folder), CPU_WORKER, eager)) as ours,
         ):
             results = [_measure(row, repeats, stock, ours) for row in track(rows, "measuring")]
     return results, parameters

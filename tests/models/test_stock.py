@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import ROUTED_WORKER, STOCK_WORKER, engine
+from engine import STOCK_WORKER, engine
 from tiny import VOCABULARY, make_model
 
 from sluice.models.policy import SkipSet
+from sluice.models.seams import CPU_WORKER
 
 SAMPLING: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -38,7 +39,7 @@ def answers(folder: Path, worker: str, **flags: Any) -> list[Any]:
 @pytest.mark.parametrize("family", ["llama", "olmoe"])
 def test_tokens_equal_stock_vllm(family: str, models_folder: Path) -> None:
     folder = make_model(family, models_folder / f"stock-{family}")
-    assert answers(folder, ROUTED_WORKER) == answers(folder, STOCK_WORKER)
+    assert answers(folder, CPU_WORKER) == answers(folder, STOCK_WORKER)
 
 
 def test_compiled_forward_serves_steps_without_depth_control(
