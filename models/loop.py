@@ -3,6 +3,7 @@
 One loop for every family. The residual stream is vLLM's pair `(delta, residual)`, whose sum is the
 hidden state; a row that skips a sub-layer keeps its pending `delta` (design section 5). Rows that
 run are compacted, and stay compacted as long as the following sub-layers want the same rows.
+Watches look on and may take rows out on the way.
 """
 
 from __future__ import annotations
@@ -10,74 +11,43 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
-from sluice.kernels.row_compact import row_compact, row_scatter
 from sluice.models.depth.kv_fill import fill_keys_values
-from sluice.models.plan import Rows, StepPlan
-from sluice.models.seams.attention import RowsContext, build_rows_context, rows_forward_context
-from sluice.models.stack import DecoderLayer, DecoderStack, Norm
-
-
-class _ResidualStream:
-    """`(delta, residual)` of all rows, (tokens, hidden) each, with one compacted view of some."""
-
-    def __init__(self, delta: torch.Tensor, residual: torch.Tensor) -> None:
-        self._all = (delta, residual)
-        self._view = self._all
-        self._rows: Rows | None = None
-
-    def select(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pair of `rows`; what was selected before is written back first."""
-        wanted = None if rows.everything else rows
-        if wanted is not self._rows:
-            self.expand()
-            if wanted is not None:
-                index = wanted.index(self._all[0].device)
-                self._view = (
-                    row_compact(self._all[0], index),
-                    row_compact(self._all[1], index),
-                )
-            self._rows = wanted
-        return self._view
-
-    def store(self, delta: torch.Tensor, residual: torch.Tensor) -> None:
-        """Replace the selected rows' pair."""
-        self._view = (delta, residual)
-        if self._rows is None:
-            self._all = self._view
-
-    def expand(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pair of all rows."""
-        if self._rows is not None:
-            index = self._rows.index(self._all[0].device)
-            for state, view in zip(self._all, self._view, strict=True):
-                row_scatter(state, index, view)
-            self._rows, self._view = None, self._all
-        return self._all
+from sluice.models.live_rows import LiveRows
+from sluice.models.plan import Arrange, LayerPlan, Rows, Work
+from sluice.models.requests import RoutedStep
+from sluice.models.residual import ResidualStream
+from sluice.models.seams.attention import StepContext, rows_forward_context
+from sluice.models.stack import DecoderLayer, DecoderStack
+from sluice.models.watch import Watch
 
 
 class LayerLoop:
     """Runs steps with a depth control; one instance per model runner."""
 
-    def __init__(self, stack: DecoderStack, runner: Any) -> None:
+    def __init__(self, stack: DecoderStack, runner: Any, arrange: Arrange) -> None:
         self._stack = stack
         self._runner = runner
+        self._arrange = arrange
 
     def run(
         self,
-        plan: StepPlan,
+        step: RoutedStep,
         positions: torch.Tensor,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Final hidden states of the step, (tokens, hidden), after the last norm.
+    ) -> tuple[torch.Tensor, ResidualStream]:
+        """Run the layers.
 
         Args:
-            plan: the step's plan.
-            positions: (tokens,), int64.
-            input_ids: (tokens,) or None if `inputs_embeds` is given.
-            inputs_embeds: (tokens, hidden) or None.
+            step: what to run.
+            positions: (scheduled,), int64.
+            input_ids: (scheduled,) or None if `inputs_embeds` is given.
+            inputs_embeds: (scheduled, hidden) or None.
+
+        Returns:
+            Hidden states of the scheduled rows after the final norm, (scheduled, hidden), and the
+            residual stream of all rows of the step before it.
         """
         if inputs_embeds is None:
             assert input_ids is not None
@@ -85,69 +55,118 @@ class LayerLoop:
         else:
             # Fused norms work in place, and this is the runner's own buffer.
             hidden = inputs_embeds.clone()
-        stream = _ResidualStream(hidden, torch.zeros_like(hidden))
+        hidden, positions = _with_pending(step, hidden, positions)
+        stream = ResidualStream(hidden)
+        live = LiveRows(step.plan.shape, self._arrange)
         with rows_forward_context() as context:
-            step = _Step(self._runner, context, positions)
-            for layer, rows in zip(self._stack.layers, plan.layers, strict=True):
-                if len(rows.fill):
-                    step.fill(layer, rows.fill, *stream.select(rows.fill))
-                if len(rows.attention):
-                    stream.store(
-                        *step.attend(layer, rows.attention, *stream.select(rows.attention))
-                    )
-                if len(rows.mlp):
-                    stream.store(*_mlp(layer.mlp_norm, layer.mlp, *stream.select(rows.mlp)))
-            final, _ = self._stack.final_norm(*stream.expand())
-        return final
+            run = _Run(self._stack, StepContext(self._runner, context, step, positions), stream)
+            control = _Control(live, stream)
+            for index, layer in enumerate(self._stack.layers):
+                watches = [w for w in step.watches if len(w.tokens) and index in w.layers]
+                befores = [_before(watch, index, stream, control) for watch in watches]
+                run.layer(layer, live.restrict(step.plan.layers[index]))
+                self._look(index, watches, befores, stream, control)
+            for watch in step.watches:
+                watch.finish(control)
+            delta, residual = stream.expand()
+            if step.plan.shape.pending:
+                kept = torch.from_numpy(step.plan.shape.scheduled).to(delta.device)
+                delta, residual = delta[kept], residual[kept]
+            # The norm works in place, and the stream is still read for pending rows.
+            final, _ = self._stack.final_norm(delta.clone(), residual.clone())
+        return final, stream
 
-
-class _Step:
-    """Per-step contexts of row sets, built on first use."""
-
-    def __init__(self, runner: Any, context: Any, positions: torch.Tensor) -> None:
-        self._runner = runner
-        self._context = context
-        self._positions = positions
-        # Slots are padded for CUDA graphs; this loop runs the real tokens only.
-        slots = {name: slot[: len(positions)] for name, slot in context.slot_mapping.items()}
-        self._whole = RowsContext(dict(context.attn_metadata), slots)
-        self._contexts: dict[int, tuple[RowsContext, torch.Tensor]] = {}
-
-    def attend(
-        self, layer: DecoderLayer, rows: Rows, delta: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        positions = self._enter(layer, rows)
-        normed, residual = layer.attention_norm(delta, residual)
-        return layer.attention(positions=positions, hidden_states=normed), residual
-
-    def fill(
-        self, layer: DecoderLayer, rows: Rows, delta: torch.Tensor, residual: torch.Tensor
+    def _look(
+        self,
+        index: int,
+        watches: list[Watch],
+        befores: list[torch.Tensor | None],
+        stream: ResidualStream,
+        control: _Control,
     ) -> None:
-        positions = self._enter(layer, rows)
+        """Show the layer's output to its watches; one LM head for all that want logits."""
+        afters = [stream.hidden(watch.tokens) for watch in watches]
+        asking = [i for i, watch in enumerate(watches) if watch.needs_logits]
+        logits: dict[int, torch.Tensor] = {}
+        if asking:
+            together = self._stack.logits(torch.cat([afters[i] for i in asking]))
+            parts = torch.split(together, [len(watches[i].tokens) for i in asking])
+            logits = dict(zip(asking, parts, strict=True))
+        for i, watch in enumerate(watches):
+            watch.after_layer(index, befores[i], afters[i], logits.get(i), control)
+
+
+def _before(
+    watch: Watch, layer: int, stream: ResidualStream, control: _Control
+) -> torch.Tensor | None:
+    if not watch.needs_before:
+        return None
+    before = stream.hidden(watch.tokens)
+    if watch.looks_ahead:
+        watch.before_layer(layer, before, control)
+    return before
+
+
+def _with_pending(
+    step: RoutedStep, hidden: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put pending rows in their places among the scheduled ones."""
+    if step.pending is None:
+        return hidden, positions
+    shape = step.plan.shape
+    scheduled = torch.from_numpy(shape.scheduled).to(hidden.device)
+    waiting = torch.ones(len(shape.requests), dtype=torch.bool, device=hidden.device)
+    waiting[scheduled] = False
+    all_hidden = hidden.new_empty((len(waiting), hidden.shape[1]))
+    all_hidden[scheduled], all_hidden[waiting] = hidden, step.pending
+    all_positions = positions.new_empty(len(waiting))
+    all_positions[scheduled] = positions
+    all_positions[waiting] = torch.from_numpy(step.pending_positions).to(positions.device)
+    return all_hidden, all_positions
+
+
+class _Control:
+    """What watches may do; see `sluice.models.watch.LoopControl`."""
+
+    def __init__(self, live: LiveRows, stream: ResidualStream) -> None:
+        self.leave = live.leave
+        self.pass_over = live.pass_over
+        self.assign = stream.assign
+
+
+class _Run:
+    """Runs the sub-layers of one step."""
+
+    def __init__(self, stack: DecoderStack, context: StepContext, stream: ResidualStream) -> None:
+        self._stack = stack
+        self._context = context
+        self._stream = stream
+
+    def layer(self, layer: DecoderLayer, rows: LayerPlan) -> None:
+        """Fill, attend, and run the MLP."""
+        if len(rows.separate_fill):
+            self._fill(layer, rows.separate_fill)
+        if len(rows.attend.rows):
+            self._attend(layer, rows.attend)
+        if len(rows.run_mlp.rows):
+            delta, residual = self._stream.select(rows.run_mlp.rows)
+            normed, residual = layer.mlp_norm(delta, residual)
+            self._store(rows.run_mlp, layer.mlp(normed), residual)
+
+    def _attend(self, layer: DecoderLayer, work: Work) -> None:
+        positions = self._context.enter(layer.kv_name, work.rows)
+        normed, residual = layer.attention_norm(*self._stream.select(work.rows))
+        self._store(work, layer.attention(positions=positions, hidden_states=normed), residual)
+
+    def _store(self, work: Work, delta: torch.Tensor, residual: torch.Tensor) -> None:
+        if len(work.dropped):
+            # The norm has moved the pending delta into the residual: no delta is no change.
+            delta.index_fill_(0, torch.from_numpy(work.dropped).to(delta.device), 0.0)
+        self._stream.store(delta, residual)
+
+    def _fill(self, layer: DecoderLayer, rows: Rows) -> None:
+        positions = self._context.enter(layer.kv_name, rows)
+        delta, residual = self._stream.select(rows)
         # The norm works in place and these rows keep their pair.
         normed, _ = layer.attention_norm(delta.clone(), residual.clone())
         fill_keys_values(layer, positions, normed)
-
-    def _enter(self, layer: DecoderLayer, rows: Rows) -> torch.Tensor:
-        """Point the forward context's entry of this layer at `rows`; their positions."""
-        context, positions = self._of(rows)
-        self._context.attn_metadata[layer.kv_name] = context.metadata[layer.kv_name]
-        self._context.slot_mapping[layer.kv_name] = context.slots[layer.kv_name]
-        return positions
-
-    def _of(self, rows: Rows) -> tuple[RowsContext, torch.Tensor]:
-        if rows.everything:
-            return self._whole, self._positions
-        if id(rows) not in self._contexts:
-            self._contexts[id(rows)] = (
-                build_rows_context(self._runner, rows),
-                self._positions[rows.index(self._positions.device)],
-            )
-        return self._contexts[id(rows)]
-
-
-def _mlp(
-    norm: Norm, mlp: nn.Module, delta: torch.Tensor, residual: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    normed, residual = norm(delta, residual)
-    return mlp(normed), residual

@@ -1,21 +1,20 @@
 """What one engine step runs: for every sub-layer, which token rows execute it.
 
-Rows are the flattened tokens of a vLLM step, request after request. A request's tokens in a step
-are a run of prompt tokens followed by a run of generated ones (both only when a preempted request
-is recomputed), so a policy gives each request at most two segments. `StepPlan` is pure data and
-depends on the composition of the batch only, not on sequence lengths: a decode batch keeps its
-plan from step to step.
+Rows are the flattened tokens of a vLLM step, request after request. A request's tokens come as
+segments, runs of tokens with one mask. `StepPlan` is pure data and depends on the segments only,
+not on sequence lengths: a decode batch keeps its plan from step to step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice.models.depth.skip import ATTENTION, DECODE, MLP, MODULES, PREFILL, fill_masks
+from sluice.models.depth.skip import ATTENTION, DECODE, MLP, MODULES, PHASES
 
 if TYPE_CHECKING:
     import torch
@@ -24,52 +23,40 @@ EXECUTED, SKIPPED, FILLED = 0, 1, 2
 OUTCOMES = ("executed", "skipped", "filled")
 
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
-class StepRequests:
-    """The requests of one step, in batch order; every array has shape (requests,), int64.
+class Segment(NamedTuple):
+    """A run of tokens of one request and phase that share a mask.
 
     Attributes:
-        rows: row of the policy table.
-        prefill: scheduled tokens that belong to the prompt.
-        decode: scheduled tokens that were generated before.
+        request: batch index.
+        phase: `PREFILL` or `DECODE`.
+        mask: row of the mask table.
+        length: tokens.
+        pending: the tokens are not scheduled in this step: they wait for layers that they have
+            not run (`sluice.models.depth.recompute`).
     """
 
-    rows: IntArray
-    prefill: IntArray
-    decode: IntArray
-
-    @classmethod
-    def of(
-        cls, rows: IntArray, scheduled: IntArray, computed: IntArray, prompt: IntArray
-    ) -> StepRequests:
-        """Split scheduled tokens by the scheduler's counts, never by query length.
-
-        Args:
-            rows: policy row per request.
-            scheduled: tokens scheduled in this step.
-            computed: tokens computed before this step.
-            prompt: length of the client's prompt.
-        """
-        prefill = np.clip(prompt - computed, 0, scheduled)
-        return cls(rows=rows, prefill=prefill, decode=scheduled - prefill)
-
-    @property
-    def key(self) -> bytes:
-        """Equal keys have equal plans."""
-        return b"".join(a.tobytes() for a in (self.rows, self.prefill, self.decode))
+    request: int
+    phase: int
+    mask: int
+    length: int
+    pending: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A set of token rows that run one sub-layer together.
+    """A set of token rows that run one sub-layer together, as runs of adjacent tokens.
+
+    A run is what attention takes for a sequence: its queries are adjacent positions. A request
+    has several runs where tokens between them are left out.
 
     Attributes:
-        tokens: row indices, ascending, int64, shape (rows,).
-        requests: batch index of each request that has a row here, int64, shape (n,).
-        lengths: rows per request, int64, shape (n,).
-        trailing: tokens of the request in this step after its last row here, int64, shape (n,).
+        tokens: row indices, ascending, int64, (rows,).
+        requests: batch index of each run, int64, (runs,).
+        lengths: rows of each run, int64, (runs,).
+        trailing: tokens of the request in this step after the run, int64, (runs,).
         everything: all token rows of the step are here.
     """
 
@@ -94,12 +81,124 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class StepShape:
+    """Whose tokens the rows of a step are.
+
+    Attributes:
+        requests: batch index of each row, int64, (tokens,).
+        ends: one past the last row of each request, int64, (requests,).
+        scheduled: the rows that vLLM scheduled, in its order, int64; the others are pending.
+    """
+
+    requests: IntArray
+    ends: IntArray
+    scheduled: IntArray
+    _interned: dict[bytes, Rows] = field(default_factory=dict, repr=False)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are rows that vLLM did not schedule."""
+        return len(self.scheduled) < len(self.requests)
+
+    def rows(self, chosen: BoolArray) -> Rows:
+        """The chosen rows, one object per set. `chosen`: bool, (tokens,)."""
+        key = chosen.tobytes()
+        if key not in self._interned:
+            self._interned[key] = self._build(chosen)
+        return self._interned[key]
+
+    @property
+    def everything(self) -> Rows:
+        """All rows."""
+        return self.rows(np.ones(len(self.requests), dtype=np.bool_))
+
+    @property
+    def nothing(self) -> Rows:
+        """No rows."""
+        return self.rows(np.zeros(len(self.requests), dtype=np.bool_))
+
+    def chosen(self, rows: Rows) -> BoolArray:
+        """Inverse of `rows`: bool, (tokens,)."""
+        chosen = np.zeros(len(self.requests), dtype=np.bool_)
+        chosen[rows.tokens] = True
+        return chosen
+
+    def union(self, first: Rows, second: Rows) -> Rows:
+        """Rows that are in either."""
+        return self.rows(self.chosen(first) | self.chosen(second))
+
+    def contains(self, outer: Rows, inner: Rows) -> bool:
+        """Whether `outer` has every row of `inner`."""
+        return outer is inner or not (self.chosen(inner) & ~self.chosen(outer)).any()
+
+    def _build(self, chosen: BoolArray) -> Rows:
+        tokens = np.flatnonzero(chosen)
+        requests = self.requests[tokens]
+        begins = np.ones(len(tokens), dtype=np.bool_)
+        begins[1:] = (np.diff(tokens) != 1) | (np.diff(requests) != 0)
+        starts = np.flatnonzero(begins)
+        lengths = np.diff(np.append(starts, len(tokens)))
+        last = tokens[starts + lengths - 1]
+        return Rows(
+            tokens=tokens,
+            requests=requests[starts],
+            lengths=lengths,
+            trailing=self.ends[requests[starts]] - last - 1,
+            everything=len(tokens) == len(self.requests),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Rows that run a sub-layer, and those among them whose output is dropped.
+
+    Attributes:
+        rows: that run.
+        dropped: places within `rows`, int64; such a row keeps the state it had.
+    """
+
+    rows: Rows
+    dropped: IntArray
+
+    @classmethod
+    def of(cls, rows: Rows, wanted: Rows) -> Work:
+        """Run `rows`, which contain the `wanted` ones, and drop the others."""
+        if rows is wanted:
+            return cls(rows, np.empty(0, dtype=np.int64))
+        return cls(rows, np.flatnonzero(~np.isin(rows.tokens, wanted.tokens)))
+
+
+@dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """Rows of one layer: who attends, who only fills K/V, who runs the MLP."""
+    """What one layer owes to whom, and how it is run.
+
+    Attributes:
+        attention: rows that attend.
+        fill: rows that only write K/V.
+        mlp: rows that run the MLP.
+        attend: rows run through the attention: those that attend, or those that fill as well.
+        separate_fill: rows whose K/V are written on their own.
+        run_mlp: rows run through the MLP.
+    """
 
     attention: Rows
     fill: Rows
     mlp: Rows
+    attend: Work
+    separate_fill: Rows
+    run_mlp: Work
+
+
+class Arrange(Protocol):
+    """Chooses how a layer is run; `sluice.models.cost_model` and `compact` do."""
+
+    def __call__(self, shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:
+        """Plan a layer for the rows that need its parts."""
+
+
+def compact(shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:  # noqa: ARG001
+    """Run exactly the rows that need it."""
+    return LayerPlan(attention, fill, mlp, Work.of(attention, attention), fill, Work.of(mlp, mlp))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,101 +206,80 @@ class StepPlan:
     """The whole step.
 
     Attributes:
+        shape: whose rows they are.
         layers: one entry per layer.
         full_depth: no row skips anything: the stock forward serves this step.
-        counts: int64, shape (layers, 2 modules, 3 outcomes), token rows.
-        request_counts: int64, shape (requests, layers, 2 modules, 3 outcomes).
     """
 
+    shape: StepShape
     layers: tuple[LayerPlan, ...]
     full_depth: bool
-    counts: IntArray
-    request_counts: IntArray
 
 
-def build_plan(requests: StepRequests, masks: NDArray[np.bool_]) -> StepPlan:
+def build_plan(
+    segments: Sequence[Segment],
+    requests: int,
+    skip: BoolArray,
+    fill: BoolArray,
+    arrange: Arrange = compact,
+) -> StepPlan:
     """Plan a step.
 
     Args:
-        requests: the step's requests.
-        masks: the policy table's masks, shape (rows, 2 phases, layers, 2 modules).
+        segments: in batch order; the segments of a request in the order of its tokens.
+        requests: number of requests in the step.
+        skip: the mask table's, (masks, layers, 2 modules).
+        fill: the mask table's, (masks, layers).
+        arrange: chooses how each layer is run.
     """
-    segments = _Segments.of(requests)
-    skip = masks[segments.rows, segments.phases]
-    fill = fill_masks(masks)[segments.rows] & (segments.phases == PREFILL)[:, np.newaxis]
-    counts = _outcome_counts(skip, fill, segments.lengths)
-    request_counts = np.zeros((len(requests.rows), *counts.shape[1:]), dtype=np.int64)
-    np.add.at(request_counts, segments.requests, counts)
-    interned: dict[bytes, Rows] = {}
-
-    def rows(selected: NDArray[np.bool_]) -> Rows:
-        key = selected.tobytes()
-        if key not in interned:
-            interned[key] = segments.select(selected)
-        return interned[key]
-
-    layers = tuple(
-        LayerPlan(
-            attention=rows(~skip[:, layer, ATTENTION]),
-            fill=rows(fill[:, layer]),
-            mlp=rows(~skip[:, layer, MLP]),
-        )
-        for layer in range(masks.shape[2])
+    owners, masks, lengths = (
+        np.array([getattr(s, name) for s in segments], dtype=np.int64)
+        for name in ("request", "mask", "length")
     )
-    return StepPlan(layers, not skip.any(), counts.sum(axis=0), request_counts)
+    tokens = np.repeat(owners, lengths)
+    shape = StepShape(
+        requests=tokens,
+        ends=np.cumsum(np.bincount(tokens, minlength=requests)),
+        scheduled=np.flatnonzero(~np.repeat([s.pending for s in segments], lengths)),
+    )
+    skips, fills = skip[masks], fill[masks]
+    planned: dict[bytes, LayerPlan] = {}
+
+    def layer(own_skips: BoolArray, own_fills: BoolArray) -> LayerPlan:
+        key = own_skips.tobytes() + own_fills.tobytes()
+        if key not in planned:
+            sets = (~own_skips[:, ATTENTION], own_fills, ~own_skips[:, MLP])
+            planned[key] = arrange(shape, *(shape.rows(np.repeat(rows, lengths)) for rows in sets))
+        return planned[key]
+
+    layers = tuple(layer(skips[:, index], fills[:, index]) for index in range(skip.shape[1]))
+    return StepPlan(shape, layers, not skips.any())
 
 
-def _outcome_counts(
-    skip: NDArray[np.bool_], fill: NDArray[np.bool_], lengths: IntArray
-) -> IntArray:
-    """Token rows per segment, layer, module and outcome; outcomes exclude each other."""
-    shape = (*skip.shape, len(OUTCOMES))
-    hits = np.zeros(shape, dtype=np.int64)
-    hits[..., EXECUTED] = ~skip
-    hits[..., SKIPPED] = skip
-    hits[:, :, ATTENTION, SKIPPED] &= ~fill
-    hits[:, :, ATTENTION, FILLED] = fill
-    assert skip.shape[-1] == len(MODULES)
-    return hits * lengths[:, np.newaxis, np.newaxis, np.newaxis]
+def count_outcomes(
+    segments: Sequence[Segment], requests: int, skip: BoolArray, fill: BoolArray
+) -> tuple[IntArray, IntArray]:
+    """What became of the tokens; arguments as in `build_plan`.
 
-
-@dataclass(frozen=True, slots=True)
-class _Segments:
-    """Runs of tokens of one request and one phase; arrays of shape (segments,), int64."""
-
-    requests: IntArray
-    rows: IntArray
-    phases: IntArray
-    starts: IntArray
-    lengths: IntArray
-    total: int
-
-    @classmethod
-    def of(cls, step: StepRequests) -> _Segments:
-        lengths = np.stack([step.prefill, step.decode], axis=1).ravel()
-        keep = lengths > 0
-        requests = np.repeat(np.arange(len(step.rows)), 2)[keep]
-        phases = np.tile(np.array([PREFILL, DECODE]), len(step.rows))[keep]
-        starts = (np.cumsum(lengths) - lengths)[keep]
-        return cls(requests, step.rows[requests], phases, starts, lengths[keep], int(lengths.sum()))
-
-    def select(self, selected: NDArray[np.bool_]) -> Rows:
-        """Rows of the chosen segments. One request's chosen segments are always adjacent."""
-        starts, lengths = self.starts[selected], self.lengths[selected]
-        tokens = np.concatenate(
-            [np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
-            or [np.empty(0, dtype=np.int64)]
-        )
-        requests, inverse = np.unique(self.requests[selected], return_inverse=True)
-        per_request = np.bincount(inverse, weights=lengths, minlength=len(requests))
-        chosen_end = np.zeros(len(requests), dtype=np.int64)
-        np.maximum.at(chosen_end, inverse, starts + lengths)
-        request_end = np.zeros(int(self.requests.max(initial=-1)) + 1, dtype=np.int64)
-        np.maximum.at(request_end, self.requests, self.starts + self.lengths)
-        return Rows(
-            tokens=tokens,
-            requests=requests,
-            lengths=per_request.astype(np.int64),
-            trailing=request_end[requests] - chosen_end,
-            everything=len(tokens) == self.total,
-        )
+    Returns:
+        outcomes: int64, (requests, 2 phases, layers, 2 modules, 3 outcomes), token rows.
+        exits: int64, (requests, layers), generated rows by the last layer they ran anything in;
+            a row that ran nothing at all counts for the first.
+    """
+    layers = skip.shape[1]
+    outcomes = np.zeros((requests, len(PHASES), layers, len(MODULES), len(OUTCOMES)), np.int64)
+    exits = np.zeros((requests, layers), np.int64)
+    for request, phase, mask, length, pending in segments:
+        skipped, filled = skip[mask], fill[mask]
+        counted = outcomes[request, phase]
+        counted[..., EXECUTED] += length * ~skipped
+        if pending:
+            # Its lower layers, and that it left, were counted when it ran them.
+            continue
+        counted[..., SKIPPED] += length * skipped
+        counted[:, ATTENTION, SKIPPED] -= length * filled
+        counted[:, ATTENTION, FILLED] += length * filled
+        if phase == DECODE:
+            ran = np.flatnonzero(~skipped.all(axis=1))
+            exits[request, ran[-1] if len(ran) else 0] += length
+    return outcomes, exits

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Self
 
@@ -25,6 +25,17 @@ class Phase(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     BOTH = "both"
+
+
+class MissingKV(StrEnum):
+    """What becomes of K/V in layers that a live token did not run.
+
+    `propagate` writes them at once from the hidden state that left (CALM); `recompute` runs the
+    pending tokens through the missing layers when a later token goes there (EE-LLM).
+    """
+
+    PROPAGATE = "propagate"
+    RECOMPUTE = "recompute"
 
 
 def _digest(text: str) -> str:
@@ -43,11 +54,14 @@ class SkipSet:
         attention: 0-based layers whose attention is skipped, ascending, unique.
         mlp: 0-based layers whose MLP (or mixture of experts) is skipped, ascending, unique.
         phase: the tokens that skip.
+        elastic: the client left the choice to the server (`effort`): generated tokens may run
+            deeper than this set, so that the rows of a step agree. Such sets are nested.
     """
 
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
     phase: Phase = Phase.BOTH
+    elastic: bool = False
 
     @classmethod
     def of(
@@ -57,12 +71,14 @@ class SkipSet:
         attention: tuple[int, ...] = (),
         mlp: tuple[int, ...] = (),
         phase: Phase = Phase.BOTH,
+        elastic: bool = False,
     ) -> Self:
         """Normalise layer lists: blocks become both sub-layers, order and repeats are dropped."""
         return cls(
             attention=tuple(sorted({*blocks, *attention})),
             mlp=tuple(sorted({*blocks, *mlp})),
             phase=phase,
+            elastic=elastic,
         )
 
     @property
@@ -72,41 +88,104 @@ class SkipSet:
 
 
 @dataclass(frozen=True, slots=True)
+class ExitRule:
+    """When a generated token leaves the layer loop (`sluice.models.depth.exits`).
+
+    Attributes:
+        method: name of the exit method.
+        layers: 0-based layers after which a token is tested and may leave, ascending, unique,
+            without the last layer.
+        threshold: the method's threshold, or None if it has none.
+        patience: agreeing exits in a row (`patience` only).
+        decay: CALM's temperature of the threshold's decay over the output, or None.
+        script: exit layer of each generated token (`replay` only, which HTTP does not offer).
+        kv: what becomes of the K/V that the token did not compute.
+    """
+
+    method: str
+    layers: tuple[int, ...]
+    threshold: float | None = None
+    patience: int | None = None
+    decay: float | None = None
+    script: tuple[int, ...] | None = None
+    kv: MissingKV = MissingKV.PROPAGATE
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveRule:
+    """How the model itself chooses what a request runs (`sluice.models.depth`).
+
+    Attributes:
+        method: name of the method.
+        mode: `readout`, `replace` or `predict` (`lac` only).
+        threshold: the method's threshold, or None.
+        budget: share of blocks to keep, or None (`similarity` only).
+        retention: share of prompt tokens that each layer runs, one number a layer, or None for
+            the cosine schedule (`mod` only).
+        masked_prefill: the prompt runs under the mask too (`first` only).
+    """
+
+    method: str
+    mode: str | None = None
+    threshold: float | None = None
+    budget: float | None = None
+    retention: tuple[float, ...] | None = None
+    masked_prefill: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RoutingPolicy:
     """One request's routing.
 
     Attributes:
-        skip: the depth control; an empty set is full depth.
+        skip: sub-layers left out; an empty set is full depth.
+        exit: per-token early exit of generated tokens, or None.
+        adaptive: a mask that the model decides, or None. Never together with `skip` or `exit`.
         report: whether the answer carries a report of what ran. Never changes a token.
     """
 
     skip: SkipSet = SkipSet()
+    exit: ExitRule | None = None
+    adaptive: AdaptiveRule | None = None
     report: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The effective policy in wire form (design section 7), blocks resolved."""
-        wire: dict[str, Any] = {}
+        depth: dict[str, Any] = {}
         if not self.skip.empty:
-            wire["depth"] = {
-                "skip": {"attention": list(self.skip.attention), "mlp": list(self.skip.mlp)},
-                "phase": self.skip.phase.value,
-            }
-        return wire
+            depth["skip"] = {"attention": list(self.skip.attention), "mlp": list(self.skip.mlp)}
+            depth["phase"] = self.skip.phase.value
+            if self.skip.elastic:
+                depth["elastic"] = True
+        if self.exit is not None:
+            depth["exit"] = _fields(self.exit)
+        if self.adaptive is not None:
+            depth["adaptive"] = _fields(self.adaptive)
+        return {"depth": depth} if depth else {}
 
     @classmethod
     def from_dict(cls, wire: dict[str, Any], *, report: bool = False) -> Self:
         """Inverse of `to_dict`; `report` is not part of the effective policy."""
-        depth = wire.get("depth")
-        if depth is None:
-            return cls(report=report)
+        depth = wire.get("depth", {})
+        skip, rule, adaptive = depth.get("skip"), depth.get("exit"), depth.get("adaptive")
         return cls(
             skip=SkipSet.of(
-                attention=tuple(depth["skip"]["attention"]),
-                mlp=tuple(depth["skip"]["mlp"]),
+                attention=tuple(skip["attention"]),
+                mlp=tuple(skip["mlp"]),
                 phase=Phase(depth["phase"]),
-            ),
+                elastic=depth.get("elastic", False),
+            )
+            if skip
+            else SkipSet(),
+            exit=ExitRule(**_tuples({**rule, "kv": MissingKV(rule["kv"])})) if rule else None,
+            adaptive=AdaptiveRule(**_tuples(adaptive)) if adaptive else None,
             report=report,
         )
+
+    @property
+    def stock(self) -> bool:
+        """True when nothing about depth is asked: the request runs as vLLM runs it."""
+        return self.skip.empty and self.exit is None and self.adaptive is None
 
     @property
     def digest(self) -> str:
@@ -116,20 +195,47 @@ class RoutingPolicy:
     @property
     def prompt_kv_digest(self) -> str | None:
         """Digest of the part that changes K/V of prompt tokens; None if prompts stay stock."""
-        if self.skip.empty or self.skip.phase is Phase.DECODE:
-            return None
-        return self.digest
+        skips = not self.skip.empty and self.skip.phase is not Phase.DECODE
+        replaces = self.adaptive is not None and self.adaptive.mode == "replace"
+        return self.digest if skips or replaces or self.private_prompt else None
 
     @property
-    def generated_kv_digest(self) -> str | None:
-        """Digest for blocks with generated tokens; None if a prompt token would leave the same K/V.
+    def private_prompt(self) -> bool:
+        """A prompt token's K/V depend on later prompt tokens: no other request may share them."""
+        rule = self.adaptive
+        return rule is not None and (rule.method == "mod" or rule.masked_prefill)
 
-        With a phase split, a generated token and a prompt token at the same position leave
-        different K/V, so generated blocks must never serve as somebody's prompt.
+    @property
+    def private_generated(self) -> bool:
+        """A generated token leaves other K/V than a prompt token would at its position.
+
+        With a phase split, exits or decided masks, blocks with generated tokens must never serve
+        as somebody's prompt. Exits that recompute leave full depth's K/V by the time a block is
+        published.
         """
-        if self.skip.empty or self.skip.phase is Phase.BOTH:
-            return None
-        return self.digest
+        splits = not self.skip.empty and (self.skip.phase is not Phase.BOTH or self.skip.elastic)
+        exits = self.exit is not None and self.exit.kv is MissingKV.PROPAGATE
+        rule = self.adaptive
+        adapts = rule is not None and rule.mode not in ("readout", "replace")
+        return splits or exits or adapts
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """The mask is pooled over all prompt tokens, so none may come from the prefix cache."""
+        return self.adaptive is not None and self.adaptive.method in ("first", "similarity")
+
+
+def _fields(rule: ExitRule | AdaptiveRule) -> dict[str, Any]:
+    """What is set, as JSON values."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(rule).items()
+        if value is not None and value is not False
+    }
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +255,18 @@ class PolicyTicket:
         wire = json.loads(text)
         return cls(policy=RoutingPolicy.from_dict(wire["policy"]), record=wire["record"])
 
+    def cache_salt(self, client_salt: str | None) -> str | None:
+        """Prefix-cache salt of the request: its policy's part joined with the client's own."""
+        digest = self.policy.prompt_kv_digest
+        if digest is not None and self.policy.private_prompt:
+            # Samples of one request have one prompt and one record: they may share.
+            digest = f"{digest}-{self.record}"
+        if digest is None:
+            return client_salt
+        return f"sluice-{digest}-{_digest(client_salt)}" if client_salt else f"sluice-{digest}"
+
     @classmethod
     def from_extra_args(cls, extra_args: dict[str, Any] | None) -> Self | None:
         """The ticket of a request, or None for a stock request."""
         text = (extra_args or {}).get(EXTRA_ARGS_KEY)
         return None if text is None else cls.decode(text)
-
-
-def salted(digest: str | None, client_salt: str | None) -> str | None:
-    """Prefix-cache salt of a request: its prompt K/V digest joined with the client's own salt."""
-    if digest is None:
-        return client_salt
-    return f"sluice-{digest}-{_digest(client_salt)}" if client_salt else f"sluice-{digest}"

@@ -37,6 +37,8 @@ class DecoderLayer:
     attention_op: nn.Module
     mlp_norm: Norm
     mlp: nn.Module
+    output_width: int
+    """Width of what the attention hands to its output projection, on this rank."""
 
     @property
     def kv_name(self) -> str:
@@ -51,6 +53,7 @@ class DecoderStack:
     embed: Callable[[torch.Tensor], torch.Tensor]
     layers: tuple[DecoderLayer, ...]
     final_norm: Norm
+    compute_logits: Callable[[torch.Tensor], torch.Tensor | None]
 
     @classmethod
     def of(cls, model: nn.Module, family: DecoderFamily) -> DecoderStack:
@@ -65,7 +68,22 @@ class DecoderStack:
             embed=_part(decoder, family.embed),
             layers=tuple(_layer(m, family) for m in _part(decoder, family.layers)),
             final_norm=_part(decoder, family.final_norm),
+            compute_logits=_part(model, "compute_logits"),
         )
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """LM head after the final norm.
+
+        Args:
+            hidden: residual stream, (rows, hidden); overwritten.
+
+        Returns:
+            (rows, vocabulary).
+        """
+        normed, _ = self.final_norm(hidden, torch.zeros_like(hidden))
+        logits = self.compute_logits(normed)
+        assert logits is not None, "the LM head gathers logits on one rank only"
+        return logits
 
     def cost(self, experts_per_token: int, experts: int) -> ModuleCost:
         """Parameters a token multiplies with, per layer and module, on this rank.
@@ -94,6 +112,7 @@ def _layer(module: nn.Module, family: DecoderFamily) -> DecoderLayer:
         attention_op=_part(attention, family.attention_op),
         mlp_norm=_part(module, family.mlp_norm),
         mlp=_part(module, family.mlp),
+        output_width=int(_part(attention, "q_size")),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice.models.depth.skip import ATTENTION, MODULES
+from sluice.models.depth.skip import ATTENTION, MODULES, PHASES
 from sluice.models.plan import EXECUTED, FILLED, OUTCOMES
 
 TELEMETRY_ENV = "SLUICE_TELEMETRY_DIR"
@@ -27,6 +27,7 @@ it, and because vLLM's `additional_config` is part of its compile cache's key.""
 WINDOW_SECONDS = 10.0
 _MAX_RECORDS = 16_384
 _TOTAL, _PREVIOUS, _CURRENT = 0, 1, 2
+_WORDS_PER_LAYER = 3 * len(MODULES) * len(OUTCOMES) + 1
 
 IntArray = NDArray[np.int64]
 
@@ -40,19 +41,22 @@ def telemetry_folder() -> Path | None:
 class LayerCounters:
     """Token rows per layer, module and outcome; one writer, any number of readers.
 
-    The file holds int64 of shape (3, layers, 2 modules, 3 outcomes): the total since start, the
-    last whole window of work and the window now being filled. A window is counted in steps' time,
-    so an idle server keeps showing the last work it did.
+    The file holds int64: first (3, layers, 2 modules, 3 outcomes), the total since start, the last
+    whole window of work and the window now being filled; then (layers,), generated rows by the
+    last layer they ran. A window is counted in steps' time, so an idle server keeps showing the
+    last work it did.
     """
 
-    def __init__(self, array: NDArray[np.int64]) -> None:
-        self._array = array
+    def __init__(self, flat: IntArray) -> None:
+        num_layers = len(flat) // _WORDS_PER_LAYER
+        outcomes, self._exits = np.split(flat, [len(flat) - num_layers])
+        self._array = outcomes.reshape(3, num_layers, len(MODULES), len(OUTCOMES))
         self._window_ends = 0.0
 
     @classmethod
     def create(cls, path: Path, num_layers: int) -> Self:
         """Make the file, zeroed. An engine that restarts starts from zero, as counters may."""
-        shape = (3, num_layers, len(MODULES), len(OUTCOMES))
+        shape = (num_layers * _WORDS_PER_LAYER,)
         partial = path.with_suffix(".partial")
         np.memmap(partial, dtype=np.int64, mode="w+", shape=shape).flush()
         partial.replace(path)
@@ -61,16 +65,20 @@ class LayerCounters:
     @classmethod
     def in_memory(cls, num_layers: int) -> Self:
         """Counters that nobody else reads."""
-        return cls(np.zeros((3, num_layers, len(MODULES), len(OUTCOMES)), dtype=np.int64))
+        return cls(np.zeros(num_layers * _WORDS_PER_LAYER, dtype=np.int64))
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Map an existing file read-only."""
-        flat = np.memmap(path, dtype=np.int64, mode="r")
-        return cls(flat.reshape(3, -1, len(MODULES), len(OUTCOMES)))
+        return cls(np.memmap(path, dtype=np.int64, mode="r"))
 
-    def add(self, counts: IntArray) -> None:
-        """Add one step. `counts`: int64, broadcastable to (layers, 2 modules, 3 outcomes)."""
+    def add(self, counts: IntArray, exits: IntArray) -> None:
+        """Add one step.
+
+        Args:
+            counts: int64, broadcastable to (layers, 2 modules, 3 outcomes).
+            exits: int64, (layers,).
+        """
         now = time.monotonic()
         if now >= self._window_ends:
             self._array[_PREVIOUS] = self._array[_CURRENT]
@@ -78,6 +86,21 @@ class LayerCounters:
             self._window_ends = now + WINDOW_SECONDS
         self._array[_TOTAL] += counts
         self._array[_CURRENT] += counts
+        self._exits += exits
+
+    def add_full_depth(self, rows: int, generated: int) -> None:
+        """Add a step that ran everything: `rows` token rows, `generated` of them generated."""
+        num_layers = len(self._exits)
+        counts = np.zeros((num_layers, len(MODULES), len(OUTCOMES)), dtype=np.int64)
+        counts[..., EXECUTED] = rows
+        exits = np.zeros(num_layers, dtype=np.int64)
+        exits[-1] = generated
+        self.add(counts, exits)
+
+    @property
+    def exits(self) -> IntArray:
+        """Copy of generated rows since start by the last layer they ran, (layers,)."""
+        return np.array(self._exits)
 
     @property
     def totals(self) -> IntArray:
@@ -88,13 +111,6 @@ class LayerCounters:
     def window(self) -> IntArray:
         """Copy of the last one to two windows, shape (layers, 2 modules, 3 outcomes)."""
         return np.array(self._array[_PREVIOUS] + self._array[_CURRENT])
-
-
-def full_depth_counts(num_layers: int) -> IntArray:
-    """Counts of one token that runs everything, shape (layers, 2 modules, 3 outcomes)."""
-    counts = np.zeros((num_layers, len(MODULES), len(OUTCOMES)), dtype=np.int64)
-    counts[..., EXECUTED] = 1
-    return counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,29 +131,48 @@ class ModuleCost:
         Args:
             counts: shape (layers, 2 modules, 3 outcomes).
         """
-        full = float((counts.sum(axis=-1) * self.modules).sum())
+        # Layer 0 names every row once: a pending row that runs on later counts again above it.
+        rows = int(counts[0, ATTENTION].sum())
+        full = rows * float(self.modules.sum())
         ran = float((counts[..., EXECUTED] * self.modules).sum())
         ran += float((counts[:, ATTENTION, FILLED] * self.fill).sum())
         return ran / full if full else 1.0
 
 
+@dataclass(slots=True)
+class RequestRecord:
+    """What the tokens of one request ran; samples of one request share a record.
+
+    Attributes:
+        counts: int64, (2 phases, layers, 2 modules, 3 outcomes), token rows.
+        exits: int64, (layers,), generated rows by the last layer they ran.
+        skipped: bool, (layers, 2 modules), the mask a prompt method decided on, or None.
+    """
+
+    counts: IntArray
+    exits: IntArray
+    skipped: NDArray[np.bool_] | None = None
+
+
 class RequestRecords:
-    """Counts of live and just-ended requests by record key; samples of one request share a key."""
+    """Records of live and just-ended requests by record key."""
 
     def __init__(self, num_layers: int) -> None:
-        self._shape = (num_layers, len(MODULES), len(OUTCOMES))
-        self._counts: OrderedDict[str, IntArray] = OrderedDict()
+        self._shape = (len(PHASES), num_layers, len(MODULES), len(OUTCOMES))
+        self._records: OrderedDict[str, RequestRecord] = OrderedDict()
 
-    def add(self, key: str, counts: IntArray) -> None:
-        """Add one step's counts, shape (layers, 2 modules, 3 outcomes)."""
-        record = self._counts.get(key)
+    def of(self, key: str) -> RequestRecord:
+        """The record of a live request, made on first use."""
+        record = self._records.get(key)
         if record is None:
             # A client that vanished between its last token and the take leaves a record behind.
-            while len(self._counts) >= _MAX_RECORDS:
-                self._counts.popitem(last=False)
-            record = self._counts[key] = np.zeros(self._shape, dtype=np.int64)
-        record += counts
+            while len(self._records) >= _MAX_RECORDS:
+                self._records.popitem(last=False)
+            record = self._records[key] = RequestRecord(
+                np.zeros(self._shape, dtype=np.int64), np.zeros(self._shape[1], dtype=np.int64)
+            )
+        return record
 
-    def take(self, key: str) -> IntArray | None:
+    def take(self, key: str) -> RequestRecord | None:
         """Hand a record out and forget it; None if the request never reached a step."""
-        return self._counts.pop(key, None)
+        return self._records.pop(key, None)

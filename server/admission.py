@@ -11,18 +11,12 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from sluice.models.policy import (
-    EXTRA_ARGS_KEY,
-    Phase,
-    PolicyTicket,
-    RoutingPolicy,
-    SkipSet,
-    salted,
-)
+from sluice.models.policy import EXTRA_ARGS_KEY, PolicyTicket, RoutingPolicy
 from sluice.server.capabilities import Capabilities
 from sluice.server.errors import RoutingError
 from sluice.server.presets import CUSTOM_PRESET, MODEL_SEPARATOR
-from sluice.server.schema import DepthFields, PresetFields, RoutingFields, parse_routing
+from sluice.server.resolve import merge_preset, resolve
+from sluice.server.schema import PresetFields, RoutingFields, parse_routing
 
 ROUTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 _EXTRA_ARGS_FIELDS = ("vllm_xargs", "extra_args")
@@ -36,11 +30,13 @@ class Admitted:
         body: what vLLM's route gets.
         ticket: the policy and the key of its record.
         preset: name of the preset, or `custom`.
+        effort: what the request or its preset asked for, or None.
     """
 
     body: dict[str, Any]
     ticket: PolicyTicket
     preset: str
+    effort: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +55,14 @@ class Admission:
         """Resolve every preset.
 
         Raises:
-            RoutingError: a preset asks for something this model cannot do.
+            RoutingError: a preset asks for something this model cannot do; `param` names it.
         """
         for name in self.presets:
-            self.policy(RoutingFields(preset=name))
+            try:
+                self.preset_policy(name)
+            except RoutingError as error:
+                param = error.param.replace("routing", f"presets.{name}", 1)
+                raise RoutingError(error.message, param=param, reason=error.reason) from None
 
     def admit(self, path: str, body: dict[str, Any]) -> Admitted | None:
         """Accept or refuse the routing of a request; None if it has none.
@@ -84,10 +84,11 @@ class Admission:
                 param="model" if body.get("routing") is None else "routing",
                 reason="unsupported_endpoint",
             )
-        fields = parse_routing(body.get("routing") or {})
+        fields = RoutingFields() if body.get("routing") is None else parse_routing(body["routing"])
         fields = _with_model_preset(fields, model_preset)
         param = "model" if model_preset is not None else "routing.preset"
-        policy = self.policy(fields, preset_param=param)
+        merged = merge_preset(fields, self.presets, param)
+        policy = resolve(merged, self.capabilities)
         if body.get("use_beam_search"):
             raise RoutingError(
                 "routing does not run together with beam search",
@@ -99,70 +100,17 @@ class Admission:
             body=_engine_body(body, model, ticket),
             ticket=ticket,
             preset=fields.preset or CUSTOM_PRESET,
+            effort=merged.effort,
         )
 
-    def policy(
-        self, fields: RoutingFields, *, preset_param: str = "routing.preset"
-    ) -> RoutingPolicy:
-        """Resolve preset and explicit fields to a policy this model can run.
-
-        `depth.skip` and `depth.phase`, where given, each replace the preset's.
+    def preset_policy(self, name: str) -> RoutingPolicy:
+        """The policy of a preset alone.
 
         Raises:
-            RoutingError: unknown preset, layer out of range, nothing left to run, or an engine
-                that runs no depth controls.
+            RoutingError: it asks for something this model cannot do.
         """
-        if self.capabilities.refusal is not None:
-            raise RoutingError(
-                f"routing is not available: {self.capabilities.refusal}",
-                param="routing",
-                reason="unsupported_model",
-            )
-        depth = DepthFields()
-        if fields.preset is not None:
-            if fields.preset not in self.presets:
-                known = ", ".join(sorted(self.presets)) or "none are loaded"
-                raise RoutingError(
-                    f"preset {fields.preset!r} does not exist (presets: {known})",
-                    param=preset_param,
-                    reason="unknown_preset",
-                )
-            depth = self.presets[fields.preset].depth
-        skip_fields = fields.depth.skip or depth.skip
-        phase = fields.depth.phase or depth.phase
-        if skip_fields is None:
-            if phase is not None:
-                raise RoutingError(
-                    "routing.depth.phase has nothing to act on without routing.depth.skip",
-                    param="routing.depth.phase",
-                    reason="invalid_field",
-                )
-            return RoutingPolicy(report=fields.report)
-        for name in ("blocks", "attention", "mlp"):
-            self._check_layers(name, getattr(skip_fields, name))
-        skip = SkipSet.of(
-            blocks=tuple(skip_fields.blocks),
-            attention=tuple(skip_fields.attention),
-            mlp=tuple(skip_fields.mlp),
-            phase=phase or Phase.BOTH,
-        )
-        if len(skip.attention) == len(skip.mlp) == self.capabilities.layers:
-            raise RoutingError(
-                "routing.depth.skip leaves nothing to run: keep at least one attention or MLP",
-                param="routing.depth.skip",
-                reason="nothing_left_to_run",
-            )
-        return RoutingPolicy(skip=skip, report=fields.report)
-
-    def _check_layers(self, name: str, layers: list[int]) -> None:
-        for position, layer in enumerate(layers):
-            if not 0 <= layer < self.capabilities.layers:
-                raise RoutingError(
-                    f"layer {layer} does not exist: the model has layers 0 to "
-                    f"{self.capabilities.layers - 1}",
-                    param=f"routing.depth.skip.{name}.{position}",
-                    reason="layer_out_of_range",
-                )
+        fields = merge_preset(RoutingFields(preset=name), self.presets, "routing.preset")
+        return resolve(fields, self.capabilities)
 
     def _split_model(self, model: Any) -> tuple[Any, str | None]:
         """`<model>@<preset>` as (model, preset); any other id as it is."""
@@ -195,7 +143,7 @@ def _engine_body(body: dict[str, Any], model: Any, ticket: PolicyTicket) -> dict
         engine_body["vllm_xargs"] = {**xargs, EXTRA_ARGS_KEY: ticket.encode()}
     salt = body.get("cache_salt")
     if salt is None or isinstance(salt, str):
-        own = salted(ticket.policy.prompt_kv_digest, salt)
+        own = ticket.cache_salt(salt)
         if own is not None:
             engine_body["cache_salt"] = own
     if body.get("stream") and ticket.policy.report:

@@ -13,6 +13,7 @@ Reason = Literal[
     "layer_out_of_range",
     "nothing_left_to_run",
     "unknown_preset",
+    "needs_profile",
     "unsupported_model",
     "unsupported_endpoint",
     "unsupported_combination",

@@ -23,7 +23,7 @@ from sluice.server.presets import RESERVED_NAMES
 
 Outcome = Literal["ok", "rejected", "error", "aborted"]
 
-_FRACTION_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+_SHARE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 
 class RequestMetrics:
@@ -45,7 +45,13 @@ class RequestMetrics:
         self._compute_fraction = Histogram(
             "sluice_request_compute_fraction",
             "Share of full depth's compute that a request ran.",
-            buckets=_FRACTION_BUCKETS,
+            buckets=_SHARE_BUCKETS,
+            registry=registry,
+        )
+        self._effort = Histogram(
+            "sluice_effort_ratio",
+            "Effort that admitted requests asked for, themselves or by their preset.",
+            buckets=_SHARE_BUCKETS,
             registry=registry,
         )
         for preset in (*sorted(RESERVED_NAMES), *presets):
@@ -61,6 +67,10 @@ class RequestMetrics:
     def rejected(self, reason: Reason) -> None:
         """Count a refused policy."""
         self._rejections.labels(reason).inc()
+
+    def asked(self, effort: float) -> None:
+        """Observe the effort of an admitted request, in (0, 1]."""
+        self._effort.observe(effort)
 
     def ran(self, compute_fraction: float) -> None:
         """Observe what share of full depth a request ran, in [0, 1]."""
@@ -86,6 +96,11 @@ class LayerCollector(Collector):
             "Share of token rows that executed a module in the last window of work.",
             labels=["layer", "module"],
         )
+        exits = CounterMetricFamily(
+            "sluice_exit_tokens",
+            "Generated tokens by the last layer that they ran anything in.",
+            labels=["layer"],
+        )
         if engines:
             totals = np.sum([engine.totals for engine in engines], axis=0)
             window = np.sum([engine.window for engine in engines], axis=0)
@@ -97,5 +112,8 @@ class LayerCollector(Collector):
                 rows = window[layer, module].sum()
                 share = window[layer, module, EXECUTED] / rows if rows else float("nan")
                 ratio.add_metric(labels, float(share))
+            for layer, count in enumerate(np.sum([engine.exits for engine in engines], axis=0)):
+                exits.add_metric([str(layer)], float(count))
         yield tokens
+        yield exits
         yield ratio

@@ -54,6 +54,8 @@ class RoutingMiddleware:
             await self._app(scope, _replay(raw, receive), send)
             return
         if admitted is not None:
+            if admitted.effort is not None:
+                edge.metrics.asked(admitted.effort)
             raw = json.dumps(admitted.body, ensure_ascii=False).encode()
             headers = MutableHeaders(scope=scope)
             headers["content-length"] = str(len(raw))

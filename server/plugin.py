@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from fastapi import FastAPI
 from prometheus_client import REGISTRY
 from starlette.middleware import Middleware
 
+from sluice.models.profile import PROFILE_ENV, Profile
 from sluice.models.telemetry import telemetry_folder
 from sluice.server.admission import Admission
 from sluice.server.capabilities import Capabilities
@@ -41,15 +43,19 @@ class RoutingPlugin:
         app.user_middleware.append(Middleware(RoutingMiddleware))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Read capabilities and presets once the engine is there.
+        """Read capabilities, profile and presets once the engine is there.
 
         Raises:
             PresetsFileError: a preset asks for something this model cannot do.
+            ProfileError: the profile cannot be read, or was made for a model of another shape.
         """
         served = tuple(card.name for card in state.openai_serving_models.base_model_paths)
         presets_file: Path | None = args.presets
         presets = load_presets(presets_file) if presets_file else {}
-        admission = Admission(Capabilities.of(engine_client.vllm_config, served), presets)
+        profile_folder = os.environ.get(PROFILE_ENV)
+        profile = Profile.load(Path(profile_folder)) if profile_folder else None
+        capabilities = Capabilities.of(engine_client.vllm_config, served, profile)
+        admission = Admission(capabilities, presets)
         try:
             admission.check_presets()
         except RoutingError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sluice.models.depth.skip import MODULES
-from sluice.models.plan import OUTCOMES
+from sluice.models.plan import EXECUTED, OUTCOMES
 from sluice.models.policy import RoutingPolicy
 
 
@@ -16,25 +16,49 @@ def build_report(policy: RoutingPolicy, record: dict[str, Any] | None) -> dict[s
 
     Args:
         policy: the effective policy.
-        record: the worker's record: `counts` nested as layers x modules x outcomes, and
-            `compute_fraction`; None if it was lost.
+        record: the worker's record (`sluice.models.telemetry`); None if it was lost. `counts` is
+            nested as 2 phases (prompt, generated) x layers x modules x outcomes; `exits` counts
+            generated tokens by the last layer that they ran anything in; `mask` is there where
+            the prompt decided one.
     """
     report: dict[str, Any] = {"policy": policy.to_dict()}
     if record is None:
         return {**report, "warnings": ["the engine kept no record of this request"]}
+    prompt, generated = record["counts"]
     report["layers"] = [
         {
             "layer": layer,
             **{
-                module: dict(zip(OUTCOMES, counts, strict=True))
-                for module, counts in zip(MODULES, modules, strict=True)
+                module: dict(zip(OUTCOMES, map(sum, zip(*phases, strict=True)), strict=True))
+                for module, phases in zip(MODULES, zip(*modules, strict=True), strict=True)
             },
         }
-        for layer, modules in enumerate(record["counts"])
+        for layer, modules in enumerate(zip(prompt, generated, strict=True))
     ]
-    report["compute_fraction"] = round(record["compute_fraction"], 6)
+    report["compute_fraction"] = _rounded(record["compute_fraction"])
+    report["exits"] = [
+        {"layer": layer, "tokens": tokens} for layer, tokens in enumerate(record["exits"])
+    ]
+    report["generated"] = _generated(record, generated)
+    if "mask" in record:
+        report["mask"] = record["mask"]
     report["warnings"] = []
     return report
+
+
+def _generated(record: dict[str, Any], counts: list[Any]) -> dict[str, Any]:
+    """Depth of the generated tokens; no mean where no step ran for any of them."""
+    tokens = sum(record["exits"])
+    executed = sum(module[EXECUTED] for modules in counts for module in modules)
+    return {
+        "tokens": tokens,
+        "mean_layers": _rounded(executed / len(MODULES) / tokens) if tokens else None,
+        "compute_fraction": _rounded(record["generated_compute_fraction"]),
+    }
+
+
+def _rounded(value: float) -> float:
+    return round(value, 6)
 
 
 def is_usage_chunk(event: bytes) -> bool:

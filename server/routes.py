@@ -9,7 +9,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from sluice.server.edge import Edge
 from sluice.server.presets import MODEL_SEPARATOR
-from sluice.server.schema import RoutingFields
 
 
 def build_router(registry: CollectorRegistry) -> APIRouter:
@@ -35,7 +34,7 @@ def build_router(registry: CollectorRegistry) -> APIRouter:
                     "object": "routing.preset",
                     "description": preset.description,
                     "model": f"{admission.capabilities.models[0]}{MODEL_SEPARATOR}{name}",
-                    "policy": admission.policy(RoutingFields(preset=name)).to_dict(),
+                    "policy": admission.preset_policy(name).to_dict(),
                 }
                 for name, preset in admission.presets.items()
             ],

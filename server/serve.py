@@ -1,7 +1,7 @@
 """`sluice serve`: vLLM's own OpenAI server, with our worker, our plugin and safe defaults.
 
 Every flag of `vllm serve` is passed through. What is set here, and only where the user has not:
-the worker class, loopback as the host, and, without a MODEL, the demo model.
+the worker class, loopback as the host, and, without a MODEL, the demo model with its profile.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from sluice.models.demo import DEMO_MODEL_DIR
+from sluice.models.profile import PROFILE_ENV, Profile, ProfileError
 from sluice.models.seams import CPU_WORKER, CUDA_WORKER
 from sluice.models.telemetry import TELEMETRY_ENV
 from sluice.server.presets import PresetsFileError, load_presets
@@ -23,6 +24,7 @@ _V2_RUNNER_ENV = "VLLM_USE_V2_MODEL_RUNNER"
 
 DEMO_NAME = "demo"
 DEMO_PRESETS = DEMO_MODEL_DIR.parent / "presets.yaml"
+DEMO_PROFILE = DEMO_MODEL_DIR.parent / "profile"
 DEMO_KV_CACHE_BYTES = 512 * 1024**2
 
 
@@ -45,6 +47,7 @@ def main(argv: list[str]) -> None:
             load_presets(args.presets)
         except PresetsFileError as error:
             parser.error(str(error))
+    choose_profile(parser, args)
     if args.worker_cls == "auto":
         args.worker_cls = worker_class()
     configure_logging_from_args(args)
@@ -56,7 +59,7 @@ def main(argv: list[str]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """vLLM's serve parser with our flag and our defaults."""
+    """vLLM's serve parser with our flags and our defaults."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -74,6 +77,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="YAML or JSON file of named policies (see the README)",
     )
+    group.add_argument(
+        "--profile",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="folder with what was measured and trained for MODEL (see the README); "
+        f"default: {PROFILE_ENV}, if set",
+    )
     make_arg_parser(parser)
     parser.set_defaults(host="127.0.0.1")
     return parser
@@ -88,6 +99,22 @@ def apply_demo_defaults(args: argparse.Namespace) -> None:
         args.kv_cache_memory_bytes = DEMO_KV_CACHE_BYTES
     if args.presets is None:
         args.presets = DEMO_PRESETS
+    if args.profile is None and not os.environ.get(PROFILE_ENV) and DEMO_PROFILE.is_dir():
+        args.profile = DEMO_PROFILE
+
+
+def choose_profile(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check the profile, if there is one, and name it to every process by `PROFILE_ENV`."""
+    folder: Path | None = args.profile
+    if folder is None and os.environ.get(PROFILE_ENV):
+        folder = Path(os.environ[PROFILE_ENV])
+    if folder is None:
+        return
+    try:
+        Profile.load(folder)
+    except ProfileError as error:
+        parser.error(str(error))
+    os.environ[PROFILE_ENV] = str(folder.resolve())
 
 
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sluice.models.policy import EXTRA_ARGS_KEY, PolicyTicket, RoutingPolicy, SkipSet, salted
+from sluice.models.policy import EXTRA_ARGS_KEY, PolicyTicket, RoutingPolicy, SkipSet
 from sluice.models.seams import CPU_WORKER
 
 STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -36,7 +37,7 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        skips: Sequence[SkipSet | None],
+        skips: Sequence[SkipSet | RoutingPolicy | None],
         tokens: int = 12,
         **sampling: Any,
     ) -> list[list[int]]:
@@ -46,12 +47,65 @@ class Engine:
     def run(
         self,
         prompts: Sequence[Sequence[int]],
-        skips: Sequence[SkipSet | None],
+        skips: Sequence[SkipSet | RoutingPolicy | None],
         tokens: int = 12,
         records: Sequence[str] | None = None,
         **sampling: Any,
     ) -> list[Any]:
         """As `generate`, with vLLM's whole outputs."""
+        requests, params = self._requests(prompts, skips, tokens, records, sampling)
+        return self.llm.generate(requests, params, use_tqdm=False)
+
+    def generate_preempted(
+        self,
+        prompts: Sequence[Sequence[int]],
+        skips: Sequence[SkipSet | RoutingPolicy | None],
+        tokens: int,
+        preempt_at: Collection[int],
+        *,
+        keep_cache: bool = False,
+        records: Sequence[str] | None = None,
+    ) -> list[list[int]]:
+        """As `generate`, preempting every running request before the numbered steps.
+
+        Without `keep_cache` the prefix cache is emptied as well, so everything runs again.
+        """
+        engine = self.llm.llm_engine
+        requests, params = self._requests(prompts, skips, tokens, records, {})
+        names = [uuid.uuid4().hex for _ in requests]
+        for name, request, sampling in zip(names, requests, params, strict=True):
+            engine.add_request(name, request, sampling)
+        answers: dict[str, list[int]] = {}
+        step = 0
+        while engine.has_unfinished_requests():
+            if step in preempt_at:
+                self._preempt_all(keep_cache)
+            for output in engine.step():
+                if output.finished:
+                    answers[output.request_id] = list(output.outputs[0].token_ids)
+            step += 1
+            assert step < 1000, (self.scheduler.running, list(self.scheduler.waiting))
+        return [answers[name] for name in names]
+
+    def _preempt_all(self, keep_cache: bool) -> None:
+        scheduler = self.scheduler
+        if not keep_cache:
+            assert scheduler.reset_prefix_cache(reset_running_requests=True)
+            return
+        now = time.monotonic()
+        while scheduler.running:
+            scheduler._preempt_request(scheduler.running.pop(), now)
+        # As vLLM does where it preempts everything: workers drop their copy of the batch.
+        scheduler.prev_step_scheduled_req_ids.clear()
+
+    def _requests(
+        self,
+        prompts: Sequence[Sequence[int]],
+        skips: Sequence[SkipSet | RoutingPolicy | None],
+        tokens: int,
+        records: Sequence[str] | None,
+        sampling: dict[str, Any],
+    ) -> tuple[list[dict[str, Any]], list[Any]]:
         from vllm import SamplingParams
 
         requests, params = [], []
@@ -59,10 +113,11 @@ class Engine:
             request: dict[str, Any] = {"prompt_token_ids": list(prompt)}
             extra_args = None
             if skip is not None:
-                policy = RoutingPolicy(skip)
+                policy = RoutingPolicy(skip) if isinstance(skip, SkipSet) else skip
                 record = records[index] if records else uuid.uuid4().hex
-                extra_args = {EXTRA_ARGS_KEY: PolicyTicket(policy, record).encode()}
-                salt = salted(policy.prompt_kv_digest, None)
+                ticket = PolicyTicket(policy, record)
+                extra_args = {EXTRA_ARGS_KEY: ticket.encode()}
+                salt = ticket.cache_salt(None)
                 if salt:
                     request["cache_salt"] = salt
             requests.append(request)
@@ -75,7 +130,7 @@ class Engine:
                     **{"temperature": 0.0, **sampling},
                 )
             )
-        return self.llm.generate(requests, params, use_tqdm=False)
+        return requests, params
 
     @property
     def runner(self) -> Any:

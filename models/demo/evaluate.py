@@ -97,6 +97,7 @@ def server_answerer(
     routing: Mapping[str, Any] | None = None,
     concurrency: int = 32,
     api_key: str = "EMPTY",
+    reports: list[Mapping[str, Any]] | None = None,
 ) -> Answerer:
     """Answer by greedy chat completions of an OpenAI-compatible server.
 
@@ -106,6 +107,7 @@ def server_answerer(
         routing: Sluice's ``routing`` object, sent with every request when given.
         concurrency: requests in flight at a time.
         api_key: bearer key.
+        reports: grows by the report of every answer; needs ``report`` in ``routing``.
     """
 
     async def ask(prompts: Sequence[str]) -> list[str]:
@@ -125,6 +127,8 @@ def server_answerer(
                         max_tokens=MAX_ANSWER_TOKENS,
                         extra_body=extra_body,
                     )
+                if reports is not None:
+                    reports.append((completion.model_extra or {})["routing"])
                 return completion.choices[0].message.content or ""
 
             return list(await asyncio.gather(*map(ask_one, prompts)))
@@ -151,6 +155,11 @@ def evaluate_server(
     return score(heldout_items(items_per_task, seed), answer)
 
 
+def percent(share: float) -> str:
+    """A share between 0 and 1, to be read."""
+    return f"{100 * share:.1f} %"
+
+
 def table(scores: Mapping[str, TaskScore], title: str = "held-out exact match") -> "Table":
     """Lay the scores out for a terminal, with one miss per task as an example."""
     from rich.markup import escape
@@ -167,6 +176,6 @@ def table(scores: Mapping[str, TaskScore], title: str = "held-out exact match") 
         if entry.misses:
             item, given = entry.misses[0]
             example = escape(f"{item.prompt} / {item.answer} / {given}")
-        share = f"[{style}]{100 * entry.exact_match:.1f} %[/]"
+        share = f"[{style}]{percent(entry.exact_match)}[/]"
         out.add_row(entry.task, f"{entry.correct}/{entry.items}", share, example)
     return out

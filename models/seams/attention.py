@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
@@ -17,6 +17,9 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from sluice.models.plan import Rows
+
+if TYPE_CHECKING:
+    from sluice.models.requests import RoutedStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,46 +50,105 @@ def rows_forward_context() -> Iterator[ForwardContext]:
         yield own
 
 
-def build_rows_context(runner: Any, rows: Rows) -> RowsContext:
-    """Metadata for `rows` of the step that `runner` has prepared."""
-    device = runner.device
-    requests = torch.from_numpy(rows.requests)
-    lengths = torch.from_numpy(rows.lengths)
-    starts_cpu = torch.zeros(len(rows.requests) + 1, dtype=torch.int32)
-    torch.cumsum(lengths, 0, out=starts_cpu[1:])
-    seq_lens_cpu = runner.optimistic_seq_lens_cpu[requests] - torch.from_numpy(rows.trailing)
-    seq_lens_cpu = seq_lens_cpu.to(torch.int32)
-    on_device = requests.to(device)
-    index = rows.index(device)
-    prompt = runner.input_batch.num_prompt_tokens_cpu_tensor[requests]
-    common = CommonAttentionMetadata(
-        query_start_loc=starts_cpu.to(device),
-        query_start_loc_cpu=starts_cpu,
-        seq_lens=seq_lens_cpu.to(device),
-        seq_lens_cpu_upper_bound=seq_lens_cpu,
-        num_reqs=len(rows.requests),
-        num_actual_tokens=len(rows),
-        max_query_len=int(rows.lengths.max()),
-        max_seq_len=int(seq_lens_cpu.max()),
-        block_table_tensor=torch.empty(0),
-        slot_mapping=torch.empty(0),
-        causal=True,
-        is_prefilling=seq_lens_cpu - lengths < prompt,
-        positions=runner.positions[index],
-    )
-    metadata: dict[str, Any] = {}
-    slots: dict[str, torch.Tensor] = {}
-    for group_id, group in enumerate(runner.kv_cache_config.kv_cache_groups):
-        table = runner.input_batch.block_table[group_id]
-        common = common.replace(
-            block_table_tensor=table.get_device_tensor(runner.input_batch.num_reqs)[on_device],
-            slot_mapping=table.slot_mapping.gpu[index],
+class StepContext:
+    """Points the forward context at row sets; their metadata is built on first use."""
+
+    def __init__(
+        self, runner: Any, context: ForwardContext, step: RoutedStep, positions: torch.Tensor
+    ) -> None:
+        """Serve one step.
+
+        Args:
+            runner: vLLM's model runner, with its inputs prepared.
+            context: from `rows_forward_context`.
+            step: the step.
+            positions: of all rows of the step, (tokens,), int64.
+        """
+        self._runner = runner
+        self._context = context
+        self._positions = positions
+        self._slots = [
+            self._group_slots(group, step)
+            for group in range(len(runner.kv_cache_config.kv_cache_groups))
+        ]
+        self._whole: RowsContext | None = None
+        if not step.plan.shape.pending:
+            # Slots are padded for CUDA graphs; the loop runs the real tokens only.
+            total = len(positions)
+            slots = {name: slot[:total] for name, slot in context.slot_mapping.items()}
+            self._whole = RowsContext(dict(context.attn_metadata), slots)
+        self._contexts: dict[int, tuple[RowsContext, torch.Tensor]] = {}
+
+    def enter(self, kv_name: str, rows: Rows) -> torch.Tensor:
+        """Point the forward context's entry of a layer at `rows`; their positions, (rows,)."""
+        context, positions = self._of(rows)
+        self._context.attn_metadata[kv_name] = context.metadata[kv_name]
+        self._context.slot_mapping[kv_name] = context.slots[kv_name]
+        return positions
+
+    def _of(self, rows: Rows) -> tuple[RowsContext, torch.Tensor]:
+        if rows.everything and self._whole is not None:
+            return self._whole, self._positions
+        if id(rows) not in self._contexts:
+            self._contexts[id(rows)] = (
+                self._build(rows),
+                self._positions[rows.index(self._positions.device)],
+            )
+        return self._contexts[id(rows)]
+
+    def _group_slots(self, group: int, step: RoutedStep) -> torch.Tensor:
+        """K/V slots of all rows of the step in one cache group, (tokens,), int64."""
+        table = self._runner.input_batch.block_table[group]
+        total = len(self._positions)
+        if not step.plan.shape.pending:
+            slots: torch.Tensor = table.slot_mapping.gpu[:total]
+            return slots
+        blocks = table.get_device_tensor(self._runner.input_batch.num_reqs)
+        requests = torch.from_numpy(step.plan.shape.requests).to(blocks.device)
+        own = blocks[requests, self._positions // table.block_size].long()
+        all_slots: torch.Tensor = own * table.block_size + self._positions % table.block_size
+        return all_slots
+
+    def _build(self, rows: Rows) -> RowsContext:
+        runner = self._runner
+        device = runner.device
+        requests = torch.from_numpy(rows.requests)
+        lengths = torch.from_numpy(rows.lengths)
+        starts_cpu = torch.zeros(len(rows.requests) + 1, dtype=torch.int32)
+        torch.cumsum(lengths, 0, out=starts_cpu[1:])
+        seq_lens_cpu = runner.optimistic_seq_lens_cpu[requests] - torch.from_numpy(rows.trailing)
+        seq_lens_cpu = seq_lens_cpu.to(torch.int32)
+        on_device = requests.to(device)
+        index = rows.index(device)
+        prompt = runner.input_batch.num_prompt_tokens_cpu_tensor[requests]
+        common = CommonAttentionMetadata(
+            query_start_loc=starts_cpu.to(device),
+            query_start_loc_cpu=starts_cpu,
+            seq_lens=seq_lens_cpu.to(device),
+            seq_lens_cpu_upper_bound=seq_lens_cpu,
+            num_reqs=len(rows.requests),
+            num_actual_tokens=len(rows),
+            max_query_len=int(rows.lengths.max()),
+            max_seq_len=int(seq_lens_cpu.max()),
+            block_table_tensor=torch.empty(0),
+            slot_mapping=torch.empty(0),
+            causal=True,
+            is_prefilling=seq_lens_cpu - lengths < prompt,
+            positions=self._positions[index],
         )
-        for attention_group in runner.attn_groups[group_id]:
-            built = attention_group.build_metadata(common)
-            metadata.update(dict.fromkeys(attention_group.layer_names, built))
-        slots.update(dict.fromkeys(group.layer_names, common.slot_mapping))
-    return RowsContext(metadata, slots)
+        metadata: dict[str, Any] = {}
+        slots: dict[str, torch.Tensor] = {}
+        for group_id, group in enumerate(runner.kv_cache_config.kv_cache_groups):
+            table = runner.input_batch.block_table[group_id]
+            common = common.replace(
+                block_table_tensor=table.get_device_tensor(runner.input_batch.num_reqs)[on_device],
+                slot_mapping=self._slots[group_id][index],
+            )
+            for attention_group in runner.attn_groups[group_id]:
+                built = attention_group.build_metadata(common)
+                metadata.update(dict.fromkeys(attention_group.layer_names, built))
+            slots.update(dict.fromkeys(group.layer_names, common.slot_mapping))
+        return RowsContext(metadata, slots)
 
 
 def write_keys_values(attention_op: Any, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -2,8 +2,9 @@
 
 vLLM hashes a block from its tokens, LoRA, media and `cache_salt`. The salt covers what a policy
 does to prompt tokens. Where a policy treats generated tokens differently, a block that holds some
-must never serve as part of somebody's prompt, so its hash gets one more key: the policy's digest
-and where the prompt ended. Hashes are chained, so one key separates everything after it.
+must never serve as part of somebody's prompt, so its hash gets one more key: the request's id.
+Only the request itself, resumed after a preemption, finds such a block again. Hashes are chained,
+so one key separates everything after it.
 """
 
 from __future__ import annotations
@@ -27,11 +28,10 @@ def generated_block_key(request: Any, end: int) -> tuple[str, str] | None:
     if params is None or end <= request.num_prompt_tokens:
         return None
     ticket = PolicyTicket.from_extra_args(params.extra_args)
-    digest = ticket and ticket.policy.generated_kv_digest
-    if not digest:
+    if ticket is None or not ticket.policy.private_generated:
         return None
     # The tag is vLLM's own for salts, so that its consumers of hash keys understand it.
-    return ("cache_salt", f"sluice-generated-{digest}-{request.num_prompt_tokens}")
+    return ("cache_salt", f"sluice-generated-{request.request_id}")
 
 
 def install() -> None:

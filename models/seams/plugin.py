@@ -5,6 +5,7 @@ from __future__ import annotations
 
 def register() -> None:
     """Install what the engine process needs; stock requests are not affected."""
-    from sluice.models.seams.block_hash import install
+    from sluice.models.seams import block_hash, prefix_cache
 
-    install()
+    block_hash.install()
+    prefix_cache.install()

@@ -7,25 +7,27 @@ the forward pass to vLLM or runs the layer loop.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from sluice.models.depth.skip import DECODE, MODULES
 from sluice.models.families import family_of
 from sluice.models.loop import LayerLoop
-from sluice.models.plan import StepPlan, StepRequests, build_plan
+from sluice.models.plan import IntArray, Segment, count_outcomes
 from sluice.models.policy import PolicyTicket
-from sluice.models.policy_table import STOCK_ROW, PolicyTable
+from sluice.models.profile import PROFILE_ENV, Profile
+from sluice.models.requests import LiveRequests, RoutedStep, StepRequests
+from sluice.models.seams.cost import measured_cost
+from sluice.models.seams.logits import KnownLogits
+from sluice.models.seams.poison import poison_enabled, poison_new_blocks
 from sluice.models.stack import DecoderStack, SeamMovedError
 from sluice.models.support import depth_refusal
-from sluice.models.telemetry import (
-    LayerCounters,
-    ModuleCost,
-    RequestRecords,
-    full_depth_counts,
-    telemetry_folder,
-)
+from sluice.models.telemetry import LayerCounters, ModuleCost, RequestRecords, telemetry_folder
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Runner
@@ -33,15 +35,6 @@ else:
     _Runner = object
 
 _HOOKS = ("_update_states", "_on_request_state_removed", "_prepare_inputs", "_model_forward")
-_MAX_CACHED_PLANS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class _Routed:
-    """A live request that has a ticket."""
-
-    row: int
-    record: str
 
 
 class RoutedModelRunner(_Runner):
@@ -53,14 +46,17 @@ class RoutedModelRunner(_Runner):
             if not hasattr(super(), hook):
                 raise SeamMovedError(f"`{hook}` on the V1 model runner")
         num_layers = self.model_config.get_num_layers(self.parallel_config)
-        self._routed: dict[str, _Routed] = {}
-        self._table = PolicyTable(num_layers)
-        self._plans: dict[bytes, StepPlan] = {}
-        self._plan: StepPlan | None = None
-        self._full_depth = full_depth_counts(num_layers)
+        folder = os.environ.get(PROFILE_ENV)
+        self._live = LiveRequests(
+            num_layers, self.cache_config.block_size, Profile.load(Path(folder)) if folder else None
+        )
+        self._step: RoutedStep | None = None
+        self._poison = poison_enabled(self.device)
         self._records = RequestRecords(num_layers)
         self._counters = self._open_counters(num_layers)
         self._loop: LayerLoop | None = None
+        self._stack: DecoderStack | None = None
+        self._known_logits: KnownLogits | None = None
         self.module_cost: ModuleCost | None = None
 
     def _open_counters(self, num_layers: int) -> LayerCounters:
@@ -78,9 +74,12 @@ class RoutedModelRunner(_Runner):
             return
         family = family_of(self.model_config.architecture)
         assert family is not None
-        stack = DecoderStack.of(self.get_model(), family)
+        self._stack = stack = DecoderStack.of(self.get_model(), family)
+        # After the stack, which keeps the model's own LM head for the exit tests.
+        self._known_logits = KnownLogits(self.get_model())
         config = self.model_config.hf_text_config
-        self._loop = LayerLoop(stack, self)
+        self._live.arrange = measured_cost(self, stack).arrange
+        self._loop = LayerLoop(stack, self, self._live.arrange)
         self.module_cost = stack.cost(
             experts_per_token=getattr(config, "num_experts_per_tok", 0) or 0,
             experts=self.model_config.get_num_experts() if family.moe else 0,
@@ -89,50 +88,57 @@ class RoutedModelRunner(_Runner):
     def _update_states(self, scheduler_output: Any) -> Any:
         # First vLLM's part: it drops ended requests, and an id may end and come back in one step.
         corrections = super()._update_states(scheduler_output)
+        if self._poison:
+            poison_new_blocks(self, scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             ticket = params and PolicyTicket.from_extra_args(params.extra_args)
-            if ticket is not None:
-                row = self._table.acquire(ticket.policy)
-                self._routed[request.req_id] = _Routed(row, ticket.record)
+            if ticket is not None and self._stack is not None:
+                self._live.add(
+                    request.req_id,
+                    ticket,
+                    request.prompt_token_ids,
+                    params.max_tokens,
+                    self._stack.embed,
+                )
         return corrections
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)
-        routed = self._routed.pop(req_id, None)
-        if routed is not None and self._table.release(routed.row):
-            # The row may come back with another policy, and plans are keyed by row.
-            self._plans.clear()
+        self._live.remove(req_id)
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        self._plan = self._plan_step(num_scheduled_tokens)
+        self._step = self._plan_step(num_scheduled_tokens)
         return prepared
 
-    def _plan_step(self, scheduled: Any) -> StepPlan | None:
-        """Plan and count the step; None leaves it to vLLM."""
-        if not self._routed:
-            self._counters.add(self._full_depth * int(scheduled.sum()))
-            return None
+    def _plan_step(self, scheduled: Any) -> RoutedStep | None:
+        """Plan the step; a stock one is counted and None."""
         batch = self.input_batch
         n = batch.num_reqs
-        routed = [self._routed.get(req_id) for req_id in batch.req_ids[:n]]
-        requests = StepRequests.of(
-            rows=np.array([r.row if r else STOCK_ROW for r in routed], dtype=np.int64),
+        requests = StepRequests(
+            ids=batch.req_ids[:n],
             scheduled=scheduled.astype(np.int64),
             computed=batch.num_computed_tokens_cpu[:n].astype(np.int64),
             prompt=batch.num_prompt_tokens[:n].astype(np.int64),
         )
-        plan = self._plans.get(requests.key)
-        if plan is None:
-            if len(self._plans) >= _MAX_CACHED_PLANS:
-                self._plans.clear()
-            plan = self._plans[requests.key] = build_plan(requests, self._table.masks)
-        self._counters.add(plan.counts)
-        for index, request in enumerate(routed):
-            if request is not None:
-                self._records.add(request.record, plan.request_counts[index])
-        return None if plan.full_depth else plan
+        step = self._live.step(requests) if len(self._live) else None
+        if step is None:
+            self._counters.add_full_depth(int(scheduled.sum()), requests.generated)
+        elif step.stock:
+            self._count(step, self._live.settle(step, _no_residual))
+            step = None
+        return step
+
+    def _count(self, step: RoutedStep, segments: Sequence[Segment]) -> None:
+        table = self._live.table
+        counts, exits = count_outcomes(segments, len(step.requests.ids), table.skip, table.fill)
+        self._counters.add(counts.sum(axis=(0, 1)), exits.sum(axis=0))
+        for index, path in step.paths.items():
+            record = self._records.of(path.ticket.record)
+            record.counts += counts[index]
+            record.exits += exits[index]
+            record.skipped = path.decided_skip
 
     def _model_forward(
         self,
@@ -142,25 +148,45 @@ class RoutedModelRunner(_Runner):
         inputs_embeds: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        plan, self._plan = self._plan, None
-        if plan is None:
+        step, self._step = self._step, None
+        if step is None:
             return super()._model_forward(
                 input_ids, positions, intermediate_tensors, inputs_embeds, **model_kwargs
             )
         if self._loop is None or model_kwargs:
             raise RuntimeError(f"depth control reached an engine without it ({model_kwargs=})")
-        tokens = int(plan.counts[0, 0].sum())
-        return self._loop.run(
-            plan,
+        tokens = int(step.requests.scheduled.sum())
+        hidden, stream = self._loop.run(
+            step,
             positions[:tokens],
             None if input_ids is None else input_ids[:tokens],
             None if inputs_embeds is None else inputs_embeds[:tokens],
         )
+        self._count(step, self._live.settle(step, stream.hidden))
+        known = step.known_logits()
+        if known is not None and self._known_logits is not None:
+            self._known_logits.offer(torch.from_numpy(known[0]).to(known[1].device), known[1])
+        return hidden
 
     def take_routing_record(self, record: str) -> dict[str, Any] | None:
-        """Counts and compute fraction of an ended request; see `RequestRecords.take`."""
-        counts = self._records.take(record)
-        if counts is None:
+        """What an ended request ran: `RequestRecord` as JSON values, with compute fractions."""
+        found = self._records.take(record)
+        if found is None:
             return None
-        fraction = self.module_cost.fraction(counts) if self.module_cost is not None else 1.0
-        return {"counts": counts.tolist(), "compute_fraction": fraction}
+        cost = self.module_cost
+        answer: dict[str, Any] = {
+            "counts": found.counts.tolist(),
+            "exits": found.exits.tolist(),
+            "compute_fraction": cost.fraction(found.counts.sum(axis=0)) if cost else 1.0,
+            "generated_compute_fraction": cost.fraction(found.counts[DECODE]) if cost else 1.0,
+        }
+        if found.skipped is not None:
+            answer["mask"] = {
+                module: np.flatnonzero(found.skipped[:, column]).tolist()
+                for column, module in enumerate(MODULES)
+            }
+        return answer
+
+
+def _no_residual(_tokens: IntArray) -> Any:
+    raise RuntimeError("a step without pending rows has no residual stream to hand out")

@@ -12,6 +12,7 @@ from engine import BLOCK, Engine, engine
 from reference import Reference
 from tiny import LAYERS, VOCABULARY, make_model
 
+from sluice.models.plan import compact
 from sluice.models.policy import Phase, SkipSet
 
 FULL = SkipSet()
@@ -94,17 +95,21 @@ class TestPrefixCache:
         assert output.num_cached_tokens > len(self.PROMPT)
 
 
-def test_unwritten_slots_are_never_read(roomy: Engine, reference: Reference) -> None:
-    """Every K/V slot holds a huge number before the run; attending to one would show."""
+def test_unwritten_slots_are_never_read(
+    roomy: Engine, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New blocks hold NaN keys (`SLUICE_POISON_KV`); attending to one shows in the tokens."""
     assert roomy.llm.reset_prefix_cache()
-    for cache in roomy.runner.kv_caches:
-        cache.fill_(1e4)
     prompts = [prompt_of(40 + index, seed=index) for index in range(len(POLICIES))]
-    together = roomy.generate(prompts, POLICIES, 8)
-    for prompt, skip, tokens in zip(prompts, POLICIES, together, strict=True):
-        assert tokens == reference.greedy(prompt, skip, 8)
-    for cache in roomy.runner.kv_caches:
-        assert bool(torch.isfinite(cache).all())
+    expected = [reference.greedy(p, skip, 8) for p, skip in zip(prompts, POLICIES, strict=True)]
+    assert roomy.generate(prompts, POLICIES, 8) == expected
+    assert all(bool(torch.isnan(cache).any()) for cache in roomy.runner.kv_caches)
+    # The net itself: K/V that nobody writes must be noticed.
+    monkeypatch.setattr("sluice.models.loop.fill_keys_values", lambda *_: None)
+    monkeypatch.setattr(roomy.runner._loop, "_arrange", compact)
+    assert roomy.llm.reset_prefix_cache()
+    left = POLICIES.index(PREFILL_OUT)
+    assert roomy.generate([prompts[left]], [PREFILL_OUT], 8)[0] != expected[left]
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])

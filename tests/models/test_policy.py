@@ -6,15 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sluice.models.depth.skip import DepthMask, phase_masks
+from sluice.models.mask_table import FULL_DEPTH, MaskTable
 from sluice.models.policy import (
     EXTRA_ARGS_KEY,
+    AdaptiveRule,
+    ExitRule,
+    MissingKV,
     Phase,
     PolicyTicket,
     RoutingPolicy,
     SkipSet,
-    salted,
 )
-from sluice.models.policy_table import STOCK_ROW, PolicyTable
 
 layer_lists = st.lists(st.integers(0, 7), max_size=4).map(tuple)
 skips = st.builds(SkipSet.of, attention=layer_lists, mlp=layer_lists, phase=st.sampled_from(Phase))
@@ -39,21 +42,48 @@ def test_no_ticket_is_stock() -> None:
     assert PolicyTicket.from_extra_args({"other": 1}) is None
 
 
+def exits(kv: MissingKV) -> RoutingPolicy:
+    return RoutingPolicy(exit=ExitRule("confidence", (1, 2), threshold=0.5, kv=kv))
+
+
+def adapts(method: str, **fields: object) -> RoutingPolicy:
+    return RoutingPolicy(adaptive=AdaptiveRule(method, **fields))
+
+
 @pytest.mark.parametrize(
-    ("skip", "prompt", "generated"),
+    ("policy", "prompt", "generated"),
     [
-        (SkipSet(), False, False),
-        (SkipSet.of(mlp=(1,)), True, False),
-        (SkipSet.of(mlp=(1,), phase=Phase.PREFILL), True, True),
-        (SkipSet.of(mlp=(1,), phase=Phase.DECODE), False, True),
+        (RoutingPolicy(), False, False),
+        (RoutingPolicy(SkipSet.of(mlp=(1,))), True, False),
+        (RoutingPolicy(SkipSet.of(mlp=(1,), phase=Phase.PREFILL)), True, True),
+        (RoutingPolicy(SkipSet.of(mlp=(1,), phase=Phase.DECODE)), False, True),
+        (RoutingPolicy(SkipSet.of(mlp=(1,), elastic=True)), True, True),
+        (exits(MissingKV.PROPAGATE), False, True),
+        (exits(MissingKV.RECOMPUTE), False, False),
+        (adapts("first", threshold=0.5), False, True),
+        (adapts("first", threshold=0.5, masked_prefill=True), True, True),
+        (adapts("similarity", budget=0.5), False, True),
+        (adapts("lac", mode="predict", threshold=0.8), False, True),
+        (adapts("lac", mode="readout", threshold=0.8), False, False),
+        (adapts("lac", mode="replace", threshold=0.8), True, False),
+        (adapts("mod"), True, True),
     ],
 )
-def test_digests_name_what_changes_keys_and_values(
-    skip: SkipSet, prompt: bool, generated: bool
-) -> None:
-    policy = RoutingPolicy(skip)
+def test_what_changes_keys_and_values(policy: RoutingPolicy, prompt: bool, generated: bool) -> None:
     assert (policy.prompt_kv_digest is not None) == prompt
-    assert (policy.generated_kv_digest is not None) == generated
+    assert policy.private_generated == generated
+    ticket = PolicyTicket(policy, "key")
+    assert PolicyTicket.decode(ticket.encode()) == ticket
+    assert (ticket.cache_salt(None) is not None) == prompt
+
+
+def test_prompts_that_no_other_request_may_share() -> None:
+    """Their K/V depend on later prompt tokens: only samples of one request have equal salts."""
+    mod = adapts("mod")
+    assert PolicyTicket(mod, "a").cache_salt(None) == PolicyTicket(mod, "a").cache_salt(None)
+    assert PolicyTicket(mod, "a").cache_salt(None) != PolicyTicket(mod, "b").cache_salt(None)
+    skip = RoutingPolicy(SkipSet.of(mlp=(1,)))
+    assert PolicyTicket(skip, "a").cache_salt(None) == PolicyTicket(skip, "b").cache_salt(None)
 
 
 def test_report_changes_no_digest() -> None:
@@ -62,28 +92,27 @@ def test_report_changes_no_digest() -> None:
 
 
 def test_salts_differ_by_policy_and_by_client() -> None:
-    salts = {salted(digest, client) for digest in (None, "a", "b") for client in (None, "x", "y")}
+    policies = [RoutingPolicy(), RoutingPolicy(SkipSet.of(mlp=(1,))), adapts("mod")]
+    tickets = [PolicyTicket(policy, "key") for policy in policies]
+    salts = {ticket.cache_salt(client) for ticket in tickets for client in (None, "x", "y")}
     assert len(salts) == 9
-    assert salted(None, "x") == "x"
+    assert tickets[0].cache_salt("x") == "x"
     assert all(salt is None or len(salt) <= 128 for salt in salts)
 
 
 def test_table_shares_rows_and_reuses_them() -> None:
-    table = PolicyTable(8)
-    first = RoutingPolicy(SkipSet.of(mlp=(1,)))
-    second = RoutingPolicy(SkipSet.of(mlp=(2,)))
-    assert table.acquire(RoutingPolicy()) == STOCK_ROW
+    table = MaskTable(8)
+    first, second, third = (phase_masks(SkipSet.of(mlp=(layer,)), 8)[0] for layer in (1, 2, 3))
+    assert table.acquire(DepthMask.full(8)) == FULL_DEPTH
     row = table.acquire(first)
     assert table.acquire(first) == row
-    other = table.acquire(second)
-    assert other != row
+    assert table.acquire(second) != row
     assert not table.release(row)
     assert table.acquire(first) == row
     assert not table.release(row)
     assert table.release(row)
-    assert not table.release(STOCK_ROW)
-    third = table.acquire(RoutingPolicy(SkipSet.of(mlp=(3,))))
-    assert third == row
-    assert table.masks[row, :, 3, 1].all()
-    assert not table.masks[row, :, 1, 1].any()
-    assert len(table.masks) == 3
+    assert not table.release(FULL_DEPTH)
+    assert table.acquire(third) == row
+    assert table.mask(row).key == third.key
+    assert table.skip[row].tolist() == third.skip.tolist()
+    assert len(table.skip) == len(table.fill) == 3

@@ -15,12 +15,17 @@ presets:
     depth: {skip: {blocks: [4, 5]}, phase: decode}
   no-attention-3:
     depth: {skip: {attention: [3]}}
+  light:
+    description: leaves the choice of two blocks to the server
+    effort: 0.75
+  leave-early:
+    depth: {exit: {method: confidence, threshold: 0.9, layers: [3, 5]}}
 """
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The demo model with two presets and small blocks, so that prompts fill some."""
+    """The demo model with four presets and small blocks, so that prompts fill some."""
     folder = tmp_path_factory.mktemp("server")
     presets = folder / "presets.yaml"
     presets.write_text(PRESETS)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from edge import CAPABILITIES, LAYERS
 
 from sluice.models.policy import EXTRA_ARGS_KEY, Phase, PolicyTicket, SkipSet
 from sluice.server.admission import Admission
-from sluice.server.capabilities import Capabilities
 from sluice.server.errors import RoutingError
 from sluice.server.schema import DepthFields, PresetFields, SkipFields
 
 CHAT = "/v1/chat/completions"
-CAPABILITIES = Capabilities(("m", "alias@x"), "LlamaForCausalLM", 4, 0, None)
-PRESETS = {"half": PresetFields(depth=DepthFields(skip=SkipFields(blocks=[1, 2])))}
+PRESETS = {
+    "half": PresetFields(depth=DepthFields(skip=SkipFields(blocks=[1, 2]))),
+    "light": PresetFields(effort=0.5),
+}
 ADMISSION = Admission(CAPABILITIES, PRESETS)
 SKIP = {"depth": {"skip": {"mlp": [2]}}}
 
@@ -54,6 +58,36 @@ def test_policies_get_salts_of_their_own() -> None:
     assert salt(decode, "mine") == "mine"
 
 
+def test_prompts_under_token_capacity_share_nothing() -> None:
+    body = {"routing": {"depth": {"adaptive": {"method": "mod"}}}}
+    first, second = (ADMISSION.admit(CHAT, body) for _ in "ab")
+    assert first is not None
+    assert second is not None
+    assert first.body["cache_salt"] != second.body["cache_salt"]
+
+
+@pytest.mark.parametrize(
+    ("routing", "effort"),
+    [
+        ({"report": True}, None),
+        ({"effort": 0.75}, 0.75),
+        ({"preset": "light"}, 0.5),
+        ({"preset": "light", "effort": 1}, 1.0),
+    ],
+)
+def test_the_effort_that_counts(routing: object, effort: float | None) -> None:
+    admitted = ADMISSION.admit(CHAT, {"routing": routing})
+    assert admitted is not None
+    assert admitted.effort == effort
+
+
+@pytest.mark.parametrize("routing", [[], "", 0, False])
+def test_what_is_no_object_is_refused_even_if_empty(routing: object) -> None:
+    with pytest.raises(RoutingError) as caught:
+        ADMISSION.admit(CHAT, {"routing": routing})
+    assert caught.value.param == "routing"
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -80,21 +114,22 @@ def test_explicit_fields_override_the_preset_one_by_one() -> None:
 
 
 def test_everything_but_one_sub_layer_may_go() -> None:
-    everything = {"blocks": [0, 1, 2, 3]}
+    everything = {"blocks": [*range(LAYERS)]}
     with pytest.raises(RoutingError, match="nothing to run"):
         ADMISSION.admit(CHAT, {"routing": {"depth": {"skip": everything}}})
-    nearly = {"attention": [0, 1, 2, 3], "mlp": [0, 1, 2]}
+    nearly = {"attention": [*range(LAYERS)], "mlp": [*range(LAYERS - 1)]}
     assert ADMISSION.admit(CHAT, {"routing": {"depth": {"skip": nearly}}})
 
 
 def test_a_preset_the_model_cannot_run_is_found_at_start_up() -> None:
     presets = {"deep": PresetFields(depth=DepthFields(skip=SkipFields(mlp=[7])))}
-    with pytest.raises(RoutingError, match="layer 7 does not exist"):
+    with pytest.raises(RoutingError, match="layer 7 does not exist") as caught:
         Admission(CAPABILITIES, presets).check_presets()
+    assert caught.value.param == "presets.deep.depth.skip.mlp.0"
 
 
 def test_an_engine_without_depth_control_says_why() -> None:
-    refused = Capabilities(("m",), "OPTForCausalLM", 4, 0, "it is an OPT")
+    refused = replace(CAPABILITIES, refusal="it is an OPT")
     with pytest.raises(RoutingError, match="it is an OPT") as caught:
         Admission(refused, {}).admit(CHAT, {"routing": {"report": True}})
     assert (caught.value.param, caught.value.reason) == ("routing", "unsupported_model")

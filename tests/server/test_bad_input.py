@@ -41,7 +41,45 @@ def routed(routing: Any, **changes: Any) -> dict[str, Any]:
 
 BAD = {
     "unknown key": (routed({"dept": {}}), "routing.dept"),
-    "unknown depth key": (routed({"depth": {"exit": {}}}), "routing.depth.exit"),
+    "unknown depth key": (routed({"depth": {"exits": {}}}), "routing.depth.exits"),
+    "exit without method": (routed({"depth": {"exit": {}}}), "routing.depth.exit.method"),
+    "exit that is not there": (
+        routed({"depth": {"exit": {"method": "lucky"}}}),
+        "routing.depth.exit.method",
+    ),
+    "exit without its threshold": (
+        routed({"depth": {"exit": {"method": "entropy"}}}),
+        "routing.depth.exit.threshold",
+    ),
+    "exit after the last layer": (
+        routed({"depth": {"exit": {"method": "fixed", "layers": [7]}}}),
+        "routing.depth.exit.layers.0",
+    ),
+    "fraction of nothing in particular": (
+        routed({"depth": {"skip": {"fraction": 0.5}}}),
+        "routing.depth.skip.by",
+    ),
+    "adaptive beside skip": (
+        routed({"depth": {"adaptive": {"method": "lac"}, "skip": {"mlp": [1]}}}),
+        "routing.depth.adaptive",
+    ),
+    "masked prefill of mod": (
+        routed({"depth": {"adaptive": {"method": "mod", "masked_prefill": True}}}),
+        "routing.depth.adaptive.masked_prefill",
+    ),
+    "effort over 1": (routed({"effort": 1.5}), "routing.effort"),
+    "effort beside skip": (
+        routed({"effort": 0.5, "depth": {"skip": {"mlp": [1]}}}),
+        "routing.effort",
+    ),
+    "a preset's effort beside skip": (
+        routed({"depth": {"skip": {"mlp": [1]}}}, model="demo@light"),
+        "routing.effort",
+    ),
+    "phase for an exit that has none": (
+        routed({"depth": {"exit": {"method": "entropy", "threshold": 1}, "phase": "decode"}}),
+        "routing.depth.phase",
+    ),
     "unknown skip key": (
         routed({"depth": {"skip": {"layers": [1]}}}),
         "routing.depth.skip.layers",
@@ -212,6 +250,8 @@ def test_unsupported_family_serves_stock_and_refuses_routing(unsupported: Server
         ("presets: {Fast: {}}", "not a preset name"),
         ("presets: {none: {}}", "not a preset name"),
         ("presets: {fast: {depth: {skip: {layers: [1]}}}}", "presets.fast.depth.skip.layers"),
+        ("presets: {fast: {effort: 2}}", "presets.fast.effort"),
+        ("presets: {fast: {depth: {exit: {layers: [1]}}}}", "presets.fast.depth.exit.method"),
         ("presets: [", "presets file"),
         ("[]", "presets file"),
     ],

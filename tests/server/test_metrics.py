@@ -31,6 +31,8 @@ def test_promtool_is_content(server: Server) -> None:
     for name in (
         "sluice_layer_tokens_total",
         "sluice_layer_utilization_ratio",
+        "sluice_exit_tokens_total",
+        "sluice_effort_ratio_bucket",
         "sluice_request_compute_fraction_bucket",
         "sluice_requests_total",
         "sluice_policy_rejections_total",
@@ -75,6 +77,44 @@ def test_layer_tokens_agree_with_reports(server: Server, client: openai.OpenAI) 
                 expected = sum(report["layers"][layer][module][outcome] for report in reports)
                 expected += plain_rows * (outcome == "executed")
                 assert after[series] - before[series] == expected, series
+
+
+def test_exit_tokens_agree_with_reports(server: Server, client: openai.OpenAI) -> None:
+    rule = {"method": "confidence", "threshold": 0.9, "layers": [2, 4]}
+    routings: list[Any] = [
+        {"depth": {"exit": rule}, "report": True},
+        {"depth": {"exit": {**rule, "threshold": 0.0}}, "report": True},
+        {"depth": {"exit": {"method": "fixed", "layers": [5]}}, "report": True},
+        {"effort": 0.5, "report": True},
+        {"report": True},
+    ]
+    before = server.samples()
+    reports = [ask(client, extra_body={"routing": routing}).routing for routing in routings]
+    plain = ask(client)
+    after = server.samples()
+    for layer in range(8):
+        series = key("sluice_exit_tokens_total", layer=str(layer))
+        expected = sum(report["exits"][layer]["tokens"] for report in reports)
+        expected += (plain.usage.completion_tokens - 1) * (layer == 7)
+        assert after[series] - before[series] == expected, series
+    assert sum(report["exits"][2]["tokens"] for report in reports) > 0
+
+
+def test_the_effort_that_requests_ask_for(server: Server, client: openai.OpenAI) -> None:
+    before = server.samples()
+    ask(client, model="demo@light")
+    ask(client, extra_body={"routing": {"effort": 0.35}})
+    ask(client, extra_body={"routing": {"report": True}})
+    with pytest.raises(openai.BadRequestError):
+        ask(client, extra_body={"routing": {"effort": 0.01}})
+    after = server.samples()
+    wanted = {
+        key("sluice_effort_ratio_count"): 2,
+        key("sluice_effort_ratio_bucket", le="0.3"): 0,
+        key("sluice_effort_ratio_bucket", le="0.4"): 1,
+        key("sluice_effort_ratio_bucket", le="0.8"): 2,
+    }
+    assert {series: after[series] - before[series] for series in wanted} == wanted
 
 
 def test_utilization_is_a_ratio_of_the_window(server: Server, client: openai.OpenAI) -> None:

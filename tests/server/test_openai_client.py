@@ -115,7 +115,8 @@ def test_presets_by_name_and_by_model_id(client: openai.OpenAI) -> None:
 
 def test_models_lists_presets_with_their_parent(client: openai.OpenAI) -> None:
     cards = {card.id: card for card in client.models.list()}
-    assert set(cards) == {"demo", "demo@shallow", "demo@no-attention-3"}
+    presets = {"shallow", "no-attention-3", "light", "leave-early"}
+    assert set(cards) == {"demo", *(f"demo@{name}" for name in presets)}
     assert cards["demo"].parent is None
     assert cards["demo@shallow"].parent == "demo"
 
@@ -125,11 +126,19 @@ def test_capabilities_and_presets(client: openai.OpenAI) -> None:
     assert capabilities["supported"]
     assert (capabilities["layers"], capabilities["experts"]) == (LAYERS, 16)
     assert capabilities["depth"]["phase"] == ["prefill", "decode", "both"]
+    assert capabilities["effort"]
+    assert capabilities["depth"]["exit"]["confidence"]["available"]
+    assert capabilities["depth"]["adaptive"]["lac"]["available"]
     presets = client.get("/routing/presets", cast_to=dict[str, Any])["data"]
     assert [(preset["id"], preset["model"]) for preset in presets] == [
         ("shallow", "demo@shallow"),
         ("no-attention-3", "demo@no-attention-3"),
+        ("light", "demo@light"),
+        ("leave-early", "demo@leave-early"),
     ]
+    for preset in presets:
+        answer = ask(client, {"report": True}, model=preset["model"])
+        assert answer.routing["policy"] == preset["policy"]
 
 
 def test_neighbours_do_not_matter(client: openai.OpenAI) -> None:

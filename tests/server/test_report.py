@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,3 +45,58 @@ def test_a_lost_record_is_said() -> None:
     report = build_report(RoutingPolicy(), None)
     assert report["warnings"]
     assert "layers" not in report
+
+
+RECORD: dict[str, Any] = {
+    "counts": [
+        [[[5, 0, 0], [5, 0, 0]], [[4, 0, 1], [3, 2, 0]]],
+        [[[3, 0, 0], [2, 1, 0]], [[1, 0, 2], [1, 2, 0]]],
+    ],
+    "exits": [2, 1],
+    "kept": 4,
+    "compute_fraction": 0.87654321,
+    "generated_compute_fraction": 0.5833333333,
+}
+
+
+def test_phases_are_summed_and_generated_tokens_told_apart() -> None:
+    report = build_report(RoutingPolicy(), RECORD)
+    assert report["layers"] == [
+        {
+            "layer": 0,
+            "attention": {"executed": 8, "skipped": 0, "filled": 0},
+            "mlp": {"executed": 7, "skipped": 1, "filled": 0},
+        },
+        {
+            "layer": 1,
+            "attention": {"executed": 5, "skipped": 0, "filled": 3},
+            "mlp": {"executed": 4, "skipped": 4, "filled": 0},
+        },
+    ]
+    assert report["exits"] == [{"layer": 0, "tokens": 2}, {"layer": 1, "tokens": 1}]
+    # 3 + 2 + 1 + 1 sub-layers of 3 tokens, two a layer.
+    assert report["generated"] == {
+        "tokens": 3,
+        "mean_layers": round(7 / 6, 6),
+        "compute_fraction": 0.583333,
+    }
+    assert report["compute_fraction"] == 0.876543
+    assert "mask" not in report
+    json.dumps(report, allow_nan=False)
+
+
+def test_an_answer_of_one_token_has_no_generated_rows() -> None:
+    nothing = [[[0, 0, 0]] * 2] * 2
+    record = {
+        **RECORD,
+        "counts": [RECORD["counts"][0], nothing],
+        "exits": [0, 0],
+        "generated_compute_fraction": 1.0,
+    }
+    generated = build_report(RoutingPolicy(), record)["generated"]
+    assert generated == {"tokens": 0, "mean_layers": None, "compute_fraction": 1.0}
+
+
+def test_a_decided_mask_is_reported() -> None:
+    mask = {"attention": [1], "mlp": [1]}
+    assert build_report(RoutingPolicy(), {**RECORD, "mask": mask})["mask"] == mask

@@ -1,10 +1,7 @@
 """Scoring, the server backend against a stub server, and the table."""
 
 import io
-import json
-import threading
-from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -40,42 +37,6 @@ def test_score_counts_exact_answers() -> None:
     assert scores["copy"].exact_match == 1
     assert scores["add"].exact_match == pytest.approx(0.9)
     assert scores["add"].misses == ((wrong, wrong.answer + "0"),)
-
-
-class _Stub(BaseHTTPRequestHandler):
-    """Answers every chat completion with its prompt reversed, and remembers the bodies."""
-
-    bodies: list[dict[str, Any]]
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.bodies.append(body)
-        text = body["messages"][-1]["content"][::-1]
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant"}}
-        choice["message"]["content"] = text  # type: ignore[index]
-        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
-        data = json.dumps({**reply, "choices": [choice]}).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def stub() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    bodies: list[dict[str, Any]] = []
-    handler = type("Stub", (_Stub,), {"bodies": bodies})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", bodies
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 def test_server_answers_come_back_in_order(stub: tuple[str, list[dict[str, Any]]]) -> None:

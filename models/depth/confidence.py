@@ -1,0 +1,34 @@
+"""Softmax response: leave when the first token is far enough ahead of the second.
+
+Source: CALM, "Confident Adaptive Language Modeling" (arXiv 2207.07061), measure 1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sluice.models.depth.method import ExitMethod, ExitPoint, Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Confidence(ExitMethod):
+    """Top-1 minus top-2 probability at the exit is at least the threshold."""
+
+    name = "confidence"
+    source = "CALM (arXiv 2207.07061)"
+    parameters = {"threshold": Parameter(0.0, 1.0)}
+    needs_logits = True
+    decays = True
+
+    def leaves(self, at: ExitPoint) -> Tensor:
+        """See `ExitMethod.leaves`."""
+        assert at.logits is not None
+        return self.score(at.logits) >= at.threshold
+
+    @staticmethod
+    def score(logits: Tensor) -> Tensor:
+        """Top-1 minus top-2 probability, (rows,), of logits (rows, vocabulary)."""
+        first, second = logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
+        return first - second

@@ -1,0 +1,16 @@
+"""Fixed exit: the nested sub-network of the first layers.
+
+Source: SortedNet (arXiv 2309.00255), whose sub-models share a prefix of the depth and the head, and
+LayerSkip (arXiv 2404.16710), early exit at one layer for all tokens. Nothing is decided while the
+model runs, so it is a skip set of every block behind the exit layer, and needs no K/V there.
+"""
+
+from __future__ import annotations
+
+NAME = "fixed"
+SOURCE = "SortedNet (arXiv 2309.00255), LayerSkip (arXiv 2404.16710)"
+
+
+def blocks_behind(layer: int, num_layers: int) -> tuple[int, ...]:
+    """Blocks (0-based) that do not run when everything ends after `layer`."""
+    return tuple(range(layer + 1, num_layers))

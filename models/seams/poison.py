@@ -1,0 +1,56 @@
+"""Seam: debug mode that spoils newly handed out K/V blocks (`SLUICE_POISON_KV=1`, CPU only).
+
+Keys become NaN, so a slot that a request attends to without having written it turns its logits to
+NaN. Values become a huge finite number: vLLM's CPU kernel multiplies the values behind the end of
+a sequence by zero, and zero times NaN would spoil what is right. Off by default.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+POISON_ENV = "SLUICE_POISON_KV"
+_VALUE = 1e4
+
+
+def poison_enabled(device: torch.device) -> bool:
+    """Whether the environment asks for it.
+
+    Raises:
+        RuntimeError: it does, on a device whose cache layout is not known here.
+    """
+    if os.environ.get(POISON_ENV, "0") in ("", "0"):
+        return False
+    if device.type != "cpu":
+        raise RuntimeError(f"{POISON_ENV} works on the CPU only, not on {device.type}")
+    return True
+
+
+def poison_new_blocks(runner: Any, scheduler_output: Any) -> None:
+    """Spoil the blocks that this step's requests got and have not computed."""
+    block_size = runner.cache_config.block_size
+    fresh: set[int] = set()
+    for request in scheduler_output.scheduled_new_reqs:
+        # The first blocks came from the prefix cache, written.
+        fresh |= _after(request.block_ids, request.num_computed_tokens // block_size)
+    cached = scheduler_output.scheduled_cached_reqs
+    for request_id, blocks, computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        resumed = request_id in cached.resumed_req_ids
+        fresh |= _after(blocks or (), computed // block_size if resumed else 0)
+    if not fresh:
+        return
+    index = torch.tensor(sorted(fresh))
+    for cache in runner.kv_caches:
+        # As vLLM's CPU backend splits its cache of shape (blocks, heads, ., .).
+        keys, values = cache.chunk(2, dim=2)
+        keys[index] = float("nan")
+        values[index] = _VALUE
+
+
+def _after(groups: tuple[list[int], ...], written: int) -> set[int]:
+    return {block for blocks in groups for block in blocks[written:]}

@@ -1,0 +1,118 @@
+"""From the fields of `routing` to a policy: presets merged, controls combined.
+
+Every control has a module of its own: `skip_set`, `exit_rule`, `adaptive_rule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sluice.models.depth.fixed import NAME as FIXED
+from sluice.models.policy import MissingKV, Phase, RoutingPolicy, SkipSet
+from sluice.server.adaptive_rule import ADAPTIVE, adaptive_rule
+from sluice.server.capabilities import Capabilities
+from sluice.server.checks import combination, invalid
+from sluice.server.errors import RoutingError
+from sluice.server.exit_rule import EXIT, exit_rule
+from sluice.server.schema import DepthFields, PresetFields, RoutingFields
+from sluice.server.skip_set import effort_set, fixed_exit, skip_set
+
+_PHASE = "routing.depth.phase"
+_EFFORT = "routing.effort"
+
+
+def merge_preset(
+    fields: RoutingFields, presets: Mapping[str, PresetFields], preset_param: str
+) -> RoutingFields:
+    """The fields with the preset's filled in.
+
+    `depth.skip`, `depth.exit`, `depth.adaptive`, `depth.phase` and `effort`, where given, each
+    replace the preset's as a whole.
+
+    Args:
+        fields: of the request.
+        presets: by name.
+        preset_param: dotted path of what selected the preset.
+
+    Raises:
+        RoutingError: the preset does not exist.
+    """
+    if fields.preset is None:
+        return fields
+    preset = presets.get(fields.preset)
+    if preset is None:
+        known = ", ".join(sorted(presets)) or "none are loaded"
+        raise RoutingError(
+            f"preset {fields.preset!r} does not exist (presets: {known})",
+            param=preset_param,
+            reason="unknown_preset",
+        )
+    own, base = fields.depth, preset.depth
+    depth = DepthFields(
+        skip=own.skip or base.skip,
+        exit=own.exit or base.exit,
+        adaptive=own.adaptive or base.adaptive,
+        phase=own.phase or base.phase,
+    )
+    effort = preset.effort if fields.effort is None else fields.effort
+    return fields.model_copy(update={"depth": depth, "effort": effort})
+
+
+def resolve(fields: RoutingFields, capabilities: Capabilities) -> RoutingPolicy:
+    """The policy of merged fields.
+
+    Raises:
+        RoutingError: the engine runs no depth controls, a control cannot be done on this model, or
+            controls that do not go together.
+    """
+    if capabilities.refusal is not None:
+        raise RoutingError(
+            f"routing is not available: {capabilities.refusal}",
+            param="routing",
+            reason="unsupported_model",
+        )
+    depth = fields.depth
+    _check_phase(fields)
+    skip = SkipSet()
+    if depth.skip is not None:
+        skip = skip_set(depth.skip, depth.phase or Phase.BOTH, capabilities)
+    rule = None
+    if depth.exit is not None and depth.exit.method == FIXED:
+        skip = fixed_exit(depth.exit, skip, depth.phase or Phase.BOTH, capabilities)
+    elif depth.exit is not None:
+        rule = exit_rule(depth.exit, capabilities)
+        if rule.kv is MissingKV.RECOMPUTE and not skip.empty:
+            raise combination(
+                "kv recompute leaves full depth behind: it does not go together with depth.skip",
+                f"{EXIT}.kv",
+            )
+    adaptive = None
+    if depth.adaptive is not None:
+        adaptive = adaptive_rule(depth.adaptive, capabilities)
+        if depth.exit is not None or not skip.empty:
+            other = "depth.skip" if depth.exit is None else "depth.exit"
+            raise combination(f"depth.adaptive does not go together with {other}", ADAPTIVE)
+    if fields.effort is not None:
+        if depth.exit is not None or depth.adaptive is not None or not skip.empty:
+            raise combination(
+                "effort leaves the choice to the server: "
+                "it does not go together with depth.skip, depth.exit or depth.adaptive",
+                _EFFORT,
+            )
+        skip = effort_set(fields.effort, depth.phase or Phase.DECODE, capabilities)
+    return RoutingPolicy(skip=skip, exit=rule, adaptive=adaptive, report=fields.report)
+
+
+def _check_phase(fields: RoutingFields) -> None:
+    depth = fields.depth
+    if depth.phase is None:
+        return
+    if depth.adaptive is not None:
+        raise combination("an adaptive method has its own phases", _PHASE)
+    fixed = depth.exit is not None and depth.exit.method == FIXED
+    if depth.skip is None and fields.effort is None and not fixed:
+        raise invalid(
+            "depth.phase has nothing to act on without depth.skip, depth.exit of method "
+            f"{FIXED!r} or effort",
+            _PHASE,
+        )

@@ -1,0 +1,181 @@
+"""Every depth method on a real engine against the plain reference, fp32, K/V poisoned.
+
+Tokens, exit layers, decided masks and the K/V of every slot that is attended; each request alone,
+and all of them in one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine import BLOCK, Engine, engine
+from profiles import write_profile
+from reference import Reference
+from references.choices import random_heads, threshold_between
+from tiny import LAYERS, VOCABULARY, make_model
+from written import assert_same_kv, record_writes
+
+from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
+from sluice.models.policy import (
+    AdaptiveRule,
+    ExitRule,
+    MissingKV,
+    Phase,
+    RoutingPolicy,
+    SkipSet,
+)
+from sluice.models.profile import PROFILE_ENV
+
+TOKENS = 24
+EXITS = tuple(range(LAYERS - 1))
+# Ends inside the second block; the answer crosses into the third.
+PROMPT = [(37 * i * i + 11 * i + 5) % VOCABULARY for i in range(45)]
+
+
+@dataclass
+class Served:
+    engine: Engine
+    reference: Reference
+    heads: dict[str, torch.Tensor]
+
+    def rule(
+        self, method: str, layers: tuple[int, ...] = EXITS, share: float = 0.9, **changes: object
+    ) -> ExitRule:
+        """A rule under which some tokens leave and some stay."""
+        if method == "patience":
+            return replace(ExitRule(method, layers, patience=1), **changes)
+        share = 1.0 - share if method == "entropy" else share
+        scores = self.reference.scores(PROMPT, method, layers, TOKENS, self.heads)
+        return replace(
+            ExitRule(method, layers, threshold=threshold_between(scores, share)), **changes
+        )
+
+    def prompt_threshold(self, method: str) -> float:
+        return threshold_between(self.reference.prompt_scores(PROMPT, method, self.heads), 0.5)
+
+    def policy(self, case: str) -> RoutingPolicy:
+        name, _, variant = case.partition(" ")
+        if name in EXIT_METHODS:
+            if variant == "decay":
+                return RoutingPolicy(exit=self.rule(name, decay=4.0))
+            if variant == "sparse":
+                return RoutingPolicy(exit=self.rule(name, (1, 3), 0.8))
+            if variant == "skip":
+                skip = SkipSet.of(attention=(2,), mlp=(1, 4), phase=Phase.BOTH)
+                return RoutingPolicy(skip, exit=self.rule(name, (3,), 0.3))
+            return RoutingPolicy(exit=self.rule(name, kv=MissingKV(variant or "propagate")))
+        match case:
+            case "first":
+                return RoutingPolicy(adaptive=AdaptiveRule("first", threshold=0.5))
+            case "similarity threshold":
+                threshold = self.prompt_threshold("similarity")
+                return RoutingPolicy(adaptive=AdaptiveRule("similarity", threshold=threshold))
+            case "similarity budget":
+                return RoutingPolicy(adaptive=AdaptiveRule("similarity", budget=0.5))
+            case "mod cosine":
+                return RoutingPolicy(adaptive=AdaptiveRule("mod"))
+            case "mod list":
+                retention = (1.0, 0.3, 0.9, 0.5, 0.01, 0.6)
+                return RoutingPolicy(adaptive=AdaptiveRule("mod", retention=retention))
+            case "elastic":
+                skip = SkipSet.of(blocks=(2, 4), phase=Phase.DECODE, elastic=True)
+                return RoutingPolicy(skip)
+            case "elastic both":
+                return RoutingPolicy(SkipSet.of(blocks=(2, 4), elastic=True))
+        assert name == "lac"
+        threshold = self.prompt_threshold("lac") if variant == "predict" else 0.6
+        return RoutingPolicy(adaptive=AdaptiveRule("lac", mode=variant, threshold=threshold))
+
+
+CASES = [
+    *(f"{name} {kv}" for name in EXIT_METHODS for kv in MissingKV),
+    "confidence sparse",
+    "saturation skip",
+    "saturation decay",
+    "classifier decay",
+    "first",
+    "lac readout",
+    "lac replace",
+    "lac predict",
+    "similarity threshold",
+    "similarity budget",
+    "mod cosine",
+    "mod list",
+    "elastic",
+    "elastic both",
+]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe", "olmoe"])
+def served(request: pytest.FixtureRequest, models_folder: Path) -> Iterator[Served]:
+    folder = make_model(request.param, models_folder / f"depth-{request.param}")
+    reference = Reference(folder)
+    heads = random_heads(reference.states(PROMPT))
+    profile = write_profile(models_folder / f"profile-{request.param}", reference, heads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PROFILE_ENV, str(profile))
+        with engine(folder) as running:
+            yield Served(running, reference, heads)
+
+
+def test_every_method_is_tested() -> None:
+    tested = {case.split()[0] for case in CASES}
+    assert tested == {*EXIT_METHODS, *PROMPT_METHODS, "mod", "elastic"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_reference(served: Served, case: str) -> None:
+    assert served.engine.llm.reset_prefix_cache()
+    policy = served.policy(case)
+    expected = served.reference.run(PROMPT, policy, TOKENS, served.heads, block_size=BLOCK)
+    with record_writes() as written:
+        output = served.engine.run([PROMPT], [policy], TOKENS, records=[case])[0]
+    record = served.engine.runner.take_routing_record(case)
+    assert output.outputs[0].token_ids == expected.tokens, f"margin {expected.margin}"
+    exits = np.bincount([max(e, 0) for e in expected.exits], minlength=LAYERS)
+    assert record["exits"] == exits.tolist()
+    if expected.mask is not None:
+        assert record["mask"] == {"attention": sorted(expected.mask), "mlp": sorted(expected.mask)}
+    _check_kv(served, policy, expected, written)
+    if policy.exit is not None:
+        assert exits[:-1].any(), "some tokens must leave early"
+        assert exits[-1] or policy.exit.method == "patience", "and some stay"
+
+
+def _check_kv(served: Served, policy: RoutingPolicy, expected, written) -> None:
+    """Every slot that a later token attends holds the reference's keys and values."""
+    ran = expected.ran[..., 0]
+    positions = len(ran)
+    needed = torch.ones(positions, LAYERS, dtype=torch.bool)
+    never = [layer for layer in range(LAYERS) if not ran[len(PROMPT) :, layer].any()]
+    if policy.exit is None or policy.exit.kv is MissingKV.PROPAGATE:
+        # A layer that no generated token attends in owes nobody anything.
+        exits = policy.exit is not None
+        for layer in never:
+            needed[:, layer] = exits and layer not in policy.skip.attention
+    else:
+        # Tokens that still wait at the end were never needed.
+        full = [i for i, left in enumerate(expected.left) if left is None]
+        needed[len(PROMPT) + full[-1] + 1 :] = False
+    names = [layer.kv_name for layer in served.engine.runner._stack.layers]
+    assert_same_kv(written, names, expected.keys, expected.values, needed)
+
+
+def test_neighbours_do_not_matter(served: Served) -> None:
+    """All methods in one batch, prompts of different lengths; elastic rows would agree."""
+    cases = [case for case in CASES if not case.startswith("elastic")]
+    policies = [served.policy(case) for case in cases]
+    prompts = [PROMPT[: 20 + (7 * i) % 26] for i in range(len(cases))]
+    expected = [
+        served.reference.run(prompt, policy, TOKENS, served.heads, block_size=BLOCK)
+        for prompt, policy in zip(prompts, policies, strict=True)
+    ]
+    together = served.engine.generate([*prompts, PROMPT], [*policies, None], TOKENS)
+    for case, run, tokens in zip(cases, expected, together, strict=False):
+        assert tokens == run.tokens, (case, run.margin)
+    assert together[-1] == served.reference.greedy(PROMPT, SkipSet(), TOKENS)
