@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sluice.models.depth.recompute import PendingTokens
-from sluice.models.depth.skip import ATTENTION, DECODE, PREFILL, DepthMask, phase_masks
+from sluice.models.depth.skip import DECODE, PREFILL, DepthMask, phase_masks
 from sluice.models.mask_table import MaskTable
 from sluice.models.plan import Segment
 from sluice.models.policy import MissingKV, PolicyTicket
@@ -113,15 +113,14 @@ class RequestPath:
         """Decide an elastic token: it skips what the step's elastic rows all can, `common`.
 
         A layer that one token of the request has skipped is never attended again, because nobody
-        wrote that token's K/V there; so what is skipped once stays skipped.
+        wrote that token's K/V there; so what is skipped once stays skipped, MLPs too.
 
         Args:
             common: bool, (layers, 2 modules), within this request's own set.
         """
-        skip = common.copy()
+        skip = common
         if self._generated:
-            before = self._table.mask(self._generated[-1]).skip
-            skip[:, ATTENTION] |= before[:, ATTENTION]
+            skip = skip | self._table.skip[self._generated[-1]]
         return self.decide_token(DepthMask(skip, self.wanted.fill))
 
     @property

@@ -96,6 +96,19 @@ class RoutedStep:
         return int(self.first_rows[index]) + scheduled - 1
 
 
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What a step turned out to be.
+
+    Attributes:
+        segments: its segments with the masks that their tokens ran.
+        exit_layers: by batch index, the layer after which a live token under an exit rule left.
+    """
+
+    segments: list[Segment]
+    exit_layers: dict[int, int]
+
+
 class LiveRequests:
     """Paths of the routed requests, by vLLM's request id."""
 
@@ -181,17 +194,13 @@ class LiveRequests:
         step.watches.extend(self._mask_watches(step))
         return step
 
-    def settle(
-        self, step: RoutedStep, residual: Callable[[IntArray], torch.Tensor]
-    ) -> list[Segment]:
+    def settle(self, step: RoutedStep, residual: Callable[[IntArray], torch.Tensor]) -> StepOutcome:
         """Store what the step decided.
 
         Args:
             step: that has run.
             residual: residual stream of step rows as the loop left it, (rows, hidden).
 
-        Returns:
-            The step's segments with the masks that its tokens ran.
         """
         exits: dict[int, int] = {}
         replaced: dict[int, NDArray[np.bool_]] = {}
@@ -202,14 +211,14 @@ class LiveRequests:
                 watch.decide()
             elif isinstance(watch, VoidWatch):
                 replaced.update(zip(watch.tokens.tolist(), watch.void, strict=True))
-        left: dict[int, int] = {}
+        depths: dict[int, int] = {}
         for index, path in step.paths.items():
             row = step.live_row(index)
             if row is None or not path.records_tokens:
                 continue
             depth = exits.get(row, self._num_layers - 1)
-            if depth < self._num_layers - 1:
-                left[index] = depth
+            if path.ticket.policy.exit is not None:
+                depths[index] = depth
             if path.pending is not None:
                 self._wait(step, index, row, depth, residual)
                 path.decide_token(path.wanted)
@@ -217,20 +226,20 @@ class LiveRequests:
                 path.decide_token(path.wanted.without_blocks(replaced[row], fill=True))
             else:
                 path.decide_token(path.wanted.leaving_after(depth, fill=True))
-        return self._segments_as_run(step, left)
+        return StepOutcome(self._segments_as_run(step, depths), depths)
 
-    def _segments_as_run(self, step: RoutedStep, left: dict[int, int]) -> list[Segment]:
-        """Segments with what was decided on the way; `left`: last layer of rows that left."""
+    def _segments_as_run(self, step: RoutedStep, depths: dict[int, int]) -> list[Segment]:
+        """Segments with what was decided on the way."""
         final: list[Segment] = []
         for segment, following in zip(step.segments, [*step.segments[1:], None], strict=True):
             path, mask = step.paths.get(segment.request), segment.mask
             last = following is None or following.request != segment.request
             if path is not None and segment.phase == PREFILL:
                 mask = path.prompt_mask_as_run(mask)
-            elif path is not None and segment.request in left and (last or segment.pending):
+            elif path is not None and segment.request in depths and (last or segment.pending):
                 base = self.table.mask(mask)
                 fill = path.pending is None
-                mask = path.hold(base.leaving_after(left[segment.request], fill=fill))
+                mask = path.hold(base.leaving_after(depths[segment.request], fill=fill))
             final.append(segment._replace(mask=mask))
         return final
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -146,11 +146,14 @@ class RequestRecord:
     Attributes:
         counts: int64, (2 phases, layers, 2 modules, 3 outcomes), token rows.
         exits: int64, (layers,), generated rows by the last layer they ran.
+        exit_layers: layer after which each generated token under an exit rule left, in the order
+            in which they ran.
         skipped: bool, (layers, 2 modules), the mask a prompt method decided on, or None.
     """
 
     counts: IntArray
     exits: IntArray
+    exit_layers: list[int] = field(default_factory=list)
     skipped: NDArray[np.bool_] | None = None
 
 

@@ -18,8 +18,8 @@ def build_report(policy: RoutingPolicy, record: dict[str, Any] | None) -> dict[s
         policy: the effective policy.
         record: the worker's record (`sluice.models.telemetry`); None if it was lost. `counts` is
             nested as 2 phases (prompt, generated) x layers x modules x outcomes; `exits` counts
-            generated tokens by the last layer that they ran anything in; `mask` is there where
-            the prompt decided one.
+            generated tokens by the last layer that they ran anything in; `exit_layers` is there
+            under an exit rule, `mask` where the prompt decided one.
     """
     report: dict[str, Any] = {"policy": policy.to_dict()}
     if record is None:
@@ -39,6 +39,8 @@ def build_report(policy: RoutingPolicy, record: dict[str, Any] | None) -> dict[s
     report["exits"] = [
         {"layer": layer, "tokens": tokens} for layer, tokens in enumerate(record["exits"])
     ]
+    if "exit_layers" in record:
+        report["exit_layers"] = record["exit_layers"]
     report["generated"] = _generated(record, generated)
     if "mask" in record:
         report["mask"] = record["mask"]

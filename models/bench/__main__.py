@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
 import tempfile
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from sluice.models.bench.engines import BenchEngine
-from sluice.models.bench.rows import ROWS, Row
+from sluice.models.bench.exits import RecordedExits
+from sluice.models.bench.rows import Row, rows
 from sluice.models.seams import CPU_WORKER
 
 STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -56,17 +58,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeats < 5:
         parser.error("--repeats must be at least 5")
-    rows = [row for row in ROWS if args.rows in row.name]
-    if not rows:
+    chosen = [row for row in rows(RecordedExits.load()) if args.rows in row.name]
+    if not chosen:
         parser.error(f"no row's name contains {args.rows!r}")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    results, parameters = run(rows, args.repeats, eager=not args.compiled)
+    results, parameters = run(chosen, args.repeats, eager=not args.compiled)
     report(results, parameters, args.out, eager=not args.compiled)
 
 
-def run(rows: list[Row], repeats: int, *, eager: bool) -> tuple[list[Result], int]:
-    """Measure `rows`; each repeat runs both engines, in alternating order, on equal prompts.
+def run(chosen: list[Row], repeats: int, *, eager: bool) -> tuple[list[Result], int]:
+    """Measure rows; each repeat runs both engines, in alternating order, on equal prompts.
 
     Returns:
         The results and the model's number of parameters.
@@ -81,7 +83,7 @@ def run(rows: list[Row], repeats: int, *, eager: bool) -> tuple[list[Result], in
             closing(BenchEngine(Path(folder), STOCK_WORKER, eager)) as stock,
             closing(BenchEngine(Path(folder), CPU_WORKER, eager)) as ours,
         ):
-            results = [_measure(row, repeats, stock, ours) for row in track(rows, "measuring")]
+            results = [_measure(row, repeats, stock, ours) for row in track(chosen, "measuring")]
     return results, parameters
 
 
@@ -113,7 +115,7 @@ def report(results: list[Result], parameters: int, out: Path, *, eager: bool) ->
             result.row.name,
             f"{result.ratio:.2f}",
             f"{min(result.ratios):.2f}-{max(result.ratios):.2f}",
-            f"{result.row.ideal:.2f}",
+            "" if result.row.ideal is None else f"{result.row.ideal:.2f}",
             "" if result.row.bar is None else f">= {result.row.bar}",
             f"{statistics.median(result.stock_seconds):.3f}",
             f"{statistics.median(result.our_seconds):.3f}",
@@ -126,7 +128,17 @@ def report(results: list[Result], parameters: int, out: Path, *, eager: bool) ->
         "parameters": parameters,
         "machine": platform.processor() or platform.machine(),
         "rows": [
-            {**asdict(result), "ratio": result.ratio, "met": result.met} for result in results
+            {
+                "name": result.row.name,
+                "ratio": result.ratio,
+                "bar": result.row.bar,
+                "met": result.met,
+                "ideal": result.row.ideal,
+                "ratios": result.ratios,
+                "stock_seconds": result.stock_seconds,
+                "our_seconds": result.our_seconds,
+            }
+            for result in results
         ],
     }
     (out / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -148,7 +160,11 @@ def _plot(results: list[Result], setting: str, path: Path) -> None:
     ]
     axes.barh(positions, medians, xerr=spread, color="#4878a8", ecolor="#333333", capsize=3)
     axes.plot(
-        [result.row.ideal for result in results], positions, "k|", markersize=14, label="ideal"
+        [result.row.ideal or math.nan for result in results],
+        positions,
+        "k|",
+        markersize=14,
+        label="ideal",
     )
     axes.axvline(1.0, color="#999999", linewidth=1)
     axes.set_yticks(positions, [result.row.name for result in results])

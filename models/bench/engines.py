@@ -8,11 +8,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from sluice.models.bench.model import LAYERS, VOCABULARY
+from sluice.models.bench.model import VOCABULARY
 from sluice.models.bench.rows import Row
-from sluice.models.policy import EXTRA_ARGS_KEY, PolicyTicket, RoutingPolicy
+from sluice.models.policy import EXTRA_ARGS_KEY, PolicyTicket
 
-_KV_CACHE_BYTES = 1024**3
+_KV_CACHE_BYTES = 5 * 1024**3
 
 
 class BenchEngine:
@@ -27,9 +27,10 @@ class BenchEngine:
             enforce_eager=eager,
             dtype="float32",
             skip_tokenizer_init=True,
-            max_model_len=1024,
+            max_model_len=4608,
             max_num_batched_tokens=4096,
-            enable_prefix_caching=False,
+            # Prompts differ from repeat to repeat where a row does not say otherwise.
+            enable_prefix_caching=True,
             kv_cache_memory_bytes=_KV_CACHE_BYTES,
             disable_log_stats=False,
             seed=0,
@@ -49,12 +50,11 @@ class BenchEngine:
         """
         from vllm import SamplingParams
 
-        rng = random.Random(seed)
+        rng = random.Random(0 if row.same_prompts else seed)
         prompts = [
             {"prompt_token_ids": [rng.randrange(VOCABULARY) for _ in range(row.prompt_tokens)]}
-            for _ in range(row.batch)
+            for _ in row.policies
         ]
-        policy = RoutingPolicy(row.skip(LAYERS)) if row.routed else RoutingPolicy()
         params = [
             SamplingParams(
                 temperature=0.0,
@@ -62,11 +62,10 @@ class BenchEngine:
                 ignore_eos=True,
                 detokenize=False,
                 extra_args={EXTRA_ARGS_KEY: PolicyTicket(policy, uuid.uuid4().hex).encode()}
-                # Routed and stock requests alternate in the batch.
-                if routed and index * row.routed % row.batch < row.routed
+                if routed and policy is not None
                 else None,
             )
-            for index in range(row.batch)
+            for policy in row.policies
         ]
         began = time.perf_counter()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)

@@ -26,7 +26,7 @@ def make_bench_model(folder: Path) -> int:
         num_hidden_layers=LAYERS,
         num_attention_heads=12,
         num_key_value_heads=12,
-        max_position_embeddings=2048,
+        max_position_embeddings=8192,
         bos_token_id=None,
         eos_token_id=None,
     )

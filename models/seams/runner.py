@@ -8,7 +8,6 @@ the forward pass to vLLM or runs the layer loop.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,10 @@ import torch
 from sluice.models.depth.skip import DECODE, MODULES
 from sluice.models.families import family_of
 from sluice.models.loop import LayerLoop
-from sluice.models.plan import IntArray, Segment, count_outcomes
+from sluice.models.plan import IntArray, count_outcomes
 from sluice.models.policy import PolicyTicket
 from sluice.models.profile import PROFILE_ENV, Profile
-from sluice.models.requests import LiveRequests, RoutedStep, StepRequests
+from sluice.models.requests import LiveRequests, RoutedStep, StepOutcome, StepRequests
 from sluice.models.seams.cost import measured_cost
 from sluice.models.seams.logits import KnownLogits
 from sluice.models.seams.poison import poison_enabled, poison_new_blocks
@@ -130,15 +129,19 @@ class RoutedModelRunner(_Runner):
             step = None
         return step
 
-    def _count(self, step: RoutedStep, segments: Sequence[Segment]) -> None:
+    def _count(self, step: RoutedStep, outcome: StepOutcome) -> None:
         table = self._live.table
-        counts, exits = count_outcomes(segments, len(step.requests.ids), table.skip, table.fill)
+        counts, exits = count_outcomes(
+            outcome.segments, len(step.requests.ids), table.skip, table.fill
+        )
         self._counters.add(counts.sum(axis=(0, 1)), exits.sum(axis=0))
         for index, path in step.paths.items():
             record = self._records.of(path.ticket.record)
             record.counts += counts[index]
             record.exits += exits[index]
             record.skipped = path.decided_skip
+            if index in outcome.exit_layers:
+                record.exit_layers.append(outcome.exit_layers[index])
 
     def _model_forward(
         self,
@@ -180,6 +183,8 @@ class RoutedModelRunner(_Runner):
             "compute_fraction": cost.fraction(found.counts.sum(axis=0)) if cost else 1.0,
             "generated_compute_fraction": cost.fraction(found.counts[DECODE]) if cost else 1.0,
         }
+        if found.exit_layers:
+            answer["exit_layers"] = found.exit_layers
         if found.skipped is not None:
             answer["mask"] = {
                 module: np.flatnonzero(found.skipped[:, column]).tolist()

@@ -179,3 +179,31 @@ def test_neighbours_do_not_matter(served: Served) -> None:
     for case, run, tokens in zip(cases, expected, together, strict=False):
         assert tokens == run.tokens, (case, run.margin)
     assert together[-1] == served.reference.greedy(PROMPT, SkipSet(), TOKENS)
+
+
+def test_first_masks_the_prompt_too(models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`masked_prefill` needs whole prompts, so it runs without chunked prefill."""
+    folder = make_model("llama", models_folder / "depth-masked")
+    reference = Reference(folder)
+    heads = random_heads(reference.states(PROMPT))
+    profile = write_profile(models_folder / "profile-masked", reference, heads)
+    monkeypatch.setenv(PROFILE_ENV, str(profile))
+    policy = RoutingPolicy(adaptive=AdaptiveRule("first", threshold=0.5, masked_prefill=True))
+    prompts = [PROMPT[:length] for length in (45, 20, 33)]
+    expected = [reference.run(prompt, policy, TOKENS, heads) for prompt in prompts]
+    with engine(folder, enable_chunked_prefill=False, max_num_batched_tokens=512) as running:
+        records = ["a", "b", "c"]
+        outputs = running.run(prompts, [policy] * 3, TOKENS, records=records)
+        for output, run, record in zip(outputs, expected, records, strict=True):
+            assert output.outputs[0].token_ids == run.tokens, run.margin
+            taken = running.runner.take_routing_record(record)
+            assert taken["mask"]["mlp"] == sorted(run.mask)
+            prefill = np.array(taken["counts"])[0, :, 0, 0]
+            assert (prefill == 0).nonzero()[0].tolist() == sorted(run.mask)
+        tokens = [run.tokens for run in expected]
+        for keep_cache in (False, True):
+            again = running.generate_preempted(
+                prompts, [policy] * 3, TOKENS, {3, 9}, keep_cache=keep_cache
+            )
+            assert again == tokens
+    assert any(run.mask for run in expected)

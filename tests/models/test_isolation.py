@@ -13,7 +13,14 @@ from reference import Reference
 from tiny import LAYERS, VOCABULARY, make_model
 
 from sluice.models.plan import compact
-from sluice.models.policy import Phase, SkipSet
+from sluice.models.policy import (
+    AdaptiveRule,
+    ExitRule,
+    MissingKV,
+    Phase,
+    RoutingPolicy,
+    SkipSet,
+)
 
 FULL = SkipSet()
 ATTENTION_OUT = SkipSet.of(attention=(1, 3))
@@ -93,6 +100,62 @@ class TestPrefixCache:
         output = roomy.run([second_turn], [BLOCKS_OUT], 6)[0]
         assert output.outputs[0].token_ids == reference.greedy(second_turn, BLOCKS_OUT, 6)
         assert output.num_cached_tokens > len(self.PROMPT)
+
+
+def leaving(kv: MissingKV) -> RoutingPolicy:
+    """Every token leaves after layer 2."""
+    return RoutingPolicy(exit=ExitRule("confidence", (2,), threshold=0.0, kv=kv))
+
+
+class TestPrefixCacheAndExits:
+    PROMPT = prompt_of(2 * BLOCK + 5, seed=9)
+
+    @pytest.fixture(autouse=True)
+    def _cold(self, roomy: Engine) -> None:
+        assert roomy.llm.reset_prefix_cache()
+
+    def test_prompts_are_shared_and_propagated_blocks_are_not(
+        self, roomy: Engine, reference: Reference
+    ) -> None:
+        policy = leaving(MissingKV.PROPAGATE)
+        roomy.run([self.PROMPT], [None], 1)
+        first = roomy.run([self.PROMPT], [policy], 2 * BLOCK)[0]
+        assert first.num_cached_tokens == 2 * BLOCK
+        second_turn = [*self.PROMPT, *first.outputs[0].token_ids, 1, 2, 3]
+        output = roomy.run([second_turn], [None], 6)[0]
+        assert output.num_cached_tokens == 2 * BLOCK
+        assert output.outputs[0].token_ids == reference.greedy(second_turn, FULL, 6)
+
+    def test_recomputed_blocks_are_full_depth_and_serve_anybody(
+        self, roomy: Engine, reference: Reference
+    ) -> None:
+        policy = leaving(MissingKV.RECOMPUTE)
+        first = roomy.run([self.PROMPT], [policy], 2 * BLOCK)[0]
+        second_turn = [*self.PROMPT, *first.outputs[0].token_ids, 1, 2, 3]
+        output = roomy.run([second_turn], [None], 6)[0]
+        assert output.num_cached_tokens == 4 * BLOCK
+        assert output.outputs[0].token_ids == reference.greedy(second_turn, FULL, 6)
+
+    def test_masks_pooled_over_the_prompt_do_not_depend_on_the_cache(
+        self, roomy: Engine, reference: Reference
+    ) -> None:
+        policy = RoutingPolicy(adaptive=AdaptiveRule("similarity", budget=0.5))
+        expected = reference.run(self.PROMPT, policy, 8).tokens
+        for _ in range(2):
+            output = roomy.run([self.PROMPT], [policy], 8)[0]
+            assert output.num_cached_tokens == 0
+            assert output.outputs[0].token_ids == expected
+        assert roomy.run([self.PROMPT], [None], 1)[0].num_cached_tokens == 2 * BLOCK
+
+    def test_a_prompt_under_token_capacity_is_nobody_elses(
+        self, roomy: Engine, reference: Reference
+    ) -> None:
+        policy = RoutingPolicy(adaptive=AdaptiveRule("mod"))
+        longer = [*self.PROMPT, *prompt_of(BLOCK, seed=10)]
+        for prompt in (self.PROMPT, longer, self.PROMPT):
+            output = roomy.run([prompt], [policy], 6)[0]
+            assert output.num_cached_tokens == 0
+            assert output.outputs[0].token_ids == reference.run(prompt, policy, 6).tokens
 
 
 def test_unwritten_slots_are_never_read(

@@ -11,6 +11,16 @@ ROUTINGS: list[Any] = [
     None,
     {"depth": {"skip": {"blocks": [2], "mlp": [5]}}, "report": True},
     {"depth": {"skip": {"attention": [1, 4]}, "phase": "prefill"}, "report": True},
+    {
+        "depth": {"exit": {"method": "confidence", "threshold": 0.9, "layers": [1, 2, 3]}},
+        "report": True,
+    },
+    {
+        "depth": {"exit": {"method": "saturation", "threshold": 0.95, "kv": "recompute"}},
+        "report": True,
+    },
+    {"depth": {"adaptive": {"method": "similarity", "budget": 0.6}}, "report": True},
+    {"depth": {"adaptive": {"method": "lac", "mode": "replace"}}, "report": True},
 ]
 
 
