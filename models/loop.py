@@ -15,10 +15,10 @@ import torch
 from sluice.models.depth.kv_fill import fill_keys_values
 from sluice.models.live_rows import LiveRows
 from sluice.models.plan import Arrange, LayerPlan, Rows, Work
-from sluice.models.requests import RoutedStep
 from sluice.models.residual import ResidualStream
 from sluice.models.seams.attention import StepContext, rows_forward_context
 from sluice.models.stack import DecoderLayer, DecoderStack
+from sluice.models.step import RoutedStep
 from sluice.models.watch import Watch
 
 

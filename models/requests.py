@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,95 +17,11 @@ from sluice.models.path import RequestPath
 from sluice.models.plan import Arrange, IntArray, Segment, StepPlan, build_plan, compact
 from sluice.models.policy import MissingKV, PolicyTicket
 from sluice.models.profile import Profile
+from sluice.models.step import RoutedStep, StepOutcome, StepRequests
 from sluice.models.watch import ExitWatch, PromptWatch, VoidWatch, Watch
 
 _MAX_CACHED_PLANS = 16
 _EMBEDDED_AT_ONCE = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class StepRequests:
-    """The requests of one step in batch order; arrays are int64, (requests,).
-
-    Attributes:
-        ids: vLLM's request ids.
-        scheduled: tokens scheduled in this step.
-        computed: tokens computed before it.
-        prompt: length of the client's prompt.
-    """
-
-    ids: Sequence[str]
-    scheduled: IntArray
-    computed: IntArray
-    prompt: IntArray
-
-    @property
-    def generated(self) -> int:
-        """Scheduled tokens that were generated before."""
-        prefill = np.clip(self.prompt - self.computed, 0, self.scheduled)
-        return int((self.scheduled - prefill).sum())
-
-
-@dataclass(frozen=True, slots=True)
-class RoutedStep:
-    """A step with at least one routed request.
-
-    Attributes:
-        requests: whose step it is.
-        segments: its tokens in batch order.
-        plan: which rows run what, before anything is decided.
-        first_rows: first scheduled row of each request, int64, (requests,).
-        paths: of the routed requests, by batch index.
-        pending: residual streams of the pending rows in row order, (rows, hidden), or None.
-        pending_positions: their positions, int64, (rows,).
-        watches: who decides while it runs.
-    """
-
-    requests: StepRequests
-    segments: list[Segment]
-    plan: StepPlan
-    first_rows: IntArray
-    paths: dict[int, RequestPath]
-    pending: torch.Tensor | None
-    pending_positions: IntArray
-    watches: list[Watch]
-
-    @property
-    def stock(self) -> bool:
-        """Whether vLLM's own forward serves the step."""
-        return self.plan.full_depth and not self.watches and self.pending is None
-
-    def known_logits(self) -> tuple[IntArray, torch.Tensor] | None:
-        """Batch indices of requests whose exit test has their logits, (rows, vocabulary)."""
-        answers = [a for w in self.watches if isinstance(w, ExitWatch) for a in w.answers]
-        if not answers:
-            return None
-        rows = np.concatenate([tokens for tokens, _ in answers])
-        return self.plan.shape.requests[rows], torch.cat([logits for _, logits in answers])
-
-    def last_position(self, index: int) -> int:
-        """Position of a request's last token in this step."""
-        return int(self.requests.computed[index] + self.requests.scheduled[index]) - 1
-
-    def live_row(self, index: int) -> int | None:
-        """Row of a request's generated token that runs for the first time, if there is one."""
-        scheduled = int(self.requests.scheduled[index])
-        if not self.paths[index].has_live_token(int(self.requests.computed[index]), scheduled):
-            return None
-        return int(self.first_rows[index]) + scheduled - 1
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """What a step turned out to be.
-
-    Attributes:
-        segments: its segments with the masks that their tokens ran.
-        exit_layers: by batch index, the layer after which a live token under an exit rule left.
-    """
-
-    segments: list[Segment]
-    exit_layers: dict[int, int]
 
 
 class LiveRequests:

@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from sluice.models.plan import Rows
 
 if TYPE_CHECKING:
-    from sluice.models.requests import RoutedStep
+    from sluice.models.step import RoutedStep
 
 
 @dataclass(frozen=True, slots=True)

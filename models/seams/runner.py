@@ -20,11 +20,12 @@ from sluice.models.loop import LayerLoop
 from sluice.models.plan import IntArray, count_outcomes
 from sluice.models.policy import PolicyTicket
 from sluice.models.profile import PROFILE_ENV, Profile
-from sluice.models.requests import LiveRequests, RoutedStep, StepOutcome, StepRequests
+from sluice.models.requests import LiveRequests
 from sluice.models.seams.cost import measured_cost
 from sluice.models.seams.logits import KnownLogits
 from sluice.models.seams.poison import poison_enabled, poison_new_blocks
 from sluice.models.stack import DecoderStack, SeamMovedError
+from sluice.models.step import RoutedStep, StepOutcome, StepRequests
 from sluice.models.support import depth_refusal
 from sluice.models.telemetry import LayerCounters, ModuleCost, RequestRecords, telemetry_folder
 

@@ -20,7 +20,9 @@ from references.choices import random_heads, threshold_between
 from tiny import LAYERS, VOCABULARY, make_model
 from written import assert_same_kv, record_writes
 
+from sluice.models.cost_model import CostModel
 from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
+from sluice.models.plan import Arrange, compact
 from sluice.models.policy import (
     AdaptiveRule,
     ExitRule,
@@ -166,8 +168,22 @@ def _check_kv(served: Served, policy: RoutingPolicy, expected, written) -> None:
     assert_same_kv(written, names, expected.keys, expected.values, needed)
 
 
-def test_neighbours_do_not_matter(served: Served) -> None:
-    """All methods in one batch, prompts of different lengths; elastic rows would agree."""
+KEEP_ALL = CostModel(*(np.full(10, seconds) for seconds in (0.0, 1.0, 0.0, 1.0)))
+"""Costs under which no row that may stay is ever taken out."""
+
+
+@pytest.mark.parametrize("arrange", [None, compact, KEEP_ALL.arrange])
+def test_neighbours_do_not_matter(
+    served: Served, monkeypatch: pytest.MonkeyPatch, arrange: Arrange | None
+) -> None:
+    """All methods in one batch, prompts of different lengths, however the rows are arranged."""
+    if arrange is not None:
+        live = served.engine.runner._live
+        monkeypatch.setattr(live, "arrange", arrange)
+        monkeypatch.setattr(live, "_plans", {})
+        monkeypatch.setattr(served.engine.runner._loop, "_arrange", arrange)
+    assert served.engine.llm.reset_prefix_cache()
+    # Elastic rows would agree with each other.
     cases = [case for case in CASES if not case.startswith("elastic")]
     policies = [served.policy(case) for case in cases]
     prompts = [PROMPT[: 20 + (7 * i) % 26] for i in range(len(cases))]

@@ -165,36 +165,50 @@ def test_neighbours_do_not_matter(client: openai.OpenAI) -> None:
     assert together == alone * 4
 
 
+LEAVING = {"method": "confidence", "threshold": 0.9, "layers": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        SKIP,
+        {"depth": {"exit": LEAVING}},
+        {"depth": {"exit": {**LEAVING, "kv": "recompute"}}},
+        {"depth": {"adaptive": {"method": "similarity", "budget": 0.6}}},
+        {"effort": 0.6},
+    ],
+    ids=["skip", "exit", "recompute", "similarity", "effort"],
+)
 class TestVllmFeaturesKeepWorking:
     """Each with routing in the same request."""
 
-    def test_stop_strings(self, client: openai.OpenAI) -> None:
-        free = ask(client, SKIP).choices[0].message.content
+    def test_stop_strings(self, client: openai.OpenAI, routing: dict[str, Any]) -> None:
+        free = ask(client, routing).choices[0].message.content
         stop = free[2]
-        stopped = ask(client, SKIP, stop=[stop]).choices[0]
+        stopped = ask(client, routing, stop=[stop]).choices[0]
         assert stopped.message.content == free[: free.index(stop)]
         assert stopped.finish_reason == "stop"
 
-    def test_logprobs(self, client: openai.OpenAI) -> None:
-        answer = ask(client, SKIP, logprobs=True, top_logprobs=3).choices[0]
+    def test_logprobs(self, client: openai.OpenAI, routing: dict[str, Any]) -> None:
+        answer = ask(client, routing, logprobs=True, top_logprobs=3).choices[0]
         assert len(answer.logprobs.content[0].top_logprobs) == 3
 
-    def test_seeded_sampling(self, client: openai.OpenAI) -> None:
+    def test_seeded_sampling(self, client: openai.OpenAI, routing: dict[str, Any]) -> None:
         first, second = (
-            ask(client, SKIP, temperature=1.0, seed=5).choices[0].message.content for _ in "ab"
+            ask(client, routing, temperature=1.0, seed=5).choices[0].message.content for _ in "ab"
         )
         assert first == second
 
-    def test_structured_output(self, client: openai.OpenAI) -> None:
+    def test_structured_output(self, client: openai.OpenAI, routing: dict[str, Any]) -> None:
         answer = client.chat.completions.create(
             model="demo",
             messages=QUESTION,
             max_tokens=8,
-            extra_body={"routing": SKIP, "structured_outputs": {"choice": ["yes", "no"]}},
+            extra_body={"routing": routing, "structured_outputs": {"choice": ["yes", "no"]}},
         )
         assert answer.choices[0].message.content in ("yes", "no")
 
-    def test_tools(self, client: openai.OpenAI) -> None:
+    def test_tools(self, client: openai.OpenAI, routing: dict[str, Any]) -> None:
         tool = {
             "type": "function",
             "function": {
@@ -210,7 +224,7 @@ class TestVllmFeaturesKeepWorking:
         }
         answer = ask(
             client,
-            SKIP,
+            routing,
             tools=[tool],
             tool_choice={"type": "function", "function": {"name": "pick"}},
             max_tokens=200,
