@@ -15,7 +15,7 @@ class LiveRows:
     """
 
     def __init__(self, shape: StepShape, arrange: Arrange) -> None:
-        self._shape = shape
+        self._shape = shape.forked()
         self._arrange = arrange
         total = len(shape.requests)
         self._gone = np.zeros(total, dtype=np.bool_)

@@ -48,7 +48,7 @@ class RequestPath:
         recomputes = rule is not None and rule.kv is MissingKV.RECOMPUTE
         self.pending = PendingTokens() if recomputes else None
         self._table = table
-        self._held: list[int] = []
+        self._held: set[int] = set()
         self._prompt: int | NDArray[np.int64]
         prefill, self.wanted = phase_masks(ticket.policy.skip, num_layers)
         self._prompt, self._decode = self.hold(prefill), self.hold(self.wanted)
@@ -141,7 +141,7 @@ class RequestPath:
         if row in self._held:
             self._table.release(row)
         else:
-            self._held.append(row)
+            self._held.add(row)
         return row
 
     def _prompt_segments(self, request: int, start: int, end: int) -> Iterator[Segment]:

@@ -8,7 +8,7 @@ not on sequence lengths: a decode batch keeps its plan from step to step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -106,6 +106,10 @@ class StepShape:
         if key not in self._interned:
             self._interned[key] = self._build(chosen)
         return self._interned[key]
+
+    def forked(self) -> StepShape:
+        """This shape for one step: row sets that are made from it do not outlive the step."""
+        return replace(self, _interned=dict(self._interned))
 
     @property
     def everything(self) -> Rows:

@@ -27,13 +27,16 @@ _EMBEDDED_AT_ONCE = 4096
 class LiveRequests:
     """Paths of the routed requests, by vLLM's request id."""
 
-    def __init__(self, num_layers: int, block_size: int, profile: Profile | None) -> None:
+    def __init__(
+        self, num_layers: int, block_size: int, profile: Profile | None, device: torch.device
+    ) -> None:
         self.arrange: Arrange = compact
         """How layers are run; replaced once the cost model has been measured."""
         self.table = MaskTable(num_layers)
         self._num_layers = num_layers
         self._block_size = block_size
         self._profile = profile
+        self._device = device
         self._paths: dict[str, RequestPath] = {}
         self._plans: dict[tuple[Segment, ...], StepPlan] = {}
         self._tensors: dict[str, dict[str, torch.Tensor]] = {}
@@ -61,7 +64,7 @@ class LiveRequests:
         path = RequestPath(ticket, len(prompt), max_tokens, self.table)
         rule = ticket.policy.adaptive
         if rule is not None and rule.method == mod.NAME:
-            ids = torch.tensor(prompt)
+            ids = torch.tensor(prompt, device=self._device)
             # The mean is over all of the prompt, but its embeddings need not exist at once.
             parts = [embed(part) for part in torch.split(ids, _EMBEDDED_AT_ONCE)]
             retention = rule.retention or mod.cosine_retention(self._num_layers)
@@ -114,8 +117,7 @@ class LiveRequests:
 
         Args:
             step: that has run.
-            residual: residual stream of step rows as the loop left it, (rows, hidden).
-
+            residual: gives the residual stream of step rows as the loop left it, (rows, hidden).
         """
         exits: dict[int, int] = {}
         replaced: dict[int, NDArray[np.bool_]] = {}
@@ -239,7 +241,8 @@ class LiveRequests:
 
     def _tensors_of(self, method: str) -> dict[str, torch.Tensor]:
         if method not in self._tensors:
-            self._tensors[method] = self._profile.tensors(method) if self._profile else {}
+            trained = self._profile.tensors(method) if self._profile else {}
+            self._tensors[method] = {name: t.to(self._device) for name, t in trained.items()}
         return self._tensors[method]
 
     def _wait(

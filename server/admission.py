@@ -19,6 +19,7 @@ from sluice.server.resolve import merge_preset, resolve
 from sluice.server.schema import PresetFields, RoutingFields, parse_routing
 
 ROUTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+_INCOMPATIBLE = {"use_beam_search": "beam search", "prompt_embeds": "prompt embeddings"}
 _EXTRA_ARGS_FIELDS = ("vllm_xargs", "extra_args")
 
 
@@ -89,12 +90,13 @@ class Admission:
         param = "model" if model_preset is not None else "routing.preset"
         merged = merge_preset(fields, self.presets, param)
         policy = resolve(merged, self.capabilities)
-        if body.get("use_beam_search"):
-            raise RoutingError(
-                "routing does not run together with beam search",
-                param="use_beam_search",
-                reason="unsupported_combination",
-            )
+        for field, name in _INCOMPATIBLE.items():
+            if body.get(field):
+                raise RoutingError(
+                    f"routing does not run together with {name}",
+                    param=field,
+                    reason="unsupported_combination",
+                )
         ticket = PolicyTicket(policy, uuid.uuid4().hex)
         return Admitted(
             body=_engine_body(body, model, ticket),

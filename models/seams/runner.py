@@ -48,7 +48,10 @@ class RoutedModelRunner(_Runner):
         num_layers = self.model_config.get_num_layers(self.parallel_config)
         folder = os.environ.get(PROFILE_ENV)
         self._live = LiveRequests(
-            num_layers, self.cache_config.block_size, Profile.load(Path(folder)) if folder else None
+            num_layers,
+            self.cache_config.block_size,
+            Profile.load(Path(folder)) if folder else None,
+            self.device,
         )
         self._step: RoutedStep | None = None
         self._poison = poison_enabled(self.device)
@@ -98,7 +101,7 @@ class RoutedModelRunner(_Runner):
                     request.req_id,
                     ticket,
                     request.prompt_token_ids,
-                    params.max_tokens,
+                    params.max_tokens or self.model_config.max_model_len,
                     self._stack.embed,
                 )
         return corrections

@@ -122,6 +122,7 @@ BAD = {
         routed({"preset": "shallow"}, model="demo@no-attention-3"),
         "routing.preset",
     ),
+    "prompt embeddings": (routed({"report": True}, prompt_embeds="AAAA"), "prompt_embeds"),
     "beam search": (routed({"report": True}, use_beam_search=True), "use_beam_search"),
     "smuggled": ({**CHAT, "vllm_xargs": {"sluice": "{}"}}, "vllm_xargs.sluice"),
     "smuggled beside routing": (
