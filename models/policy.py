@@ -89,7 +89,7 @@ class SkipSet:
 
 @dataclass(frozen=True, slots=True)
 class ExitRule:
-    """When a generated token leaves the layer loop (`sluice.models.depth.exits`).
+    """When a generated token leaves the layer loop (`sluice.models.depth.method`).
 
     Attributes:
         method: name of the exit method.

@@ -53,7 +53,6 @@ RECORD: dict[str, Any] = {
         [[[3, 0, 0], [2, 1, 0]], [[1, 0, 2], [1, 2, 0]]],
     ],
     "exits": [2, 1],
-    "kept": 4,
     "compute_fraction": 0.87654321,
     "generated_compute_fraction": 0.5833333333,
 }
