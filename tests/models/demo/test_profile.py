@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sluice.models.demo import DEMO_MODEL_DIR
@@ -166,15 +167,21 @@ def test_dear_blocks_are_skipped_and_a_price_is_needed_for_that(tiny: Model) -> 
 
 
 def test_one_seed_makes_one_profile(tiny: Model, tmp_path: Path) -> None:
+    """Up to rounding: several threads may add in another order."""
     made = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         profile = make_profile(tiny, tmp_path / name, seed, QUICK, QUICK_ROUTERS, 4)
         profile.check_model(3, 64)
         assert profile.methods >= {"first", "classifier", "q_exit"}
-        made.append((profile.importance, (tmp_path / name / HEADS_NAME).read_bytes()))
-    assert made[0] == made[1]
-    assert made[0][0] != made[2][0]
-    assert made[0][1] != made[2][1]
+        assert profile.importance is not None
+        importance = torch.tensor(
+            [list(profile.importance[unit]) for unit in Unit if unit in profile.importance]
+        )
+        heads = load_file(tmp_path / name / HEADS_NAME)
+        made.append(torch.cat([importance.flatten(), *(t.flatten() for t in heads.values())]))
+    again, other = ((made[0] - run).abs().max() for run in made[1:])
+    assert again < 1e-3
+    assert other > 1e-2
 
 
 def test_shipped_profile_fits_the_demo_model(demo: Model, shipped: Profile) -> None:
