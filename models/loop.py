@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sluice.models.depth.kv_fill import fill_keys_values
+from sluice.models.experts.router import ExpertRouter
 from sluice.models.live_rows import LiveRows
 from sluice.models.plan import Arrange, LayerPlan, Rows, Work
 from sluice.models.residual import ResidualStream
@@ -25,10 +26,13 @@ from sluice.models.watch import Watch
 class LayerLoop:
     """Runs steps with a depth control; one instance per model runner."""
 
-    def __init__(self, stack: DecoderStack, runner: Any, arrange: Arrange) -> None:
+    def __init__(
+        self, stack: DecoderStack, runner: Any, arrange: Arrange, router: ExpertRouter | None
+    ) -> None:
         self._stack = stack
         self._runner = runner
         self._arrange = arrange
+        self._router = router
 
     def run(
         self,
@@ -55,11 +59,12 @@ class LayerLoop:
         else:
             # Fused norms work in place, and this is the runner's own buffer.
             hidden = inputs_embeds.clone()
-        hidden, positions = _with_pending(step, hidden, positions)
+        hidden, positions = _with_unscheduled(step, hidden, positions)
         stream = ResidualStream(hidden)
         live = LiveRows(step.plan.shape, self._arrange)
         with rows_forward_context() as context:
-            run = _Run(self._stack, StepContext(self._runner, context, step, positions), stream)
+            at_rows = StepContext(self._runner, context, step, positions)
+            run = _Run(self._stack, at_rows, stream, self._router)
             control = _Control(live, stream)
             for index, layer in enumerate(self._stack.layers):
                 watches = [w for w in step.watches if len(w.tokens) and index in w.layers]
@@ -107,21 +112,28 @@ def _before(
     return before
 
 
-def _with_pending(
+def _with_unscheduled(
     step: RoutedStep, hidden: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put pending rows in their places among the scheduled ones."""
-    if step.pending is None:
-        return hidden, positions
+    """Put pending rows in their places among the scheduled ones, and weak passes behind them."""
     shape = step.plan.shape
+    if not shape.pending:
+        return hidden, positions
     scheduled = torch.from_numpy(shape.scheduled).to(hidden.device)
     waiting = torch.ones(len(shape.requests), dtype=torch.bool, device=hidden.device)
     waiting[scheduled] = False
+    if step.weak is not None:
+        waiting[len(waiting) - len(step.weak.sources) :] = False
     all_hidden = hidden.new_empty((len(waiting), hidden.shape[1]))
-    all_hidden[scheduled], all_hidden[waiting] = hidden, step.pending
     all_positions = positions.new_empty(len(waiting))
-    all_positions[scheduled] = positions
-    all_positions[waiting] = torch.from_numpy(step.pending_positions).to(positions.device)
+    all_hidden[scheduled], all_positions[scheduled] = hidden, positions
+    if step.pending is not None:
+        all_hidden[waiting] = step.pending
+        all_positions[waiting] = torch.from_numpy(step.pending_positions).to(positions.device)
+    if step.weak is not None:
+        sources = torch.from_numpy(step.weak.sources).to(hidden.device)
+        all_hidden[-len(sources) :] = all_hidden[sources]
+        all_positions[-len(sources) :] = all_positions[sources]
     return all_hidden, all_positions
 
 
@@ -137,10 +149,17 @@ class _Control:
 class _Run:
     """Runs the sub-layers of one step."""
 
-    def __init__(self, stack: DecoderStack, context: StepContext, stream: ResidualStream) -> None:
+    def __init__(
+        self,
+        stack: DecoderStack,
+        context: StepContext,
+        stream: ResidualStream,
+        router: ExpertRouter | None,
+    ) -> None:
         self._stack = stack
         self._context = context
         self._stream = stream
+        self._router = router
 
     def layer(self, layer: DecoderLayer, rows: LayerPlan) -> None:
         """Fill, attend, and run the MLP."""
@@ -149,6 +168,8 @@ class _Run:
         if len(rows.attend.rows):
             self._attend(layer, rows.attend)
         if len(rows.run_mlp.rows):
+            if self._router is not None:
+                self._router.enter(rows.run_mlp.rows.tokens)
             delta, residual = self._stream.select(rows.run_mlp.rows)
             normed, residual = layer.mlp_norm(delta, residual)
             self._store(rows.run_mlp, layer.mlp(normed), residual)

@@ -36,6 +36,8 @@ class Segment(NamedTuple):
         length: tokens.
         pending: the tokens are not scheduled in this step: they wait for layers that they have
             not run (`sluice.models.depth.recompute`).
+        weak: the tokens are another request's, once more, for the weak pass of its contrast
+            (`sluice.models.experts.contrast`); `request` is then past the batch's end.
     """
 
     request: int
@@ -43,6 +45,7 @@ class Segment(NamedTuple):
     mask: int
     length: int
     pending: bool = False
+    weak: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +90,8 @@ class StepShape:
     Attributes:
         requests: batch index of each row, int64, (tokens,).
         ends: one past the last row of each request, int64, (requests,).
-        scheduled: the rows that vLLM scheduled, in its order, int64; the others are pending.
+        scheduled: the rows that vLLM scheduled, in its order, int64; the others are pending or
+            a weak pass's.
     """
 
     requests: IntArray
@@ -244,7 +248,7 @@ def build_plan(
     shape = StepShape(
         requests=tokens,
         ends=np.cumsum(np.bincount(tokens, minlength=requests)),
-        scheduled=np.flatnonzero(~np.repeat([s.pending for s in segments], lengths)),
+        scheduled=np.flatnonzero(~np.repeat([s.pending or s.weak for s in segments], lengths)),
     )
     skips, fills = skip[masks], fill[masks]
     planned: dict[bytes, LayerPlan] = {}
@@ -273,7 +277,7 @@ def count_outcomes(
     layers = skip.shape[1]
     outcomes = np.zeros((requests, len(PHASES), layers, len(MODULES), len(OUTCOMES)), np.int64)
     exits = np.zeros((requests, layers), np.int64)
-    for request, phase, mask, length, pending in segments:
+    for request, phase, mask, length, pending, weak in segments:
         skipped, filled = skip[mask], fill[mask]
         counted = outcomes[request, phase]
         counted[..., EXECUTED] += length * ~skipped
@@ -283,7 +287,7 @@ def count_outcomes(
         counted[..., SKIPPED] += length * skipped
         counted[:, ATTENTION, SKIPPED] -= length * filled
         counted[:, ATTENTION, FILLED] += length * filled
-        if phase == DECODE:
+        if phase == DECODE and not weak:
             ran = np.flatnonzero(~skipped.all(axis=1))
             exits[request, ran[-1] if len(ran) else 0] += length
     return outcomes, exits

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Self
 
+from sluice.models.expert_policy import STOCK_EXPERTS, ExpertPolicy
+
 EXTRA_ARGS_KEY = "sluice"
 """The one key of `SamplingParams.extra_args` that is ours."""
 
@@ -141,12 +143,14 @@ class RoutingPolicy:
         skip: sub-layers left out; an empty set is full depth.
         exit: per-token early exit of generated tokens, or None.
         adaptive: a mask that the model decides, or None. Never together with `skip` or `exit`.
+        experts: which experts serve the tokens; an empty policy is vLLM's own choice.
         report: whether the answer carries a report of what ran. Never changes a token.
     """
 
     skip: SkipSet = SkipSet()
     exit: ExitRule | None = None
     adaptive: AdaptiveRule | None = None
+    experts: ExpertPolicy = STOCK_EXPERTS
     report: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,7 +165,10 @@ class RoutingPolicy:
             depth["exit"] = _fields(self.exit)
         if self.adaptive is not None:
             depth["adaptive"] = _fields(self.adaptive)
-        return {"depth": depth} if depth else {}
+        wire: dict[str, Any] = {"depth": depth} if depth else {}
+        if not self.experts.empty:
+            wire["experts"] = self.experts.to_dict()
+        return wire
 
     @classmethod
     def from_dict(cls, wire: dict[str, Any], *, report: bool = False) -> Self:
@@ -179,13 +186,15 @@ class RoutingPolicy:
             else SkipSet(),
             exit=ExitRule(**_tuples({**rule, "kv": MissingKV(rule["kv"])})) if rule else None,
             adaptive=AdaptiveRule(**_tuples(adaptive)) if adaptive else None,
+            experts=ExpertPolicy.from_dict(wire.get("experts", {})),
             report=report,
         )
 
     @property
     def stock(self) -> bool:
-        """True when nothing about depth is asked: the request runs as vLLM runs it."""
-        return self.skip.empty and self.exit is None and self.adaptive is None
+        """True when nothing is asked: the request runs as vLLM runs it."""
+        shallow = self.skip.empty and self.exit is None and self.adaptive is None
+        return shallow and self.experts.empty
 
     @property
     def digest(self) -> str:
@@ -197,7 +206,8 @@ class RoutingPolicy:
         """Digest of the part that changes K/V of prompt tokens; None if prompts stay stock."""
         skips = not self.skip.empty and self.skip.phase is not Phase.DECODE
         replaces = self.adaptive is not None and self.adaptive.mode == "replace"
-        return self.digest if skips or replaces or self.private_prompt else None
+        changed = skips or replaces or self.private_prompt or self.experts.changes_prompt
+        return self.digest if changed else None
 
     @property
     def private_prompt(self) -> bool:
@@ -217,12 +227,21 @@ class RoutingPolicy:
         exits = self.exit is not None and self.exit.kv is MissingKV.PROPAGATE
         rule = self.adaptive
         adapts = rule is not None and rule.mode not in ("readout", "replace")
-        return splits or exits or adapts
+        return splits or exits or adapts or self.experts.changes_generated
+
+    @property
+    def private_last_prompt(self) -> bool:
+        """The last prompt token leaves other K/V than it would as an earlier one of a prompt."""
+        return self.experts.remix is not None
 
     @property
     def reads_whole_prompt(self) -> bool:
-        """The mask is pooled over all prompt tokens, so none may come from the prefix cache."""
-        return self.adaptive is not None and self.adaptive.method in ("first", "similarity")
+        """Every prompt token must run, so none may come from the prefix cache.
+
+        A pooled mask needs their hidden states, and a contrast's weak pass has K/V of its own.
+        """
+        pools = self.adaptive is not None and self.adaptive.method in ("first", "similarity")
+        return pools or self.experts.contrast is not None
 
 
 def _fields(rule: ExitRule | AdaptiveRule) -> dict[str, Any]:

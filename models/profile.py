@@ -2,13 +2,17 @@
 
 `profile.json` holds the schema version, the model's shape and the importance of its layers;
 `heads.safetensors` holds trained tensors, named `<method>.<tensor>` in fp32 (a method's file
-names and shapes them). The HTTP edge reads the JSON and the tensors' names, the worker the tensors.
+names and shapes them); `references.safetensors` holds the re-mix references, for each set
+`<set>.embeddings`, (references, width), and `<set>.pathways`, (references, layers, experts). The
+HTTP edge reads the JSON and the tensors' names, the worker the tensors.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,6 +31,7 @@ PROFILE_ENV = "SLUICE_PROFILE"
 SCHEMA = 1
 JSON_NAME = "profile.json"
 HEADS_NAME = "heads.safetensors"
+REFERENCES_NAME = "references.safetensors"
 
 
 class ProfileError(ValueError):
@@ -48,10 +53,27 @@ class _ImportanceFields(_Strict):
     mlp: list[float]
 
 
+class ReferenceSet(_Strict):
+    """A named set of re-mix references (C3PO).
+
+    Attributes:
+        layers: decoder layers whose router probabilities it holds, ascending.
+        width: of its prompt embeddings.
+        encoder: `model` if they are the model's own (`sluice.models.experts.remix`), or the name
+            of the encoder that the client has to use.
+    """
+
+    layers: tuple[int, ...]
+    width: int
+    encoder: str = "model"
+
+
 class _ProfileFields(_Strict):
     schema_version: int
     model: _Shape
     importance: _ImportanceFields | None = None
+    super_experts: tuple[tuple[int, int], ...] = ()
+    references: dict[str, ReferenceSet] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +86,8 @@ class Profile:
         hidden: hidden size of that model.
         importance: `1 - cos` of input and output per layer, or None if it was not measured.
         methods: names of the methods whose trained tensors are all here.
+        super_experts: (layer, expert), protected by default.
+        references: re-mix reference sets by name.
     """
 
     folder: Path
@@ -71,6 +95,8 @@ class Profile:
     hidden: int
     importance: Importance | None
     methods: frozenset[str]
+    super_experts: tuple[tuple[int, int], ...] = ()
+    references: Mapping[str, ReferenceSet] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path) -> Profile:
@@ -108,6 +134,8 @@ class Profile:
             hidden=fields.model.hidden,
             importance=importance,
             methods=_trained_methods(folder / HEADS_NAME),
+            super_experts=fields.super_experts,
+            references=MappingProxyType(dict(fields.references)),
         )
 
     def check_model(self, layers: int, hidden: int) -> None:
@@ -126,13 +154,20 @@ class Profile:
         """Trained tensors of one method, by their names without the method's prefix."""
         if method not in self.methods:
             return {}
-        prefix = f"{method}."
-        with safe_open(self.folder / HEADS_NAME, framework="pt") as file:
-            return {
-                name.removeprefix(prefix): file.get_tensor(name)
-                for name in file.keys()  # noqa: SIM118 - not a mapping
-                if name.startswith(prefix)
-            }
+        return _tensors_with(f"{method}.", self.folder / HEADS_NAME)
+
+    def reference_tensors(self, name: str) -> dict[str, Tensor]:
+        """`embeddings` and `pathways` of one reference set; see the module."""
+        return _tensors_with(f"{name}.", self.folder / REFERENCES_NAME)
+
+
+def _tensors_with(prefix: str, path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {
+            name.removeprefix(prefix): file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118 - not a mapping
+            if name.startswith(prefix)
+        }
 
 
 def _trained_methods(path: Path) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,15 +10,19 @@ from numpy.typing import NDArray
 
 from sluice.models.depth import mod
 from sluice.models.depth.recompute import PendingToken
-from sluice.models.depth.registry import PROMPT_METHODS, exit_method
 from sluice.models.depth.skip import DECODE, PREFILL
+from sluice.models.experts.contrast import BlockIds, WeakPasses
+from sluice.models.experts.live import LiveExperts
+from sluice.models.experts.references import prompt_embedding
+from sluice.models.experts.selection import StepExperts
 from sluice.models.mask_table import FULL_DEPTH, MaskTable
 from sluice.models.path import RequestPath
 from sluice.models.plan import Arrange, IntArray, Segment, StepPlan, build_plan, compact
-from sluice.models.policy import MissingKV, PolicyTicket
+from sluice.models.policy import PolicyTicket
 from sluice.models.profile import Profile
 from sluice.models.step import RoutedStep, StepOutcome, StepRequests
-from sluice.models.watch import ExitWatch, PromptWatch, VoidWatch, Watch
+from sluice.models.watch import ExitWatch, PromptWatch, VoidWatch
+from sluice.models.watch_factory import WatchFactory
 
 _MAX_CACHED_PLANS = 16
 _EMBEDDED_AT_ONCE = 4096
@@ -32,14 +36,14 @@ class LiveRequests:
     ) -> None:
         self.arrange: Arrange = compact
         """How layers are run; replaced once the cost model has been measured."""
+        self.experts: LiveExperts | None = None
+        """Expert controls; set once the model is loaded, if it has experts."""
         self.table = MaskTable(num_layers)
         self._num_layers = num_layers
-        self._block_size = block_size
-        self._profile = profile
         self._device = device
+        self._watches = WatchFactory(num_layers, block_size, profile, device)
         self._paths: dict[str, RequestPath] = {}
         self._plans: dict[tuple[Segment, ...], StepPlan] = {}
-        self._tensors: dict[str, dict[str, torch.Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -62,24 +66,38 @@ class LiveRequests:
             embed: from token ids, (n,), to embeddings, (n, hidden).
         """
         path = RequestPath(ticket, len(prompt), max_tokens, self.table)
+
+        def embedded() -> torch.Tensor:
+            ids = torch.tensor(prompt, device=self._device)
+            return torch.cat([embed(part) for part in torch.split(ids, _EMBEDDED_AT_ONCE)])
+
         rule = ticket.policy.adaptive
         if rule is not None and rule.method == mod.NAME:
-            ids = torch.tensor(prompt, device=self._device)
-            # The mean is over all of the prompt, but its embeddings need not exist at once.
-            parts = [embed(part) for part in torch.split(ids, _EMBEDDED_AT_ONCE)]
             retention = rule.retention or mod.cosine_retention(self._num_layers)
-            path.keep_prompt_tokens(mod.kept_tokens(mod.importance(torch.cat(parts)), retention))
+            path.keep_prompt_tokens(mod.kept_tokens(mod.importance(embedded()), retention))
+        experts = ticket.policy.experts
+        if self.experts is not None and not experts.empty:
+            self.experts.add(request_id, experts, len(prompt), lambda: prompt_embedding(embedded()))
         self._paths[request_id] = path
 
     def remove(self, request_id: str) -> None:
         """Forget an ended request."""
+        if self.experts is not None:
+            self.experts.remove(request_id)
         path = self._paths.pop(request_id, None)
         if path is not None and path.release():
             # The row may come back with another mask, and plans are keyed by row.
             self._plans.clear()
 
-    def step(self, requests: StepRequests) -> RoutedStep:
-        """Plan a step."""
+    def step(
+        self, requests: StepRequests, weak_blocks: Mapping[str, BlockIds] | None = None
+    ) -> RoutedStep:
+        """Plan a step.
+
+        Args:
+            requests: in it.
+            weak_blocks: K/V blocks of the weak passes of contrasts, by request id.
+        """
         found = [self._paths.get(request_id) for request_id in requests.ids]
         paths = {index: path for index, path in enumerate(found) if path is not None}
         self._agree(requests, paths)
@@ -98,18 +116,26 @@ class LiveRequests:
             segments += own
             end += sum(segment.length for segment in own)
             first_rows[index] = end - scheduled
+        weak = self._weak_passes(requests, weak_blocks or {}, first_rows, end)
+        owners = np.array([segment.request for segment in segments], dtype=np.int64)
+        if weak is not None:
+            own = weak.segments(segments, len(found))
+            owners = np.append(owners, [weak.owners[s.request - len(found)] for s in own])
+            segments += own
+        passes = len(found) + (len(weak.owners) if weak else 0)
         step = RoutedStep(
             requests=requests,
             segments=segments,
-            plan=self._plan(tuple(segments), len(found)),
+            plan=self._plan(tuple(segments), passes),
             first_rows=first_rows,
             paths=paths,
             pending=torch.stack([token.hidden for token in waiting]) if waiting else None,
             pending_positions=np.array([token.position for token in waiting], dtype=np.int64),
             watches=[],
+            experts=self._experts_of(requests, owners, segments, first_rows),
+            weak=weak,
         )
-        step.watches.extend(self._exit_watches(step))
-        step.watches.extend(self._mask_watches(step))
+        step.watches.extend(self._watches.of(step))
         return step
 
     def settle(self, step: RoutedStep, residual: Callable[[IntArray], torch.Tensor]) -> StepOutcome:
@@ -182,68 +208,31 @@ class LiveRequests:
             self._plans[segments] = plan
         return plan
 
-    def _exit_watches(self, step: RoutedStep) -> Iterator[Watch]:
-        groups: dict[tuple[str, tuple[int, ...], MissingKV], list[int]] = {}
-        for index, path in step.paths.items():
-            rule = path.ticket.policy.exit
-            if rule is None or step.live_row(index) is None:
-                continue
-            if path.pending is None or not path.pending.must_run_full_depth(
-                step.last_position(index), self._block_size
-            ):
-                groups.setdefault((rule.method, rule.layers, rule.kv), []).append(index)
-        for (name, layers, kv), indices in groups.items():
-            method = exit_method(name)
-            thresholds = np.zeros(len(indices), dtype=np.float32)
-            rows = np.zeros(len(indices), dtype=np.int64)
-            companions: dict[int, IntArray] = {}
-            for place, index in enumerate(indices):
-                path = step.paths[index]
-                rule, row = path.ticket.policy.exit, step.live_row(index)
-                assert rule is not None
-                assert row is not None
-                nth = step.last_position(index) - path.prompt_tokens
-                thresholds[place] = method.threshold(rule, nth, path.max_tokens)
-                rows[place] = row
-                if path.pending is not None:
-                    companions[row] = np.arange(row - len(path.pending.tokens), row)
-            yield ExitWatch(
-                frozenset(layers),
-                method,
-                self._tensors_of(name),
-                rows,
-                thresholds,
-                self._num_layers - 1,
-                companions if kv is MissingKV.RECOMPUTE else None,
-            )
+    def _weak_passes(
+        self,
+        requests: StepRequests,
+        blocks: Mapping[str, BlockIds],
+        first_rows: IntArray,
+        rows: int,
+    ) -> WeakPasses | None:
+        contrasts = {} if self.experts is None else self.experts.contrasts(requests.ids)
+        if not contrasts:
+            return None
+        own = {index: blocks[requests.ids[index]] for index in contrasts}
+        return WeakPasses.of(contrasts, own, first_rows, requests.scheduled, rows)
 
-    def _mask_watches(self, step: RoutedStep) -> Iterator[Watch]:
-        for index, path in step.paths.items():
-            rule = path.ticket.policy.adaptive
-            if rule is None or rule.method == mod.NAME:
-                continue
-            start = int(step.requests.computed[index])
-            end = start + int(step.requests.scheduled[index])
-            first_row = int(step.first_rows[index]) - start
-            if rule.mode in ("readout", "replace"):
-                fresh = np.arange(start, min(end, path.prompt_tokens))
-                if step.live_row(index) is not None:
-                    fresh = np.append(fresh, end - 1)
-                if len(fresh):
-                    yield VoidWatch(rule, first_row + fresh, self._num_layers)
-                continue
-            method = PROMPT_METHODS[rule.method]
-            first = path.prompt_tokens - 1 if method.pool == "last" else path.counted
-            fresh = np.arange(max(first, start), min(end, path.prompt_tokens))
-            if not path.decided and len(fresh):
-                tensors = self._tensors_of(rule.method)
-                yield PromptWatch(path, method, tensors, first_row + fresh, self._num_layers)
-
-    def _tensors_of(self, method: str) -> dict[str, torch.Tensor]:
-        if method not in self._tensors:
-            trained = self._profile.tensors(method) if self._profile else {}
-            self._tensors[method] = {name: t.to(self._device) for name, t in trained.items()}
-        return self._tensors[method]
+    def _experts_of(
+        self,
+        requests: StepRequests,
+        owners: IntArray,
+        segments: list[Segment],
+        first_rows: IntArray,
+    ) -> StepExperts | None:
+        if self.experts is None:
+            return None
+        return self.experts.step(
+            requests.ids, owners, segments, requests.computed, requests.scheduled, first_rows
+        )
 
     def _wait(
         self,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sluice.models.experts.contrast import WeakPasses
+from sluice.models.experts.selection import StepExperts
 from sluice.models.path import RequestPath
 from sluice.models.plan import IntArray, Segment, StepPlan
 from sluice.models.watch import ExitWatch, Watch
@@ -49,6 +51,8 @@ class RoutedStep:
         pending: residual streams of the pending rows in row order, (rows, hidden), or None.
         pending_positions: their positions, int64, (rows,).
         watches: who decides while it runs.
+        experts: what its tokens ask of the routers, or None.
+        weak: weak passes of contrasts, whose rows come last, or None.
     """
 
     requests: StepRequests
@@ -59,11 +63,19 @@ class RoutedStep:
     pending: torch.Tensor | None
     pending_positions: IntArray
     watches: list[Watch]
+    experts: StepExperts | None = None
+    weak: WeakPasses | None = None
+
+    @property
+    def passes(self) -> int:
+        """Requests in the batch and weak passes behind them."""
+        return len(self.requests.ids) + (0 if self.weak is None else len(self.weak.owners))
 
     @property
     def stock(self) -> bool:
         """Whether vLLM's own forward serves the step."""
-        return self.plan.full_depth and not self.watches and self.pending is None
+        routes = self.experts is not None and self.experts.controlled
+        return self.plan.full_depth and not self.watches and self.pending is None and not routes
 
     def known_logits(self) -> tuple[IntArray, torch.Tensor] | None:
         """Batch indices of requests whose exit test has their logits, (rows, vocabulary)."""

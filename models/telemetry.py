@@ -12,13 +12,16 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sluice.models.depth.skip import ATTENTION, MODULES, PHASES
 from sluice.models.plan import EXECUTED, FILLED, OUTCOMES
+
+if TYPE_CHECKING:
+    from sluice.models.experts.record import ExpertRecord
 
 TELEMETRY_ENV = "SLUICE_TELEMETRY_DIR"
 """Folder of the counter files. An environment variable, because every process vLLM starts inherits
@@ -120,22 +123,26 @@ class ModuleCost:
     Attributes:
         modules: float64, shape (layers, 2 modules).
         fill: float64, shape (layers,): what filling K/V costs instead of attention.
+        expert: one routed expert; 0 for a dense model.
     """
 
     modules: NDArray[np.float64]
     fill: NDArray[np.float64]
+    expert: float = 0.0
 
-    def fraction(self, counts: IntArray) -> float:
-        """Share of full depth's parameter multiplications that ran, in [0, 1]; 1.0 for no tokens.
+    def fraction(self, counts: IntArray, experts_saved: int = 0) -> float:
+        """Share of full depth's parameter multiplications that ran; 1.0 for no tokens.
 
         Args:
             counts: shape (layers, 2 modules, 3 outcomes).
+            experts_saved: expert runs less than the model's own routers ask for.
         """
         # Layer 0 names every row once: a pending row that runs on later counts again above it.
         rows = int(counts[0, ATTENTION].sum())
         full = rows * float(self.modules.sum())
         ran = float((counts[..., EXECUTED] * self.modules).sum())
         ran += float((counts[:, ATTENTION, FILLED] * self.fill).sum())
+        ran -= experts_saved * self.expert
         return ran / full if full else 1.0
 
 
@@ -149,12 +156,14 @@ class RequestRecord:
         exit_layers: layer after which each generated token under an exit rule left, in the order
             in which they ran.
         skipped: bool, (layers, 2 modules), the mask a prompt method decided on, or None.
+        experts: what experts it ran, or None without expert controls.
     """
 
     counts: IntArray
     exits: IntArray
     exit_layers: list[int] = field(default_factory=list)
     skipped: NDArray[np.bool_] | None = None
+    experts: ExpertRecord | None = None
 
 
 class RequestRecords:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
 from vllm.utils.torch_utils import _encode_layer_name
@@ -67,9 +68,13 @@ class StepContext:
         self._runner = runner
         self._context = context
         self._positions = positions
+        self._step = step
+        weak = step.weak
+        # Rows of a weak pass have a request number past the batch and a table of their own.
+        batch = np.arange(len(step.requests.ids))
+        self._owners = batch if weak is None else np.concatenate([batch, weak.owners])
         self._slots = [
-            self._group_slots(group, step)
-            for group in range(len(runner.kv_cache_config.kv_cache_groups))
+            self._group_slots(group) for group in range(len(runner.kv_cache_config.kv_cache_groups))
         ]
         self._whole: RowsContext | None = None
         if not step.plan.shape.pending:
@@ -96,29 +101,43 @@ class StepContext:
             )
         return self._contexts[id(rows)]
 
-    def _group_slots(self, group: int, step: RoutedStep) -> torch.Tensor:
+    def _group_slots(self, group: int) -> torch.Tensor:
         """K/V slots of all rows of the step in one cache group, (tokens,), int64."""
         table = self._runner.input_batch.block_table[group]
         total = len(self._positions)
-        if not step.plan.shape.pending:
+        shape = self._step.plan.shape
+        if not shape.pending:
             slots: torch.Tensor = table.slot_mapping.gpu[:total]
             return slots
-        blocks = table.get_device_tensor(self._runner.input_batch.num_reqs)
-        requests = torch.from_numpy(step.plan.shape.requests).to(blocks.device)
+        blocks = self._block_table(group)
+        requests = torch.from_numpy(shape.requests).to(blocks.device)
         own = blocks[requests, self._positions // table.block_size].long()
         all_slots: torch.Tensor = own * table.block_size + self._positions % table.block_size
         return all_slots
 
+    def _block_table(self, group: int) -> torch.Tensor:
+        """Blocks of all passes of the step in one cache group, (passes, blocks), int32."""
+        table = self._runner.input_batch.block_table[group]
+        blocks: torch.Tensor = table.get_device_tensor(self._runner.input_batch.num_reqs)
+        weak = self._step.weak
+        if weak is None:
+            return blocks
+        own = blocks.new_zeros((len(weak.blocks), blocks.shape[1]))
+        for row, groups in zip(own, weak.blocks, strict=True):
+            row[: len(groups[group])] = torch.tensor(groups[group], dtype=row.dtype)
+        return torch.cat([blocks, own])
+
     def _build(self, rows: Rows) -> RowsContext:
         runner = self._runner
         device = runner.device
-        requests = torch.from_numpy(rows.requests)
+        passes = torch.from_numpy(rows.requests)
+        requests = torch.from_numpy(self._owners[rows.requests])
         lengths = torch.from_numpy(rows.lengths)
         starts_cpu = torch.zeros(len(rows.requests) + 1, dtype=torch.int32)
         torch.cumsum(lengths, 0, out=starts_cpu[1:])
         seq_lens_cpu = runner.optimistic_seq_lens_cpu[requests] - torch.from_numpy(rows.trailing)
         seq_lens_cpu = seq_lens_cpu.to(torch.int32)
-        on_device = requests.to(device)
+        on_device = passes.to(device)
         index = rows.index(device)
         prompt = runner.input_batch.num_prompt_tokens_cpu_tensor[requests]
         common = CommonAttentionMetadata(
@@ -139,9 +158,8 @@ class StepContext:
         metadata: dict[str, Any] = {}
         slots: dict[str, torch.Tensor] = {}
         for group_id, group in enumerate(runner.kv_cache_config.kv_cache_groups):
-            table = runner.input_batch.block_table[group_id]
             common = common.replace(
-                block_table_tensor=table.get_device_tensor(runner.input_batch.num_reqs)[on_device],
+                block_table_tensor=self._block_table(group_id)[on_device],
                 slot_mapping=self._slots[group_id][index],
             )
             for attention_group in runner.attn_groups[group_id]:

@@ -2,33 +2,36 @@
 
 vLLM hashes a block from its tokens, LoRA, media and `cache_salt`. The salt covers what a policy
 does to prompt tokens. Where a policy treats generated tokens differently, a block that holds some
-must never serve as part of somebody's prompt, so its hash gets one more key: the request's id.
-Only the request itself, resumed after a preemption, finds such a block again. Hashes are chained,
-so one key separates everything after it.
+must never serve as part of somebody's prompt, so its hash gets one more key: the request's id. The
+same goes for the block with the last prompt token, where a policy treats that one differently. Only
+the request itself, resumed after a preemption, finds such a block again. Hashes are chained, so one
+key separates everything after it.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from sluice.models.policy import PolicyTicket
-from sluice.models.stack import SeamMovedError
-
-_PATCHED = "_sluice_generated_key"
+from sluice.models.seams.wrap import wrap_once
 
 
-def generated_block_key(request: Any, end: int) -> tuple[str, str] | None:
+def own_block_key(request: Any, end: int) -> tuple[str, str] | None:
     """Extra hash key of the block that ends at token `end` (exclusive), or None.
 
     Args:
         request: vLLM scheduler `Request`.
     """
     params = request.sampling_params
-    if params is None or end <= request.num_prompt_tokens:
+    if params is None or end < request.num_prompt_tokens:
         return None
     ticket = PolicyTicket.from_extra_args(params.extra_args)
-    if ticket is None or not ticket.policy.private_generated:
+    if ticket is None:
+        return None
+    only_prompt = end == request.num_prompt_tokens
+    policy = ticket.policy
+    if not (policy.private_last_prompt if only_prompt else policy.private_generated):
         return None
     # The tag is vLLM's own for salts, so that its consumers of hash keys understand it.
     return ("cache_salt", f"sluice-generated-{request.request_id}")
@@ -42,23 +45,16 @@ def install() -> None:
     """
     from vllm.v1.core import block_pool, kv_cache_utils
 
-    name = "generate_block_hash_extra_keys"
     for module in (kv_cache_utils, block_pool):
-        stock = getattr(module, name, None)
-        if stock is None:
-            raise SeamMovedError(f"`{name}` in {module.__name__}")
-        if not hasattr(stock, _PATCHED):
-            setattr(module, name, _with_generated_key(stock))
+        wrap_once(module, "generate_block_hash_extra_keys", _with_own_key)
 
 
-def _with_generated_key(stock: Any) -> Any:
-    @functools.wraps(stock)
+def _with_own_key(stock: Any) -> Callable[..., Any]:
     def keys(request: Any, start: int, end: int, start_mm_idx: int) -> Any:
         found, next_mm_idx = stock(request, start, end, start_mm_idx)
-        own = generated_block_key(request, end)
+        own = own_block_key(request, end)
         if own is not None:
             found = (*(found or ()), own)
         return found, next_mm_idx
 
-    setattr(keys, _PATCHED, True)
     return keys

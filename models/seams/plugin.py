@@ -5,7 +5,8 @@ from __future__ import annotations
 
 def register() -> None:
     """Install what the engine process needs; stock requests are not affected."""
-    from sluice.models.seams import block_hash, prefix_cache
+    from sluice.models.seams import block_hash, prefix_cache, weak_cache
 
     block_hash.install()
     prefix_cache.install()
+    weak_cache.install()

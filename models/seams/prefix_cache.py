@@ -1,19 +1,16 @@
-"""Seam: a request whose mask is pooled over its whole prompt reads none of it from the cache.
+"""Seam: a request whose every prompt token must run reads none of them from the prefix cache.
 
 vLLM asks each request whether it may read the prefix cache. A prompt token that is not computed
-has no hidden state to pool, and the mask must not depend on what happens to be cached.
+has no hidden state to pool, and a mask must not depend on what happens to be cached.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from sluice.models.policy import PolicyTicket
-from sluice.models.stack import SeamMovedError
-
-_PATCHED = "_sluice_whole_prompt"
-_NAME = "get_skip_reading_prefix_cache"
+from sluice.models.seams.wrap import wrap_once
 
 
 def install() -> None:
@@ -24,19 +21,13 @@ def install() -> None:
     """
     from vllm.v1.request import Request
 
-    stock = getattr(Request, _NAME, None)
-    if stock is None:
-        raise SeamMovedError(f"`{_NAME}` on vllm.v1.request.Request")
-    if not hasattr(stock, _PATCHED):
-        setattr(Request, _NAME, _with_whole_prompt(stock))
+    wrap_once(Request, "get_skip_reading_prefix_cache", _with_whole_prompt)
 
 
-def _with_whole_prompt(stock: Any) -> Any:
-    @functools.wraps(stock)
+def _with_whole_prompt(stock: Any) -> Callable[[Any], bool]:
     def skips_reading(request: Any) -> bool:
         params = request.sampling_params
         ticket = params and PolicyTicket.from_extra_args(params.extra_args)
         return bool(ticket and ticket.policy.reads_whole_prompt) or bool(stock(request))
 
-    setattr(skips_reading, _PATCHED, True)
     return skips_reading

@@ -15,19 +15,35 @@ import numpy as np
 import torch
 
 from sluice.models.depth.skip import DECODE, MODULES
+from sluice.models.expert_counters import SUFFIX, ExpertCounters
+from sluice.models.expert_shape import ExpertShape
+from sluice.models.experts.contrast import BlockIds
+from sluice.models.experts.live import LiveExperts
+from sluice.models.experts.record import ExpertRecord
+from sluice.models.experts.router import ExpertRouter
+from sluice.models.experts.selection import StepExperts
 from sluice.models.families import family_of
 from sluice.models.loop import LayerLoop
 from sluice.models.plan import IntArray, count_outcomes
 from sluice.models.policy import PolicyTicket
 from sluice.models.profile import PROFILE_ENV, Profile
 from sluice.models.requests import LiveRequests
+from sluice.models.residual import ResidualStream
 from sluice.models.seams.cost import measured_cost
 from sluice.models.seams.logits import KnownLogits
 from sluice.models.seams.poison import poison_enabled, poison_new_blocks
+from sluice.models.seams.router import UnsupportedRouterError, attach, read_routers
+from sluice.models.seams.weak_cache import weak_blocks
 from sluice.models.stack import DecoderStack, SeamMovedError
 from sluice.models.step import RoutedStep, StepOutcome, StepRequests
 from sluice.models.support import depth_refusal
-from sluice.models.telemetry import LayerCounters, ModuleCost, RequestRecords, telemetry_folder
+from sluice.models.telemetry import (
+    LayerCounters,
+    ModuleCost,
+    RequestRecord,
+    RequestRecords,
+    telemetry_folder,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Runner
@@ -47,28 +63,36 @@ class RoutedModelRunner(_Runner):
                 raise SeamMovedError(f"`{hook}` on the V1 model runner")
         num_layers = self.model_config.get_num_layers(self.parallel_config)
         folder = os.environ.get(PROFILE_ENV)
+        self._profile = Profile.load(Path(folder)) if folder else None
         self._live = LiveRequests(
-            num_layers,
-            self.cache_config.block_size,
-            Profile.load(Path(folder)) if folder else None,
-            self.device,
+            num_layers, self.cache_config.block_size, self._profile, self.device
         )
         self._step: RoutedStep | None = None
+        self._weak_blocks: dict[str, BlockIds] = {}
         self._poison = poison_enabled(self.device)
         self._records = RequestRecords(num_layers)
         self._counters = self._open_counters(num_layers)
         self._loop: LayerLoop | None = None
         self._stack: DecoderStack | None = None
         self._known_logits: KnownLogits | None = None
+        self._router: ExpertRouter | None = None
+        self._expert_counters: ExpertCounters | None = None
+        self._expert_shape: ExpertShape | None = None
+        self.expert_answer: dict[str, Any] = {"shape": None, "refusal": None}
         self.module_cost: ModuleCost | None = None
 
-    def _open_counters(self, num_layers: int) -> LayerCounters:
+    def _counter_file(self, suffix: str) -> Path | None:
         """Only the first rank of an engine counts: the others run the same tokens."""
         folder = telemetry_folder()
         if folder is None or self.parallel_config.rank != 0:
+            return None
+        return folder / f"engine-{self.parallel_config.data_parallel_index}{suffix}"
+
+    def _open_counters(self, num_layers: int) -> LayerCounters:
+        path = self._counter_file(".counts")
+        if path is None:
             return LayerCounters.in_memory(num_layers)
-        engine = self.parallel_config.data_parallel_index
-        return LayerCounters.create(folder / f"engine-{engine}.counts", num_layers)
+        return LayerCounters.create(path, num_layers)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as vLLM does, then find the layers."""
@@ -82,15 +106,31 @@ class RoutedModelRunner(_Runner):
         self._known_logits = KnownLogits(self.get_model())
         config = self.model_config.hf_text_config
         self._live.arrange = measured_cost(self, stack).arrange
-        self._loop = LayerLoop(stack, self, self._live.arrange)
+        self._attach_router(stack)
+        self._loop = LayerLoop(stack, self, self._live.arrange, self._router)
         self.module_cost = stack.cost(
             experts_per_token=getattr(config, "num_experts_per_tok", 0) or 0,
             experts=self.model_config.get_num_experts() if family.moe else 0,
         )
 
+    def _attach_router(self, stack: DecoderStack) -> None:
+        try:
+            shape, specs = read_routers(stack)
+        except UnsupportedRouterError as error:
+            self.expert_answer = {"shape": None, "refusal": str(error)}
+            return
+        self._expert_shape = shape
+        path = self._counter_file(SUFFIX)
+        self._expert_counters = ExpertCounters.create(path, shape.layers, shape.experts)
+        self._router = ExpertRouter(specs, self._expert_counters, self.device)
+        attach(stack, self._router)
+        self._live.experts = LiveExperts(shape, self._profile, self.device)
+        self.expert_answer = {"shape": shape.to_dict(), "refusal": None}
+
     def _update_states(self, scheduler_output: Any) -> Any:
         # First vLLM's part: it drops ended requests, and an id may end and come back in one step.
         corrections = super()._update_states(scheduler_output)
+        self._weak_blocks = weak_blocks(scheduler_output)
         if self._poison:
             poison_new_blocks(self, scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
@@ -125,7 +165,9 @@ class RoutedModelRunner(_Runner):
             computed=batch.num_computed_tokens_cpu[:n].astype(np.int64),
             prompt=batch.num_prompt_tokens[:n].astype(np.int64),
         )
-        step = self._live.step(requests) if len(self._live) else None
+        step = self._live.step(requests, self._weak_blocks) if len(self._live) else None
+        if self._expert_counters is not None:
+            self._expert_counters.roll()
         if step is None:
             self._counters.add_full_depth(int(scheduled.sum()), requests.generated)
         elif step.stock:
@@ -135,9 +177,7 @@ class RoutedModelRunner(_Runner):
 
     def _count(self, step: RoutedStep, outcome: StepOutcome) -> None:
         table = self._live.table
-        counts, exits = count_outcomes(
-            outcome.segments, len(step.requests.ids), table.skip, table.fill
-        )
+        counts, exits = count_outcomes(outcome.segments, step.passes, table.skip, table.fill)
         self._counters.add(counts.sum(axis=(0, 1)), exits.sum(axis=0))
         for index, path in step.paths.items():
             record = self._records.of(path.ticket.record)
@@ -146,6 +186,21 @@ class RoutedModelRunner(_Runner):
             record.skipped = path.decided_skip
             if index in outcome.exit_layers:
                 record.exit_layers.append(outcome.exit_layers[index])
+        if step.experts is not None:
+            self._count_experts(step, step.experts)
+
+    def _count_experts(self, step: RoutedStep, experts: StepExperts) -> None:
+        ran = experts.by_request(step.segments, step.passes)
+        for index, path in step.paths.items():
+            policy = path.ticket.policy.experts
+            if policy.empty:
+                continue
+            record = self._records.of(path.ticket.record)
+            if record.experts is None:
+                record.experts = ExpertRecord(policy.budget is not None)
+            record.experts.add(ran[index], experts.loaded)
+            if step.weak is not None and policy.contrast is not None:
+                record.experts.weak_tokens += int(step.requests.scheduled[index])
 
     def _model_forward(
         self,
@@ -163,38 +218,69 @@ class RoutedModelRunner(_Runner):
         if self._loop is None or model_kwargs:
             raise RuntimeError(f"depth control reached an engine without it ({model_kwargs=})")
         tokens = int(step.requests.scheduled.sum())
-        hidden, stream = self._loop.run(
-            step,
-            positions[:tokens],
-            None if input_ids is None else input_ids[:tokens],
-            None if inputs_embeds is None else inputs_embeds[:tokens],
-        )
+        if self._router is not None:
+            self._router.begin(step.experts)
+        try:
+            hidden, stream = self._loop.run(
+                step,
+                positions[:tokens],
+                None if input_ids is None else input_ids[:tokens],
+                None if inputs_embeds is None else inputs_embeds[:tokens],
+            )
+        finally:
+            if self._router is not None:
+                self._router.begin(None)
         self._count(step, self._live.settle(step, stream.hidden))
-        known = step.known_logits()
-        if known is not None and self._known_logits is not None:
-            self._known_logits.offer(torch.from_numpy(known[0]).to(known[1].device), known[1])
+        self._offer_logits(step, stream)
         return hidden
+
+    def _offer_logits(self, step: RoutedStep, stream: ResidualStream) -> None:
+        """Put what exit tests and contrasts made of the logits in the LM head's place."""
+        known = [found] if (found := step.known_logits()) is not None else []
+        if step.weak is not None:
+            assert self._stack is not None
+            strong = step.first_rows + step.requests.scheduled - 1
+            rows = np.concatenate([strong[step.weak.owners], step.weak.last])
+            both = self._stack.logits(stream.hidden(rows))
+            known.append((step.weak.owners, step.weak.combined(*both.chunk(2))))
+        if known and self._known_logits is not None:
+            requests = torch.from_numpy(np.concatenate([own for own, _ in known]))
+            logits = torch.cat([own for _, own in known])
+            self._known_logits.offer(requests.to(logits.device), logits)
 
     def take_routing_record(self, record: str) -> dict[str, Any] | None:
         """What an ended request ran: `RequestRecord` as JSON values, with compute fractions."""
         found = self._records.take(record)
         if found is None:
             return None
-        cost = self.module_cost
         answer: dict[str, Any] = {
             "counts": found.counts.tolist(),
             "exits": found.exits.tolist(),
-            "compute_fraction": cost.fraction(found.counts.sum(axis=0)) if cost else 1.0,
-            "generated_compute_fraction": cost.fraction(found.counts[DECODE]) if cost else 1.0,
+            **self._fractions(found),
         }
         if found.exit_layers:
             answer["exit_layers"] = found.exit_layers
+        if found.experts is not None:
+            answer["experts"] = found.experts.to_wire()
         if found.skipped is not None:
             answer["mask"] = {
                 module: np.flatnonzero(found.skipped[:, column]).tolist()
                 for column, module in enumerate(MODULES)
             }
         return answer
+
+    def _fractions(self, found: RequestRecord) -> dict[str, float]:
+        """Shares of full depth's compute, of all tokens and of the generated ones."""
+        cost, shape = self.module_cost, self._expert_shape
+        counts = (found.counts.sum(axis=0), found.counts[DECODE])
+        names = ("compute_fraction", "generated_compute_fraction")
+        if cost is None:
+            return dict.fromkeys(names, 1.0)
+        saved = (0, 0)
+        if found.experts is not None and shape is not None:
+            saved = found.experts.saved(shape.top_k)
+        parts = zip(names, counts, saved, strict=True)
+        return {name: cost.fraction(own, fewer) for name, own, fewer in parts}
 
 
 def _no_residual(_tokens: IntArray) -> Any:

@@ -38,6 +38,15 @@ class RoutedWorker(_Worker):
         if not isinstance(self.model_runner, RoutedModelRunner):
             raise RunnerNotAttachedError(self.model_runner)
 
+    def describe_experts(self) -> dict[str, Any]:
+        """RPC target: `shape` (`ExpertShape.to_dict`) of the routed experts, or why there is none.
+
+        `refusal` is None where expert controls can run, and with a model that depth controls do
+        not run on either.
+        """
+        assert isinstance(self.model_runner, RoutedModelRunner)
+        return self.model_runner.expert_answer
+
     def take_routing_record(self, record: str) -> dict[str, Any] | None:
         """RPC target: hand out the record of an ended request."""
         assert isinstance(self.model_runner, RoutedModelRunner)

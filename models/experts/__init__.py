@@ -1,0 +1,1 @@
+"""Which experts serve a token: one control or method a file."""

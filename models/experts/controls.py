@@ -1,0 +1,115 @@
+"""One policy's expert controls as arrays over layers and experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sluice.models.expert_policy import ExpertId, ExpertPolicy
+from sluice.models.expert_shape import ExpertShape
+
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerControls:
+    """Controls of one policy; first dimension is the layers with experts, in order.
+
+    Attributes:
+        k: int64, (layers,).
+        bias: fp32, (layers, experts); -inf masks.
+        dropped: bool, (layers, experts).
+        forced: bool, (layers, experts).
+        forced_weight: fp32, (layers, experts); NaN is the mean of the others.
+        ratio: fp32, (layers,); 0 cuts nothing.
+        top_p: fp32, (layers,); 1 cuts nothing.
+        protected: bool, (layers, experts).
+        weak_rank: rank of the one expert of a weak pass, or -1.
+        active: bool, (layers,): the policy does something in the layer, budget and re-mix apart.
+    """
+
+    k: IntArray
+    bias: FloatArray
+    dropped: BoolArray
+    forced: BoolArray
+    forced_weight: FloatArray
+    ratio: FloatArray
+    top_p: FloatArray
+    protected: BoolArray
+    weak_rank: int
+    active: BoolArray
+
+    @classmethod
+    def of(
+        cls,
+        policy: ExpertPolicy,
+        shape: ExpertShape,
+        super_experts: Iterable[ExpertId],
+        *,
+        weak: bool = False,
+    ) -> LayerControls:
+        """Spread a policy out.
+
+        Args:
+            policy: checked against `shape`.
+            shape: of the model's experts.
+            super_experts: of the profile.
+            weak: the controls of the weak pass of `policy.contrast`.
+        """
+        place = {layer: row for row, layer in enumerate(shape.layers)}
+        count, experts = len(shape.layers), shape.experts
+
+        def marked(ids: Iterable[ExpertId]) -> BoolArray:
+            found = np.zeros((count, experts), dtype=np.bool_)
+            for layer, expert in ids:
+                found[place[layer], expert] = True
+            return found
+
+        bias = np.zeros((count, experts), dtype=np.float32)
+        for layer, expert, value in policy.bias:
+            bias[place[layer], expert] = value
+        bias[marked(policy.masked)] = -np.inf
+        weights = np.full((count, experts), np.nan, dtype=np.float32)
+        for layer, expert, weight in policy.forced:
+            if weight is not None:
+                weights[place[layer], expert] = weight
+        k = _by_layer(policy.top_k, shape, shape.top_k, np.int64)
+        ratio = _by_layer(policy.skip_ratio, shape, 0.0, np.float32)
+        top_p = np.full(count, 1.0 if policy.top_p is None else policy.top_p, dtype=np.float32)
+        dropped = marked(policy.dropped)
+        forced = marked((layer, expert) for layer, expert, _ in policy.forced)
+        contrast = policy.contrast
+        active = (
+            (k != shape.top_k)
+            | (bias != 0).any(axis=1)
+            | dropped.any(axis=1)
+            | forced.any(axis=1)
+            | (ratio > 0)
+            | (top_p < 1)
+        )
+        return cls(
+            k=k,
+            bias=bias,
+            dropped=dropped,
+            forced=forced,
+            forced_weight=weights,
+            ratio=ratio,
+            top_p=top_p,
+            protected=marked(super_experts if policy.protect else ()),
+            weak_rank=contrast.weak_rank if weak and contrast is not None else -1,
+            active=active | weak,
+        )
+
+
+def _by_layer(
+    value: float | tuple[float, ...] | None, shape: ExpertShape, stock: float, dtype: type
+) -> NDArray[np.generic]:
+    """One number per layer with experts, from one for all or one per decoder layer."""
+    if isinstance(value, tuple):
+        return np.array([value[layer] for layer in shape.layers], dtype=dtype)
+    return np.full(len(shape.layers), stock if value is None else value, dtype=dtype)

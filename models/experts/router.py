@@ -1,0 +1,186 @@
+"""The routers of a loaded model, with policies: logits in, experts and weights out.
+
+vLLM's router objects ask here (`sluice.models.seams.router`). Rows without a control get what
+vLLM's own routine gives, bit for bit; in a step without any, nothing else runs but a count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from sluice.kernels.remix_scores import remix_scores
+from sluice.kernels.route_topk import (
+    RouterSpec,
+    Selection,
+    score,
+    select,
+    select_rank,
+    selection_scores,
+)
+from sluice.models.expert_counters import MASKED, ROWS, ExpertCounters
+from sluice.models.experts.budget import shared_set
+from sluice.models.experts.remix import Pathway
+from sluice.models.experts.selection import CallRows, IntArray, LayerRows, StepExperts
+
+Routed = tuple[torch.Tensor, torch.Tensor]
+"""Weights, fp32, and ids, int32, (rows, width) each."""
+
+
+class ExpertRouter:
+    """Routes the layers of one model; one instance per model runner."""
+
+    def __init__(
+        self, specs: Sequence[RouterSpec], counters: ExpertCounters, device: torch.device
+    ) -> None:
+        """Serve layers.
+
+        Args:
+            specs: of the layers with experts, in order.
+            counters: of the same layers.
+            device: of the model.
+        """
+        self._specs = tuple(specs)
+        self._counters = counters
+        self._counts = torch.from_numpy(counters.total).to(device)
+        self._layers = counters.layers
+        self._ones = torch.ones(0, dtype=torch.int64, device=device)
+        self._step: StepExperts | None = None
+        self._call: CallRows | None = None
+
+    def begin(self, step: StepExperts | None) -> None:
+        """Serve a step; None, or its end, leaves everything to vLLM."""
+        self._step, self._call = step, None
+
+    def enter(self, tokens: IntArray) -> None:
+        """Name the rows of the step that the next calls are about, ascending, int64."""
+        if self._step is not None:
+            self._call = self._step.call(tokens)
+
+    def route(self, place: int, logits: torch.Tensor, stock: Callable[[], Routed]) -> Routed:
+        """Select experts for the rows of one layer.
+
+        Args:
+            place: of the layer among those with experts.
+            logits: router logits, (rows, experts).
+            stock: vLLM's own routine on the same rows.
+        """
+        call = self._call
+        if call is None:
+            weights, ids = stock()
+            self._count(place, ids)
+            return weights, ids
+        layer_rows = call.controlled(place, self._layers[place])
+        if layer_rows is None:
+            weights, ids = stock()
+            self._count(place, ids)
+            self._note(call, ids)
+            return weights, ids
+        if layer_rows.everything:
+            chosen = self._select(place, logits, layer_rows)
+            self._count_chosen(place, chosen)
+            self._note(call, chosen.ids, chosen)
+            return chosen.weights, chosen.ids
+        index = torch.from_numpy(layer_rows.rows).to(logits.device)
+        chosen = self._select(place, logits[index], layer_rows)
+        weights, ids = stock()
+        active = torch.full((len(ids),), ids.shape[1], device=ids.device)
+        left = Selection(weights, ids, active, torch.zeros_like(active))
+        merged = _overridden(left, index, chosen)
+        self._count_chosen(place, merged)
+        self._note(call, merged.ids, merged)
+        return merged.weights, merged.ids
+
+    def _select(self, place: int, logits: torch.Tensor, rows: LayerRows) -> Selection:
+        assert self._step is not None
+        table, spec = self._step.table, self._specs[place]
+        controls = table.controls(rows.table_rows, place)
+        stock_scores = scores = score(logits, spec)
+        for pathway, own in rows.remixes:
+            scores = _remixed(scores, own.to(logits.device), pathway, self._layers[place])
+        changed = controls.bias is not None or controls.forced is not None
+        stock_choice = choice = selection_scores(stock_scores, spec)
+        if changed or rows.remixes:
+            choice = selection_scores(scores, spec, controls)
+        for budget, own in rows.budgets:
+            own = own.to(logits.device)
+            members = shared_set(budget, choice[own], scores[own])
+            choice = _within(choice, own, members)
+        chosen = select(scores, choice, stock_choice, spec, controls)
+        ranks = table.weak_ranks(rows.table_rows)
+        weak = np.flatnonzero(ranks >= 0)
+        if len(weak):
+            own = torch.from_numpy(weak).to(logits.device)
+            of_weak = torch.from_numpy(ranks[weak]).to(logits.device)
+            chosen = _overridden(chosen, own, select_rank(choice[own], of_weak, spec))
+        return chosen
+
+    def _count(self, place: int, ids: torch.Tensor) -> None:
+        """Count vLLM's own selections. `ids`: (rows, k)."""
+        flat = ids.reshape(-1)
+        if len(self._ones) < len(flat):
+            self._ones = torch.ones(len(flat), dtype=torch.int64, device=flat.device)
+        counts = self._counts[place]
+        counts.index_add_(0, flat, self._ones[: len(flat)])
+        counts[ROWS] += len(ids)
+
+    def _count_chosen(self, place: int, chosen: Selection) -> None:
+        counts = self._counts[place]
+        used = torch.arange(chosen.ids.shape[1], device=counts.device)
+        used = used < chosen.active.unsqueeze(-1)
+        counts.index_add_(0, chosen.ids.reshape(-1), used.reshape(-1).to(torch.int64))
+        counts[ROWS] += len(chosen.ids)
+        counts[MASKED] += chosen.taken.sum()
+
+    def _note(self, call: CallRows, ids: torch.Tensor, chosen: Selection | None = None) -> None:
+        """Add a layer to what the step's rows ran."""
+        step = self._step
+        assert step is not None
+        tokens = torch.from_numpy(call.tokens).to(ids.device)
+        one = torch.ones(1, dtype=torch.int64, device=ids.device).expand(len(tokens))
+        active = one * ids.shape[1] if chosen is None else chosen.active
+        step.active.index_add_(0, tokens, active)
+        step.routed.index_add_(0, tokens, one)
+        if chosen is not None:
+            step.taken.index_add_(0, tokens, chosen.taken)
+        seen = torch.zeros(self._counts.shape[1], dtype=torch.bool, device=ids.device)
+        seen[ids.reshape(-1).long()] = True
+        step.loaded[0] += seen.sum()
+        step.loaded[1] += 1
+
+
+def _remixed(scores: torch.Tensor, own: torch.Tensor, pathway: Pathway, layer: int) -> torch.Tensor:
+    """Scores with the rows `own` pulled towards their reference."""
+    rows = scores[own]
+    remix = pathway.remix
+    reference = pathway.reference(layer, rows).expand_as(rows)
+    alpha = torch.full((len(rows),), remix.alpha, device=rows.device)
+    top = torch.full((len(rows),), remix.top, device=rows.device)
+    return scores.index_copy(0, own, remix_scores(rows, reference, alpha, top))
+
+
+def _within(choice: torch.Tensor, own: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    """Selection scores of rows limited to a shared set; what is forced stays at +inf."""
+    rows = choice[own]
+    outside = ~members & (rows < float("inf"))
+    return choice.index_copy(0, own, rows.masked_fill(outside, float("-inf")))
+
+
+def _overridden(base: Selection, index: torch.Tensor, own: Selection) -> Selection:
+    """`base` with the rows at `index` replaced; short rows repeat their first expert."""
+    width = max(base.ids.shape[1], own.ids.shape[1])
+    ids, weights = _widened(base, width)
+    ids[index], weights[index] = _widened(own, width)
+    active, taken = base.active.clone(), base.taken.clone()
+    active[index], taken[index] = own.active, own.taken
+    return Selection(weights, ids, active, taken)
+
+
+def _widened(selection: Selection, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    more = width - selection.ids.shape[1]
+    if not more:
+        return selection.ids, selection.weights
+    ids = torch.cat([selection.ids, selection.ids[:, :1].expand(-1, more)], 1)
+    return ids, torch.nn.functional.pad(selection.weights, (0, more))

@@ -1,0 +1,180 @@
+"""What the rows of one step ask of the routers, and what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sluice.models.depth.skip import PHASES
+from sluice.models.expert_policy import ExpertBudget
+from sluice.models.experts.remix import Pathway
+from sluice.models.experts.table import ExpertTable
+from sluice.models.plan import Segment
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRows:
+    """The rows of one call of a router that are not left to vLLM.
+
+    Attributes:
+        rows: places within the call, int64, (rows,).
+        everything: all rows of the call are here.
+        table_rows: their rows of the expert table, int64, (rows,).
+        budgets: budgets with the places of their rows among `rows`, int64.
+        remixes: pathways with the places of their rows among `rows`, int64.
+    """
+
+    rows: IntArray
+    everything: bool
+    table_rows: IntArray
+    budgets: tuple[tuple[ExpertBudget, torch.Tensor], ...]
+    remixes: tuple[tuple[Pathway, torch.Tensor], ...]
+
+
+class StepExperts:
+    """Expert controls of a step's token rows.
+
+    Attributes:
+        table: of the live policies.
+        active: int64, (tokens,): experts run, summed over the layers so far.
+        taken: int64, (tokens,): selections of the model's own routers that a policy took away.
+        routed: int64, (tokens,): layers whose router saw the token.
+        loaded: int64, (2,): distinct experts run by a layer's rows, summed over the layers so
+            far, and those layers.
+    """
+
+    def __init__(
+        self,
+        table: ExpertTable,
+        table_rows: IntArray,
+        budgets: dict[ExpertBudget, IntArray],
+        remixes: list[tuple[Pathway, IntArray]],
+        device: torch.device,
+    ) -> None:
+        """Describe a step.
+
+        Args:
+            table: of the live policies.
+            table_rows: row of each token, int64, (tokens,).
+            budgets: token rows that share a budget, int64.
+            remixes: token rows that a pathway applies to, int64.
+            device: of the model.
+        """
+        tokens = len(table_rows)
+        self.table = table
+        self.active, self.taken, self.routed = torch.zeros(
+            (3, tokens), dtype=torch.int64, device=device
+        )
+        self.loaded = torch.zeros(2, dtype=torch.int64, device=device)
+        self._table_rows = table_rows
+        self._budgets = budgets
+        self._remixes = remixes
+        self._calls: dict[bytes, CallRows] = {}
+
+    @property
+    def controlled(self) -> bool:
+        """Whether any row is not left to vLLM."""
+        return bool(self._table_rows.any() or self._budgets or self._remixes)
+
+    def call(self, tokens: IntArray) -> CallRows:
+        """The rows that a router is about to see. `tokens`: ascending, int64."""
+        key = tokens.tobytes()
+        if key not in self._calls:
+            self._calls[key] = CallRows(
+                tokens, self.table, self._table_rows[tokens], self._of(tokens)
+            )
+        return self._calls[key]
+
+    def by_request(self, segments: Sequence[Segment], count: int) -> torch.Tensor:
+        """What the tokens of each request ran, int64, (count, 2 phases, 3): active, taken, routed.
+
+        Args:
+            segments: of the step.
+            count: requests, weak passes among them.
+        """
+        groups = [segment.request * len(PHASES) + segment.phase for segment in segments]
+        tokens = np.repeat(groups, [segment.length for segment in segments])
+        ran = torch.stack([self.active, self.taken, self.routed], dim=1)
+        sums = ran.new_zeros((count * len(PHASES), ran.shape[1]))
+        sums.index_add_(0, torch.from_numpy(tokens).to(ran.device), ran)
+        return sums.view(count, len(PHASES), -1)
+
+    def _of(self, tokens: IntArray) -> _Extras:
+        """Budgets and pathways with places within `tokens` instead of token rows."""
+
+        def places(own: IntArray) -> IntArray:
+            return np.flatnonzero(np.isin(tokens, own))
+
+        budgets = [(budget, places(own)) for budget, own in self._budgets.items()]
+        remixes = [(pathway, places(own)) for pathway, own in self._remixes]
+        return _Extras(
+            [(budget, own) for budget, own in budgets if len(own)],
+            [(pathway, own) for pathway, own in remixes if len(own)],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Extras:
+    """Budgets and pathways with their rows, int64."""
+
+    budgets: list[tuple[ExpertBudget, IntArray]]
+    remixes: list[tuple[Pathway, IntArray]]
+
+
+@dataclass(slots=True)
+class CallRows:
+    """One set of rows on its way through routers.
+
+    Attributes:
+        tokens: rows of the step, int64, (rows,).
+    """
+
+    tokens: IntArray
+    _table: ExpertTable
+    _table_rows: IntArray
+    _extras: _Extras
+    _cache: dict[tuple[bytes, tuple[int, ...]], LayerRows | None] = field(default_factory=dict)
+
+    def controlled(self, place: int, layer: int) -> LayerRows | None:
+        """Rows that are not left to vLLM, or None if all are.
+
+        Args:
+            place: of the layer among those with experts.
+            layer: its number in the decoder.
+        """
+        chosen = self._table.active[self._table_rows, place]
+        remixes = [
+            number
+            for number, (pathway, _) in enumerate(self._extras.remixes)
+            if layer in pathway.remix.layers
+        ]
+        key = (chosen.tobytes(), tuple(remixes))
+        if key not in self._cache:
+            self._cache[key] = self._rows(chosen, [self._extras.remixes[n] for n in remixes])
+        return self._cache[key]
+
+    def _rows(
+        self, chosen: NDArray[np.bool_], remixes: list[tuple[Pathway, IntArray]]
+    ) -> LayerRows | None:
+        extras = [*self._extras.budgets, *remixes]
+        if extras:
+            chosen = chosen.copy()
+            for _, own in extras:
+                chosen[own] = True
+        if not chosen.any():
+            return None
+        rows = np.flatnonzero(chosen)
+        place = np.cumsum(chosen) - 1
+        return LayerRows(
+            rows=rows,
+            everything=len(rows) == len(chosen),
+            table_rows=self._table_rows[rows],
+            budgets=tuple((b, torch.from_numpy(place[own])) for b, own in self._extras.budgets),
+            remixes=tuple((p, torch.from_numpy(place[own])) for p, own in remixes),
+        )
