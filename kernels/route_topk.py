@@ -45,6 +45,7 @@ class RowControls:
     Attributes:
         k: int64, (rows,): experts per row.
         most: largest entry of `k`, known without asking the device.
+        uniform: all entries of `k` are `most`.
         bias: fp32, (rows, experts), added to selection scores; -inf masks. Or None.
         dropped: bool, (rows, experts): taken out of what was selected. Or None.
         forced: bool, (rows, experts): always selected. Or None.
@@ -57,6 +58,7 @@ class RowControls:
 
     k: torch.Tensor
     most: int
+    uniform: bool = False
     bias: torch.Tensor | None = None
     dropped: torch.Tensor | None = None
     forced: torch.Tensor | None = None
@@ -136,53 +138,59 @@ def select(
     stock_choice: torch.Tensor,
     spec: RouterSpec,
     controls: RowControls,
+    *,
+    starving: bool = False,
 ) -> Selection:
     """Top-k of `choice`, cut and weighed.
 
     Args:
         scores: fp32, (rows, experts), re-mixed if that is asked; what weights are made of.
         choice: from `selection_scores`, with a budget's outsiders at -inf.
-        stock_choice: the same without any control.
+        stock_choice: the same without any control; the same object if there is none.
         spec: the model's router.
         controls: of the rows.
+        starving: a row may have fewer finite entries in `choice` than its k.
     """
     values, ids = choice.topk(min(controls.most, choice.shape[1]), dim=-1)
-    if stock_choice is choice and ids.shape[1] >= spec.top_k:
-        stock = ids[:, : spec.top_k]
-    else:
-        stock = stock_choice.topk(spec.top_k, dim=-1).indices
-    kept = values > _OUT
-    kept &= torch.arange(ids.shape[1], device=ids.device) < controls.k.unsqueeze(-1)
-    held = scores.gather(1, ids)
-    rows = len(scores)
+    # Every operator costs as much as the arithmetic in it here, so none runs that is not asked.
+    ranked = choice is scores
+    slots = _Slots(ids, values if ranked else scores.gather(1, ids))
+    if starving:
+        slots.keep(values > _OUT)
+    if not controls.uniform:
+        slots.keep(torch.arange(ids.shape[1], device=ids.device) < controls.k.unsqueeze(-1))
     if controls.dropped is not None:
-        kept &= ~controls.dropped.expand(rows, -1).gather(1, ids)
-    forced = None
+        slots.keep(~slots.look_up(controls.dropped))
     if controls.forced is not None:
-        forced = controls.forced.expand(rows, -1).gather(1, ids) & kept
+        slots.forced = slots.look_up(controls.forced)
     if controls.ratio is not None:
-        first = held.masked_fill(~kept, 0.0).amax(-1, keepdim=True)
-        kept &= _or_forced(held >= controls.ratio.unsqueeze(-1) * first, forced)
+        leads = ranked and controls.dropped is None
+        first = slots.weights[:, :1] if leads else slots.held().amax(-1, keepdim=True)
+        slots.cut(slots.weights >= controls.ratio.unsqueeze(-1) * first)
     if controls.top_p is not None:
-        kept &= _or_forced(_in_top_p(held, kept, scores, controls.top_p), forced)
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, ids, kept)
-    present = chosen.gather(1, stock)
-    if controls.protected is not None:
-        back = controls.protected.expand(rows, -1).gather(1, stock) & ~present
-        present = present | back
-        ids, kept = torch.cat([ids, stock], 1), torch.cat([kept, back], 1)
-        held = scores.gather(1, ids)
-        if forced is not None:
-            forced = torch.cat([forced, torch.zeros_like(back)], 1)
-    if forced is not None:
-        held = _forced_weights(held, ids, kept, forced, controls)
-    weights = held.masked_fill(~kept, 0.0)
+        whole = scores.sum(-1, keepdim=True)
+        slots.cut(_before(slots.held(), ranked) <= controls.top_p.unsqueeze(-1) * whole)
+    changed = stock_choice is not choice or controls.dropped is not None
+    taken = None
+    if changed or controls.protected is not None or ids.shape[1] > spec.top_k:
+        stock = stock_choice.topk(spec.top_k, dim=-1).indices
+        missing = ~slots.holds(stock, scores.shape[1])
+        if controls.protected is not None:
+            back = controls.protected.expand(len(ids), -1).gather(1, stock) & missing
+            slots.append(stock, scores.gather(1, stock), back)
+            missing &= ~back
+        taken = missing.sum(-1)
+    if controls.forced is not None:
+        slots.weigh_forced(controls)
+    weights = slots.held()
     if spec.renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
     if spec.scale != 1.0:
         weights = weights * spec.scale
-    weights, ids, active = _packed(weights, ids, kept)
-    return Selection(weights, ids, active, (~present).sum(-1))
+    in_order = controls.dropped is None and controls.forced is None and controls.protected is None
+    cuts = controls.ratio is not None or controls.top_p is not None
+    weights, ids, active = slots.packed(weights, in_order and (ranked or not cuts))
+    return Selection(weights, ids, active, spec.top_k - active if taken is None else taken)
 
 
 def select_rank(choice: torch.Tensor, ranks: torch.Tensor, spec: RouterSpec) -> Selection:
@@ -200,48 +208,86 @@ def select_rank(choice: torch.Tensor, ranks: torch.Tensor, spec: RouterSpec) -> 
     return Selection(weights, ids.to(torch.int32), torch.ones_like(ranks), taken)
 
 
-def _or_forced(stays: torch.Tensor, forced: torch.Tensor | None) -> torch.Tensor:
-    return stays if forced is None else stays | forced
+def _before(held: torch.Tensor, ranked: bool) -> torch.Tensor:
+    """Sum of what better ranks hold, (rows, slots)."""
+    if ranked:
+        return held.cumsum(-1) - held
+    values, order = held.sort(dim=-1, descending=True, stable=True)
+    return torch.empty_like(held).scatter_(1, order, values.cumsum(-1) - values)
 
 
-def _in_top_p(
-    held: torch.Tensor, kept: torch.Tensor, scores: torch.Tensor, top_p: torch.Tensor
-) -> torch.Tensor:
-    """Slots whose better ranks have at most `top_p` of the row's whole score."""
-    own = held.masked_fill(~kept, 0.0)
-    ranked, order = own.sort(dim=-1, descending=True, stable=True)
-    before = torch.empty_like(own).scatter_(1, order, ranked.cumsum(-1) - ranked)
-    return before <= top_p.unsqueeze(-1) * scores.sum(-1, keepdim=True)
+class _Slots:
+    """Selected experts of rows, (rows, slots), and which of them are still in."""
 
+    def __init__(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        self.ids = ids
+        self.weights = weights
+        self.kept: torch.Tensor | None = None
+        self.forced: torch.Tensor | None = None
 
-def _forced_weights(
-    held: torch.Tensor,
-    ids: torch.Tensor,
-    kept: torch.Tensor,
-    forced: torch.Tensor,
-    controls: RowControls,
-) -> torch.Tensor:
-    """Scores with what forced experts weigh in their place."""
-    assert controls.forced_weight is not None
-    given = controls.forced_weight.expand(len(ids), -1).gather(1, ids)
-    others = kept & ~forced
-    count = others.sum(-1, keepdim=True)
-    mean = held.masked_fill(~others, 0.0).sum(-1, keepdim=True) / count
-    # Where everything is forced there is no mean, and experts weigh what they scored.
-    unasked = torch.where(count > 0, mean.expand_as(held), held)
-    return torch.where(forced, torch.where(given.isnan(), unasked, given), held)
+    def look_up(self, table: torch.Tensor) -> torch.Tensor:
+        """Entries of the slots' experts. `table`: (rows or 1, experts)."""
+        return table.expand(len(self.ids), -1).gather(1, self.ids)
 
+    def keep(self, stays: torch.Tensor) -> None:
+        """Only what also `stays` is still in."""
+        self.kept = stays.expand_as(self.ids) if self.kept is None else self.kept & stays
 
-def _packed(
-    weights: torch.Tensor, ids: torch.Tensor, kept: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Kept slots first, and no more slots than the fullest row needs."""
-    order = (~kept).to(torch.uint8).sort(dim=-1, stable=True).indices
-    kept = kept.gather(1, order)
-    weights, ids = weights.gather(1, order), ids.gather(1, order)
-    active = kept.sum(-1)
-    # The number of slots is data: on a GPU asking for it would wait for the device.
-    width = int(active.max()) if ids.device.type == "cpu" else ids.shape[1]
-    kept, weights, ids = kept[:, :width], weights[:, :width], ids[:, :width]
-    ids = torch.where(kept, ids, ids[:, :1])
-    return weights.contiguous(), ids.to(torch.int32).contiguous(), active
+    def cut(self, stays: torch.Tensor) -> None:
+        """As `keep`, sparing forced experts."""
+        self.keep(stays if self.forced is None else stays | self.forced)
+
+    def held(self) -> torch.Tensor:
+        """Weights, 0 for what is out."""
+        return self.weights if self.kept is None else self.weights.masked_fill(~self.kept, 0.0)
+
+    def holds(self, ids: torch.Tensor, experts: int) -> torch.Tensor:
+        """Whether rows still have these experts in. `ids`: (rows, n)."""
+        kept = torch.ones_like(self.ids, dtype=torch.bool) if self.kept is None else self.kept
+        chosen = torch.zeros((len(ids), experts), dtype=torch.bool, device=ids.device)
+        return chosen.scatter_(1, self.ids, kept).gather(1, ids)
+
+    def append(self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor) -> None:
+        """Add slots, (rows, n) each."""
+        own = torch.ones_like(self.ids, dtype=torch.bool) if self.kept is None else self.kept
+        self.kept = torch.cat([own, kept], 1)
+        self.ids = torch.cat([self.ids, ids], 1)
+        self.weights = torch.cat([self.weights, weights], 1)
+        if self.forced is not None:
+            self.forced = torch.cat([self.forced, torch.zeros_like(kept)], 1)
+
+    def weigh_forced(self, controls: RowControls) -> None:
+        """Give forced experts what they weigh in place of their scores."""
+        assert self.forced is not None
+        assert controls.forced_weight is not None
+        given = self.look_up(controls.forced_weight)
+        others = ~self.forced if self.kept is None else self.kept & ~self.forced
+        count = others.sum(-1, keepdim=True)
+        mean = self.weights.masked_fill(~others, 0.0).sum(-1, keepdim=True) / count
+        # Where everything is forced there is no mean, and experts weigh what they scored.
+        unasked = torch.where(count > 0, mean, self.weights)
+        weights = torch.where(given.isnan(), unasked, given)
+        self.weights = torch.where(self.forced, weights, self.weights)
+
+    def packed(
+        self, weights: torch.Tensor, in_order: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weights, ids and number of what is in, no wider than the fullest row needs.
+
+        Args:
+            weights: final ones, (rows, slots).
+            in_order: what is in comes before what is out.
+        """
+        ids, kept = self.ids, self.kept
+        if kept is None:
+            active = torch.full((len(ids),), ids.shape[1], device=ids.device)
+            return weights, ids.to(torch.int32), active
+        if not in_order:
+            order = (~kept).to(torch.uint8).sort(dim=-1, stable=True).indices
+            kept, weights, ids = (part.gather(1, order) for part in (kept, weights, ids))
+        active = kept.sum(-1)
+        # The number of slots is data: on a GPU asking for it would wait for the device.
+        width = int(active.max()) if ids.device.type == "cpu" else ids.shape[1]
+        kept, weights, ids = kept[:, :width], weights[:, :width], ids[:, :width]
+        ids = torch.where(kept, ids, ids[:, :1]).to(torch.int32)
+        return weights.contiguous(), ids, active

@@ -156,7 +156,6 @@ class LiveExperts:
             np.repeat(rows, lengths),
             {budget: _joined(own) for budget, own in budgets.items() if own},
             remixes,
-            self._device,
         )
 
     def _pathway(self, remix: Remix, embedding: Callable[[], torch.Tensor]) -> Pathway:

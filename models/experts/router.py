@@ -20,8 +20,9 @@ from sluice.kernels.route_topk import (
     select_rank,
     selection_scores,
 )
-from sluice.models.expert_counters import MASKED, ROWS, ExpertCounters
+from sluice.models.expert_counters import ROWS, ExpertCounters
 from sluice.models.experts.budget import shared_set
+from sluice.models.experts.ledger import StepLedger
 from sluice.models.experts.remix import Pathway
 from sluice.models.experts.selection import CallRows, IntArray, LayerRows, StepExperts
 
@@ -47,17 +48,24 @@ class ExpertRouter:
         self._counts = torch.from_numpy(counters.total).to(device)
         self._layers = counters.layers
         self._ones = torch.ones(0, dtype=torch.int64, device=device)
+        self._ledger = StepLedger()
         self._step: StepExperts | None = None
         self._call: CallRows | None = None
 
-    def begin(self, step: StepExperts | None) -> None:
-        """Serve a step; None, or its end, leaves everything to vLLM."""
-        self._step, self._call = step, None
+    def begin(self, step: StepExperts) -> None:
+        """Serve a step with controls."""
+        self._step, self._ledger = step, StepLedger()
 
     def enter(self, tokens: IntArray) -> None:
-        """Name the rows of the step that the next calls are about, ascending, int64."""
+        """Name the rows of the step that the next call is about, ascending, int64."""
         if self._step is not None:
             self._call = self._step.call(tokens)
+
+    def end(self) -> None:
+        """Sum the step up; what follows is left to vLLM."""
+        step, self._step, self._call = self._step, None, None
+        if step is not None:
+            step.sums = self._ledger.close(step.tokens, self._counts)
 
     def route(self, place: int, logits: torch.Tensor, stock: Callable[[], Routed]) -> Routed:
         """Select experts for the rows of one layer.
@@ -72,26 +80,16 @@ class ExpertRouter:
             weights, ids = stock()
             self._count(place, ids)
             return weights, ids
-        layer_rows = call.controlled(place, self._layers[place])
-        if layer_rows is None:
-            weights, ids = stock()
-            self._count(place, ids)
-            self._note(call, ids)
-            return weights, ids
-        if layer_rows.everything:
-            chosen = self._select(place, logits, layer_rows)
-            self._count_chosen(place, chosen)
-            self._note(call, chosen.ids, chosen)
-            return chosen.weights, chosen.ids
-        index = torch.from_numpy(layer_rows.rows).to(logits.device)
-        chosen = self._select(place, logits[index], layer_rows)
-        weights, ids = stock()
-        active = torch.full((len(ids),), ids.shape[1], device=ids.device)
-        left = Selection(weights, ids, active, torch.zeros_like(active))
-        merged = _overridden(left, index, chosen)
-        self._count_chosen(place, merged)
-        self._note(call, merged.ids, merged)
-        return merged.weights, merged.ids
+        rows = call.controlled(place, self._layers[place])
+        if rows is not None and rows.everything:
+            chosen = self._select(place, logits, rows)
+        else:
+            chosen = _untouched(*stock())
+        if rows is not None and not rows.everything:
+            index = torch.from_numpy(rows.rows).to(logits.device)
+            chosen = _overridden(chosen, index, self._select(place, logits[index], rows))
+        self._ledger.write(place, call.tokens, chosen)
+        return chosen.weights, chosen.ids
 
     def _select(self, place: int, logits: torch.Tensor, rows: LayerRows) -> Selection:
         assert self._step is not None
@@ -107,8 +105,13 @@ class ExpertRouter:
         for budget, own in rows.budgets:
             own = own.to(logits.device)
             members = shared_set(budget, choice[own], scores[own])
+            if controls.protected is not None:
+                stock = stock_choice[own].topk(spec.top_k, dim=-1).indices
+                selected = torch.zeros_like(choice[own], dtype=torch.bool).scatter_(1, stock, True)
+                members = members | (selected & controls.protected.expand(len(choice), -1)[own])
             choice = _within(choice, own, members)
-        chosen = select(scores, choice, stock_choice, spec, controls)
+        starving = bool(rows.budgets)
+        chosen = select(scores, choice, stock_choice, spec, controls, starving=starving)
         ranks = table.weak_ranks(rows.table_rows)
         weak = np.flatnonzero(ranks >= 0)
         if len(weak):
@@ -126,29 +129,10 @@ class ExpertRouter:
         counts.index_add_(0, flat, self._ones[: len(flat)])
         counts[ROWS] += len(ids)
 
-    def _count_chosen(self, place: int, chosen: Selection) -> None:
-        counts = self._counts[place]
-        used = torch.arange(chosen.ids.shape[1], device=counts.device)
-        used = used < chosen.active.unsqueeze(-1)
-        counts.index_add_(0, chosen.ids.reshape(-1), used.reshape(-1).to(torch.int64))
-        counts[ROWS] += len(chosen.ids)
-        counts[MASKED] += chosen.taken.sum()
 
-    def _note(self, call: CallRows, ids: torch.Tensor, chosen: Selection | None = None) -> None:
-        """Add a layer to what the step's rows ran."""
-        step = self._step
-        assert step is not None
-        tokens = torch.from_numpy(call.tokens).to(ids.device)
-        one = torch.ones(1, dtype=torch.int64, device=ids.device).expand(len(tokens))
-        active = one * ids.shape[1] if chosen is None else chosen.active
-        step.active.index_add_(0, tokens, active)
-        step.routed.index_add_(0, tokens, one)
-        if chosen is not None:
-            step.taken.index_add_(0, tokens, chosen.taken)
-        seen = torch.zeros(self._counts.shape[1], dtype=torch.bool, device=ids.device)
-        seen[ids.reshape(-1).long()] = True
-        step.loaded[0] += seen.sum()
-        step.loaded[1] += 1
+def _untouched(weights: torch.Tensor, ids: torch.Tensor) -> Selection:
+    active = torch.full((len(ids),), ids.shape[1], device=ids.device)
+    return Selection(weights, ids, active, torch.zeros_like(active))
 
 
 def _remixed(scores: torch.Tensor, own: torch.Tensor, pathway: Pathway, layer: int) -> torch.Tensor:
@@ -162,7 +146,13 @@ def _remixed(scores: torch.Tensor, own: torch.Tensor, pathway: Pathway, layer: i
 
 
 def _within(choice: torch.Tensor, own: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """Selection scores of rows limited to a shared set; what is forced stays at +inf."""
+    """Selection scores of rows limited to a set; what is forced stays at +inf.
+
+    Args:
+        choice: (all rows, experts).
+        own: the rows, int64, (rows,).
+        members: bool, (experts,) or (rows, experts).
+    """
     rows = choice[own]
     outside = ~members & (rows < float("inf"))
     return choice.index_copy(0, own, rows.masked_fill(outside, float("-inf")))

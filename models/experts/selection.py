@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sluice.models.depth.skip import PHASES
 from sluice.models.expert_policy import ExpertBudget
+from sluice.models.experts.ledger import StepSums
 from sluice.models.experts.remix import Pathway
 from sluice.models.experts.table import ExpertTable
 from sluice.models.plan import Segment
@@ -42,11 +43,8 @@ class StepExperts:
 
     Attributes:
         table: of the live policies.
-        active: int64, (tokens,): experts run, summed over the layers so far.
-        taken: int64, (tokens,): selections of the model's own routers that a policy took away.
-        routed: int64, (tokens,): layers whose router saw the token.
-        loaded: int64, (2,): distinct experts run by a layer's rows, summed over the layers so
-            far, and those layers.
+        tokens: rows of the step.
+        sums: what its routers did, once it has run; None if none ran.
     """
 
     def __init__(
@@ -55,7 +53,6 @@ class StepExperts:
         table_rows: IntArray,
         budgets: dict[ExpertBudget, IntArray],
         remixes: list[tuple[Pathway, IntArray]],
-        device: torch.device,
     ) -> None:
         """Describe a step.
 
@@ -64,14 +61,10 @@ class StepExperts:
             table_rows: row of each token, int64, (tokens,).
             budgets: token rows that share a budget, int64.
             remixes: token rows that a pathway applies to, int64.
-            device: of the model.
         """
-        tokens = len(table_rows)
         self.table = table
-        self.active, self.taken, self.routed = torch.zeros(
-            (3, tokens), dtype=torch.int64, device=device
-        )
-        self.loaded = torch.zeros(2, dtype=torch.int64, device=device)
+        self.tokens = len(table_rows)
+        self.sums: StepSums | None = None
         self._table_rows = table_rows
         self._budgets = budgets
         self._remixes = remixes
@@ -100,7 +93,8 @@ class StepExperts:
         """
         groups = [segment.request * len(PHASES) + segment.phase for segment in segments]
         tokens = np.repeat(groups, [segment.length for segment in segments])
-        ran = torch.stack([self.active, self.taken, self.routed], dim=1)
+        assert self.sums is not None
+        ran = self.sums.ran
         sums = ran.new_zeros((count * len(PHASES), ran.shape[1]))
         sums.index_add_(0, torch.from_numpy(tokens).to(ran.device), ran)
         return sums.view(count, len(PHASES), -1)

@@ -100,15 +100,16 @@ class ExpertTable:
             return gathered(name) if asked else None
 
         forced = some("forced", False)
-        protected = some("protected", False)
+        most = [int(controls.k[layer]) for controls in used]
         return RowControls(
             k=gathered("k"),
-            most=max(int(controls.k[layer]) for controls in used),
+            most=max(most),
+            uniform=min(most) == max(most),
             bias=some("bias", 0.0),
             dropped=some("dropped", False),
             forced=forced,
             forced_weight=None if forced is None else gathered("forced_weight"),
             ratio=some("ratio", 0.0),
             top_p=some("top_p", 1.0),
-            protected=protected,
+            protected=some("protected", False),
         )

@@ -186,10 +186,11 @@ class RoutedModelRunner(_Runner):
             record.skipped = path.decided_skip
             if index in outcome.exit_layers:
                 record.exit_layers.append(outcome.exit_layers[index])
-        if step.experts is not None:
+        if step.experts is not None and step.experts.sums is not None:
             self._count_experts(step, step.experts)
 
     def _count_experts(self, step: RoutedStep, experts: StepExperts) -> None:
+        assert experts.sums is not None
         ran = experts.by_request(step.segments, step.passes)
         for index, path in step.paths.items():
             policy = path.ticket.policy.experts
@@ -198,7 +199,7 @@ class RoutedModelRunner(_Runner):
             record = self._records.of(path.ticket.record)
             if record.experts is None:
                 record.experts = ExpertRecord(policy.budget is not None)
-            record.experts.add(ran[index], experts.loaded)
+            record.experts.add(ran[index], experts.sums.loaded)
             if step.weak is not None and policy.contrast is not None:
                 record.experts.weak_tokens += int(step.requests.scheduled[index])
 
@@ -218,7 +219,7 @@ class RoutedModelRunner(_Runner):
         if self._loop is None or model_kwargs:
             raise RuntimeError(f"depth control reached an engine without it ({model_kwargs=})")
         tokens = int(step.requests.scheduled.sum())
-        if self._router is not None:
+        if self._router is not None and step.experts is not None:
             self._router.begin(step.experts)
         try:
             hidden, stream = self._loop.run(
@@ -229,7 +230,7 @@ class RoutedModelRunner(_Runner):
             )
         finally:
             if self._router is not None:
-                self._router.begin(None)
+                self._router.end()
         self._count(step, self._live.settle(step, stream.hidden))
         self._offer_logits(step, stream)
         return hidden

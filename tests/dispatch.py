@@ -1,0 +1,83 @@
+"""What the engine's routers dispatch, token by token: recorded where vLLM's kernels read it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+Weights = dict[int, float]
+"""Experts that run a token, with their weights."""
+
+
+class Dispatch:
+    """Selections by record key, layer with experts and position.
+
+    Attributes:
+        strong: of the requests with a policy.
+        weak: of their weak passes.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._step: Any = None
+        self._positions: Any = None
+        self.strong: dict[str, dict[tuple[int, int], Weights]] = defaultdict(dict)
+        self.weak: dict[str, dict[tuple[int, int], Weights]] = defaultdict(dict)
+
+    def run(self, stock: Any, step: Any, positions: torch.Tensor, *rest: Any) -> Any:
+        """Stands before `LayerLoop.run`."""
+        scheduled = positions.numpy()
+        shape = step.plan.shape
+        self._positions = np.full(len(shape.requests), -1)
+        self._positions[shape.scheduled] = scheduled
+        if step.weak is not None:
+            sources = step.weak.sources
+            self._positions[-len(sources) :] = self._positions[sources]
+        self._step = step
+        try:
+            return stock(step, positions, *rest)
+        finally:
+            self._step = None
+
+    def route(self, stock: Any, place: int, logits: torch.Tensor, own: Any) -> Any:
+        """Stands before `ExpertRouter.route`."""
+        weights, ids = stock(place, logits, own)
+        call = self._runner._router._call
+        if self._step is not None and call is not None:
+            for row, token in enumerate(call.tokens.tolist()):
+                self._keep(place, token, ids[row].tolist(), weights[row].tolist())
+        return weights, ids
+
+    def _keep(self, place: int, token: int, ids: list[int], weights: list[float]) -> None:
+        step = self._step
+        requests = len(step.requests.ids)
+        number = int(step.plan.shape.requests[token])
+        owner = number if number < requests else int(step.weak.owners[number - requests])
+        path = step.paths.get(owner)
+        if path is None:
+            return
+        chosen: Weights = {}
+        for expert, weight in zip(ids, weights, strict=True):
+            # An unused slot repeats an expert with weight 0.
+            chosen[expert] = chosen.get(expert, 0.0) + weight
+        kept = self.strong if number < requests else self.weak
+        kept[path.ticket.record][place, int(self._positions[token])] = chosen
+
+
+@contextmanager
+def recorded(runner: Any) -> Iterator[Dispatch]:
+    """Record what an engine's routers dispatch."""
+    dispatch = Dispatch(runner)
+    loop, router = runner._loop, runner._router
+    run, route = loop.run, router.route
+    loop.run = lambda *args: dispatch.run(run, *args)
+    router.route = lambda *args: dispatch.route(route, *args)
+    try:
+        yield dispatch
+    finally:
+        del loop.run, router.route
