@@ -43,15 +43,15 @@ class RowControls:
     """Controls of some rows; leading dimension is the rows, or 1 for all alike.
 
     Attributes:
-        k: int64, (rows,): experts per row.
+        k: int64, (rows, 1): experts per row.
         most: largest entry of `k`, known without asking the device.
         uniform: all entries of `k` are `most`.
         bias: fp32, (rows, experts), added to selection scores; -inf masks. Or None.
         dropped: bool, (rows, experts): taken out of what was selected. Or None.
         forced: bool, (rows, experts): always selected. Or None.
         forced_weight: fp32, (rows, experts): NaN is the mean of the others. With `forced`.
-        ratio: fp32, (rows,): least share of the first rank's score; 0 cuts nothing. Or None.
-        top_p: fp32, (rows,): share of the score that the ranks before one may have; 1 cuts
+        ratio: fp32, (rows, 1): least share of the first rank's score; 0 cuts nothing. Or None.
+        top_p: fp32, (rows, 1): share of the score that the ranks before one may have; 1 cuts
             nothing. Or None.
         protected: bool, (rows, experts): put back if the model's own router selects it. Or None.
     """
@@ -158,7 +158,7 @@ def select(
     if starving:
         slots.keep(values > _OUT)
     if not controls.uniform:
-        slots.keep(torch.arange(ids.shape[1], device=ids.device) < controls.k.unsqueeze(-1))
+        slots.keep(torch.arange(ids.shape[1], device=ids.device) < controls.k)
     if controls.dropped is not None:
         slots.keep(~slots.look_up(controls.dropped))
     if controls.forced is not None:
@@ -166,10 +166,12 @@ def select(
     if controls.ratio is not None:
         leads = ranked and controls.dropped is None
         first = slots.weights[:, :1] if leads else slots.held().amax(-1, keepdim=True)
-        slots.cut(slots.weights >= controls.ratio.unsqueeze(-1) * first)
+        slots.cut(slots.weights >= controls.ratio * first)
     if controls.top_p is not None:
-        whole = scores.sum(-1, keepdim=True)
-        slots.cut(_before(slots.held(), ranked) <= controls.top_p.unsqueeze(-1) * whole)
+        most = controls.top_p
+        if spec.scoring != "softmax":
+            most = most * scores.sum(-1, keepdim=True)
+        slots.cut(_before(slots.held(), ranked) <= most)
     changed = stock_choice is not choice or controls.dropped is not None
     taken = None
     if changed or controls.protected is not None or ids.shape[1] > spec.top_k:

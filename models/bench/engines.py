@@ -8,17 +8,17 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from sluice.models.bench.model import VOCABULARY
+from sluice.models.bench.model import VOCABULARY, BenchModel
 from sluice.models.bench.rows import Row
 from sluice.models.policy import EXTRA_ARGS_KEY, PolicyTicket
 
-_KV_CACHE_BYTES = 5 * 1024**3
+_KV_CACHE_BYTES = {BenchModel.DENSE: 5 * 1024**3, BenchModel.MOE: 1024**3}
 
 
 class BenchEngine:
     """A vLLM engine in processes of its own, as a server has it."""
 
-    def __init__(self, model: Path, worker: str, eager: bool) -> None:
+    def __init__(self, kind: BenchModel, model: Path, worker: str, eager: bool) -> None:
         from vllm import LLM
 
         self._llm = LLM(
@@ -31,7 +31,7 @@ class BenchEngine:
             max_num_batched_tokens=4096,
             # Prompts differ from repeat to repeat where a row does not say otherwise.
             enable_prefix_caching=True,
-            kv_cache_memory_bytes=_KV_CACHE_BYTES,
+            kv_cache_memory_bytes=_KV_CACHE_BYTES[kind],
             disable_log_stats=False,
             seed=0,
         )
@@ -48,6 +48,19 @@ class BenchEngine:
             seed: of the random prompts; equal seeds give equal prompts.
             routed: whether the row's policy is sent; stock vLLM gets the same prompts without.
         """
+        began = time.perf_counter()
+        outputs = self._run(row, seed, [uuid.uuid4().hex for _ in row.policies] if routed else None)
+        wall = time.perf_counter() - began
+        return wall if row.measure == "prefill" else _decode_seconds(outputs)
+
+    def experts_loaded(self, row: Row, seed: int) -> float:
+        """Distinct experts that a layer runs in a step of `row`; every request has a policy."""
+        records = [uuid.uuid4().hex for _ in row.policies]
+        self._run(row, seed, records)
+        answers = self._llm.collective_rpc("take_routing_record", args=(records[0],))
+        return float(answers[0]["experts"]["loaded_per_step"])
+
+    def _run(self, row: Row, seed: int, records: list[str] | None) -> list[Any]:
         from vllm import SamplingParams
 
         rng = random.Random(0 if row.same_prompts else seed)
@@ -61,16 +74,14 @@ class BenchEngine:
                 max_tokens=row.new_tokens,
                 ignore_eos=True,
                 detokenize=False,
-                extra_args={EXTRA_ARGS_KEY: PolicyTicket(policy, uuid.uuid4().hex).encode()}
-                if routed and policy is not None
+                extra_args={EXTRA_ARGS_KEY: PolicyTicket(policy, records[number]).encode()}
+                if records is not None and policy is not None
                 else None,
             )
-            for policy in row.policies
+            for number, policy in enumerate(row.policies)
         ]
-        began = time.perf_counter()
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        wall = time.perf_counter() - began
-        return wall if row.measure == "prefill" else _decode_seconds(outputs)
+        outputs: list[Any] = self._llm.generate(prompts, params, use_tqdm=False)
+        return outputs
 
 
 def _decode_seconds(outputs: list[Any]) -> float:

@@ -1,4 +1,4 @@
-"""What is measured. A new row is a new entry of `rows()`."""
+"""What is measured on the dense model. A new row is a new entry of `depth_rows()`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sluice.models.bench.exits import RecordedExits
-from sluice.models.bench.model import LAYERS
+from sluice.models.bench.model import LAYERS, BenchModel
 from sluice.models.policy import ExitRule, MissingKV, Phase, RoutingPolicy, SkipSet
 
 PROMPT_TOKENS = 32
@@ -27,6 +27,7 @@ class Row:
         measure: `decode` counts tokens per second after the first; `prefill` the time to it.
         prompt_tokens: length of each prompt.
         same_prompts: every repeat has the same prompts, so that the prefix cache has them.
+        model: what it is measured on.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Row:
     measure: Literal["decode", "prefill"] = "decode"
     prompt_tokens: int = PROMPT_TOKENS
     same_prompts: bool = False
+    model: BenchModel = BenchModel.DENSE
 
     @property
     def new_tokens(self) -> int:
@@ -43,8 +45,8 @@ class Row:
         return 1 if self.measure == "prefill" else NEW_TOKENS
 
 
-def rows(exits: RecordedExits) -> tuple[Row, ...]:
-    """The table; `exits` are replayed."""
+def depth_rows(exits: RecordedExits) -> tuple[Row, ...]:
+    """The rows of the dense model; `exits` are replayed."""
     none = [Row(f"decode, batch {b}, no routing", (None,) * b, 0.98) for b in (1, 8, 32)]
     half = RoutingPolicy(SkipSet.of(blocks=_spread(LAYERS // 2)))
     all_skip = [

@@ -1,7 +1,8 @@
-"""What the routers of one step did, summed up once at its end.
+"""What the routers of one step did, summed up after it.
 
-A sum per layer would cost as much as routing does; the layers' tensors are kept instead, and one
-pass over all of them adds up the counters, the tokens' shares and the experts loaded.
+A sum per layer would cost as much as routing does. The layers' selections are kept instead, leave
+for the host without anybody waiting, and are summed up in one pass when the next step begins or a
+record is asked for.
 """
 
 from __future__ import annotations
@@ -25,20 +26,24 @@ class StepSums:
     Attributes:
         ran: int64, (tokens, 3), over layers: experts run, selections that a policy took away,
             routings (`sluice.models.experts.record`).
-        loaded: int64, (2,): distinct experts run by a layer's rows, over layers, and layers.
+        loaded: distinct experts run by a layer's rows, over layers.
+        layers: how many layers routed.
     """
 
-    ran: torch.Tensor
-    loaded: torch.Tensor
+    ran: IntArray
+    loaded: int
+    layers: int
 
 
 class StepLedger:
     """Selections of a step, layer by layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
+        """Open it for a step of `tokens` rows."""
+        self._total = tokens
         self._places: list[int] = []
         self._tokens: list[IntArray] = []
-        self._chosen: list[Selection] = []
+        self._chosen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def write(self, place: int, tokens: IntArray, chosen: Selection) -> None:
         """Note one layer's selection.
@@ -50,39 +55,39 @@ class StepLedger:
         """
         self._places.append(place)
         self._tokens.append(tokens)
-        self._chosen.append(chosen)
+        self._chosen.append((_leaving(chosen.ids), _leaving(chosen.active), _leaving(chosen.taken)))
 
-    def close(self, tokens: int, counts: torch.Tensor) -> StepSums | None:
-        """Add everything to `counts`; None if no router ran.
+    def close(self, counts: IntArray) -> StepSums:
+        """Add everything up.
 
         Args:
-            tokens: rows of the step.
-            counts: int64, (layers, experts + 2), as in `ExpertCounters`.
+            counts: `ExpertCounters.total`, (layers, experts + 2), added to.
         """
+        ran = np.zeros((self._total, 3), dtype=np.int64)
         if not self._chosen:
-            return None
-        device = counts.device
+            return StepSums(ran, 0, 0)
+        if self._chosen[0][0].is_pinned():
+            torch.cuda.synchronize()
+        parts = [[tensor.numpy() for tensor in chosen] for chosen in self._chosen]
+        active, taken = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
         lengths = [len(own) for own in self._tokens]
-        widths = np.repeat([chosen.ids.shape[1] for chosen in self._chosen], lengths)
-        places = torch.from_numpy(np.repeat(self._places, lengths)).to(device)
-        active = torch.cat([chosen.active for chosen in self._chosen])
-        taken = torch.cat([chosen.taken for chosen in self._chosen])
-        ids = torch.cat([chosen.ids.reshape(-1) for chosen in self._chosen])
+        widths = np.repeat([part[0].shape[1] for part in parts], lengths)
+        starts = np.repeat(np.array(self._places) * counts.shape[1], lengths)
+        ids = np.concatenate([part[0].ravel() for part in parts]) + np.repeat(starts, widths)
+        slots = np.arange(len(ids)) - np.repeat(np.cumsum(widths) - widths, widths)
+        selected = np.bincount(ids[slots < np.repeat(active, widths)], minlength=counts.size)
+        counts += selected.reshape(counts.shape)
+        np.add.at(counts[:, ROWS], self._places, lengths)
+        np.add.at(counts[:, MASKED], self._places, [part[2].sum() for part in parts])
+        tokens = np.concatenate(self._tokens)
+        for column, amounts in enumerate((active, taken, None)):
+            ran[:, column] = np.bincount(tokens, amounts, minlength=self._total)
+        return StepSums(ran, int(np.count_nonzero(selected)), len(self._places))
 
-        row_of_slot = np.repeat(np.arange(len(widths)), widths)
-        first_slots = np.cumsum(widths) - widths
-        slot = torch.from_numpy(np.arange(len(row_of_slot)) - first_slots[row_of_slot]).to(device)
-        row = torch.from_numpy(row_of_slot).to(device)
-        used = (slot < active[row]).to(torch.int64)
-        where = places[row] * counts.shape[1] + ids
-        counts.view(-1).index_add_(0, where, used)
-        counts[:, MASKED].index_add_(0, places, taken)
-        counts[:, ROWS].index_add_(0, places, torch.ones_like(places))
-        seen = torch.zeros(counts.numel(), dtype=torch.bool, device=device)
-        seen[where] = True
 
-        ran = torch.zeros((tokens, 3), dtype=torch.int64, device=device)
-        rows = torch.from_numpy(np.concatenate(self._tokens)).to(device)
-        ran.index_add_(0, rows, torch.stack([active, taken, torch.ones_like(active)], dim=1))
-        layers = torch.tensor([len(self._places)], device=device)
-        return StepSums(ran, torch.cat([seen.sum().view(1), layers]))
+def _leaving(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the host, or a copy of it on its way there."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -22,7 +22,7 @@ from sluice.kernels.route_topk import (
 )
 from sluice.models.expert_counters import ROWS, ExpertCounters
 from sluice.models.experts.budget import shared_set
-from sluice.models.experts.ledger import StepLedger
+from sluice.models.experts.ledger import StepSums
 from sluice.models.experts.remix import Pathway
 from sluice.models.experts.selection import CallRows, IntArray, LayerRows, StepExperts
 
@@ -48,13 +48,12 @@ class ExpertRouter:
         self._counts = torch.from_numpy(counters.total).to(device)
         self._layers = counters.layers
         self._ones = torch.ones(0, dtype=torch.int64, device=device)
-        self._ledger = StepLedger()
         self._step: StepExperts | None = None
         self._call: CallRows | None = None
 
     def begin(self, step: StepExperts) -> None:
         """Serve a step with controls."""
-        self._step, self._ledger = step, StepLedger()
+        self._step = step
 
     def enter(self, tokens: IntArray) -> None:
         """Name the rows of the step that the next call is about, ascending, int64."""
@@ -62,10 +61,12 @@ class ExpertRouter:
             self._call = self._step.call(tokens)
 
     def end(self) -> None:
-        """Sum the step up; what follows is left to vLLM."""
-        step, self._step, self._call = self._step, None, None
-        if step is not None:
-            step.sums = self._ledger.close(step.tokens, self._counts)
+        """Leave what follows to vLLM."""
+        self._step = self._call = None
+
+    def sums(self, step: StepExperts) -> StepSums:
+        """Count what the routers did in a step that has ended; once for each."""
+        return step.ledger.close(self._counters.total)
 
     def route(self, place: int, logits: torch.Tensor, stock: Callable[[], Routed]) -> Routed:
         """Select experts for the rows of one layer.
@@ -75,8 +76,8 @@ class ExpertRouter:
             logits: router logits, (rows, experts).
             stock: vLLM's own routine on the same rows.
         """
-        call = self._call
-        if call is None:
+        call, step = self._call, self._step
+        if call is None or step is None:
             weights, ids = stock()
             self._count(place, ids)
             return weights, ids
@@ -88,7 +89,7 @@ class ExpertRouter:
         if rows is not None and not rows.everything:
             index = torch.from_numpy(rows.rows).to(logits.device)
             chosen = _overridden(chosen, index, self._select(place, logits[index], rows))
-        self._ledger.write(place, call.tokens, chosen)
+        step.ledger.write(place, call.tokens, chosen)
         return chosen.weights, chosen.ids
 
     def _select(self, place: int, logits: torch.Tensor, rows: LayerRows) -> Selection:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sluice.models.depth.skip import PHASES
 from sluice.models.expert_policy import ExpertBudget
-from sluice.models.experts.ledger import StepSums
+from sluice.models.experts.ledger import StepLedger
 from sluice.models.experts.remix import Pathway
 from sluice.models.experts.table import ExpertTable
-from sluice.models.plan import Segment
 
 IntArray = NDArray[np.int64]
 
@@ -43,8 +40,7 @@ class StepExperts:
 
     Attributes:
         table: of the live policies.
-        tokens: rows of the step.
-        sums: what its routers did, once it has run; None if none ran.
+        ledger: what its routers did.
     """
 
     def __init__(
@@ -63,8 +59,7 @@ class StepExperts:
             remixes: token rows that a pathway applies to, int64.
         """
         self.table = table
-        self.tokens = len(table_rows)
-        self.sums: StepSums | None = None
+        self.ledger = StepLedger(len(table_rows))
         self._table_rows = table_rows
         self._budgets = budgets
         self._remixes = remixes
@@ -83,21 +78,6 @@ class StepExperts:
                 tokens, self.table, self._table_rows[tokens], self._of(tokens)
             )
         return self._calls[key]
-
-    def by_request(self, segments: Sequence[Segment], count: int) -> torch.Tensor:
-        """What the tokens of each request ran, int64, (count, 2 phases, 3): active, taken, routed.
-
-        Args:
-            segments: of the step.
-            count: requests, weak passes among them.
-        """
-        groups = [segment.request * len(PHASES) + segment.phase for segment in segments]
-        tokens = np.repeat(groups, [segment.length for segment in segments])
-        assert self.sums is not None
-        ran = self.sums.ran
-        sums = ran.new_zeros((count * len(PHASES), ran.shape[1]))
-        sums.index_add_(0, torch.from_numpy(tokens).to(ran.device), ran)
-        return sums.view(count, len(PHASES), -1)
 
     def _of(self, tokens: IntArray) -> _Extras:
         """Budgets and pathways with places within `tokens` instead of token rows."""

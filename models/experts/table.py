@@ -93,7 +93,7 @@ class ExpertTable:
             stacked = np.stack([getattr(controls, name)[layer] for controls in used])
             # One distinct policy is broadcast over its rows.
             spread = stacked if len(used) == 1 else stacked[inverse]
-            return torch.from_numpy(spread).to(self._device)
+            return torch.from_numpy(spread).to(self._device).view(len(spread), -1)
 
         def some(name: str, neutral: float) -> torch.Tensor | None:
             asked = any((getattr(c, name)[layer] != neutral).any() for c in used)

@@ -19,9 +19,8 @@ from sluice.models.expert_counters import SUFFIX, ExpertCounters
 from sluice.models.expert_shape import ExpertShape
 from sluice.models.experts.contrast import BlockIds
 from sluice.models.experts.live import LiveExperts
-from sluice.models.experts.record import ExpertRecord
+from sluice.models.experts.record import ExpertRecord, by_request
 from sluice.models.experts.router import ExpertRouter
-from sluice.models.experts.selection import StepExperts
 from sluice.models.families import family_of
 from sluice.models.loop import LayerLoop
 from sluice.models.plan import IntArray, count_outcomes
@@ -68,6 +67,7 @@ class RoutedModelRunner(_Runner):
             num_layers, self.cache_config.block_size, self._profile, self.device
         )
         self._step: RoutedStep | None = None
+        self._unsettled: RoutedStep | None = None
         self._weak_blocks: dict[str, BlockIds] = {}
         self._poison = poison_enabled(self.device)
         self._records = RequestRecords(num_layers)
@@ -130,6 +130,7 @@ class RoutedModelRunner(_Runner):
     def _update_states(self, scheduler_output: Any) -> Any:
         # First vLLM's part: it drops ended requests, and an id may end and come back in one step.
         corrections = super()._update_states(scheduler_output)
+        self._settle_experts()
         self._weak_blocks = weak_blocks(scheduler_output)
         if self._poison:
             poison_new_blocks(self, scheduler_output)
@@ -186,12 +187,14 @@ class RoutedModelRunner(_Runner):
             record.skipped = path.decided_skip
             if index in outcome.exit_layers:
                 record.exit_layers.append(outcome.exit_layers[index])
-        if step.experts is not None and step.experts.sums is not None:
-            self._count_experts(step, step.experts)
 
-    def _count_experts(self, step: RoutedStep, experts: StepExperts) -> None:
-        assert experts.sums is not None
-        ran = experts.by_request(step.segments, step.passes)
+    def _settle_experts(self) -> None:
+        """Count what the routers did in the latest step, if that is still to do."""
+        step, self._unsettled = self._unsettled, None
+        if step is None or step.experts is None or self._router is None:
+            return
+        sums = self._router.sums(step.experts)
+        ran = by_request(sums.ran, step.segments, step.passes)
         for index, path in step.paths.items():
             policy = path.ticket.policy.experts
             if policy.empty:
@@ -199,8 +202,10 @@ class RoutedModelRunner(_Runner):
             record = self._records.of(path.ticket.record)
             if record.experts is None:
                 record.experts = ExpertRecord(policy.budget is not None)
-            record.experts.add(ran[index], experts.sums.loaded)
-            if step.weak is not None and policy.contrast is not None:
+            record.experts.ran += ran[index]
+            record.experts.loaded += sums.loaded
+            record.experts.layers += sums.layers
+            if policy.contrast is not None:
                 record.experts.weak_tokens += int(step.requests.scheduled[index])
 
     def _model_forward(
@@ -231,6 +236,7 @@ class RoutedModelRunner(_Runner):
         finally:
             if self._router is not None:
                 self._router.end()
+                self._unsettled = step
         self._count(step, self._live.settle(step, stream.hidden))
         self._offer_logits(step, stream)
         return hidden
@@ -251,6 +257,7 @@ class RoutedModelRunner(_Runner):
 
     def take_routing_record(self, record: str) -> dict[str, Any] | None:
         """What an ended request ran: `RequestRecord` as JSON values, with compute fractions."""
+        self._settle_experts()
         found = self._records.take(record)
         if found is None:
             return None
