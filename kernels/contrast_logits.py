@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import torch
 
+_IMPLAUSIBLE = 1e4
+"""Taken from the logit of a token that is out. No probability is left of it, as with -inf; but
+where a grammar rules every plausible token out, the best of the others is still found."""
+
 
 def contrast_logits(
     strong: torch.Tensor, weak: torch.Tensor, beta: torch.Tensor, alpha: torch.Tensor
 ) -> torch.Tensor:
-    """`(1 + beta) * strong - beta * weak`, -inf where the strong pass finds a token implausible.
+    """`(1 + beta) * strong - beta * weak`, with tokens the strong pass finds implausible far down.
 
     Args:
         strong: (rows, vocabulary), any float dtype.
@@ -26,4 +30,4 @@ def contrast_logits(
     factor = beta.unsqueeze(-1)
     mixed = (1.0 + factor) * plain - factor * weak.float()
     least = plain.amax(-1, keepdim=True) + alpha.log().unsqueeze(-1)
-    return mixed.masked_fill(plain < least, float("-inf")).to(strong.dtype)
+    return torch.where(plain < least, plain - _IMPLAUSIBLE, mixed).to(strong.dtype)

@@ -13,6 +13,7 @@ import torch
 
 _OUT = float("-inf")
 _FIRST = float("inf")
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,10 @@ def select(
         slots.weigh_forced(controls)
     weights = slots.held()
     if spec.renormalize:
+        if not ranked:
+            # A mask may leave only experts whose scores are too small for fp32; they share alike.
+            weights = weights.clamp(min=_SMALLEST)
+            weights = weights if slots.kept is None else weights.masked_fill(~slots.kept, 0.0)
         weights = weights / weights.sum(-1, keepdim=True)
     if spec.scale != 1.0:
         weights = weights * spec.scale

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sluice.models.policy import EXTRA_ARGS_KEY, PolicyTicket, RoutingPolicy
+from sluice.server.access.access import Caller, check_access
 from sluice.server.capabilities import Capabilities
 from sluice.server.errors import RoutingError
 from sluice.server.presets import CUSTOM_PRESET, MODEL_SEPARATOR
-from sluice.server.resolve import merge_preset, resolve
+from sluice.server.rules.resolve import merge_preset, resolve
 from sluice.server.schema import PresetFields, RoutingFields, parse_routing
 
 ROUTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -65,30 +66,35 @@ class Admission:
                 param = error.param.replace("routing", f"presets.{name}", 1)
                 raise RoutingError(error.message, param=param, reason=error.reason) from None
 
-    def admit(self, path: str, body: dict[str, Any]) -> Admitted | None:
+    def admit(self, path: str, body: dict[str, Any], caller: Caller) -> Admitted | None:
         """Accept or refuse the routing of a request; None if it has none.
 
         Args:
             path: route path.
             body: parsed JSON object; not changed.
+            caller: who sent it.
 
         Raises:
+            ForbiddenError: the caller may not ask for this policy; comes before all that depends on
+                the path or the model.
             RoutingError: the routing cannot be done exactly as asked.
         """
         _refuse_smuggled(body)
         model, model_preset = self._split_model(body.get("model"))
         if body.get("routing") is None and model_preset is None:
             return None
+        fields = RoutingFields() if body.get("routing") is None else parse_routing(body["routing"])
+        fields = _with_model_preset(fields, model_preset)
+        param = "model" if model_preset is not None else "routing.preset"
+        merged = merge_preset(fields, self.presets, param)
+        flag = self.capabilities.expert_routing
+        check_access(fields, merged, param, caller, expert_routing=flag)
         if path not in ROUTED_PATHS:
             raise RoutingError(
                 f"routing is not available on {path}; use {' or '.join(sorted(ROUTED_PATHS))}",
                 param="model" if body.get("routing") is None else "routing",
                 reason="unsupported_endpoint",
             )
-        fields = RoutingFields() if body.get("routing") is None else parse_routing(body["routing"])
-        fields = _with_model_preset(fields, model_preset)
-        param = "model" if model_preset is not None else "routing.preset"
-        merged = merge_preset(fields, self.presets, param)
         policy = resolve(merged, self.capabilities)
         for field, name in _INCOMPATIBLE.items():
             if body.get(field):

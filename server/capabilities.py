@@ -9,13 +9,17 @@ from typing import Any
 from sluice.models.depth import fixed, mod
 from sluice.models.depth.first import First
 from sluice.models.depth.lac import LAC, MODES
-from sluice.models.depth.method import ExitMethod, Parameter, PromptMethod
+from sluice.models.depth.method import ExitMethod, PromptMethod
 from sluice.models.depth.order import Importance, Unit
 from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
+from sluice.models.expert_shape import ExpertShape
 from sluice.models.families import family_of
 from sluice.models.policy import MissingKV, Phase
-from sluice.models.profile import Profile
+from sluice.models.profile import Profile, ReferenceSet
 from sluice.models.support import depth_refusal
+from sluice.server.expert_listing import expert_listing
+from sluice.server.listed import listed, number, numbers
+from sluice.server.profile_experts import check_profile_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,10 @@ class Capabilities:
         chunked_prefill: whether the scheduler may cut a prompt into several steps.
         refusal: why no routing can be done on this engine, or None.
         profile: what was measured and trained for this model, or None.
+        expert_shape: of the routed experts, or None if there are none to control.
+        expert_refusal: why no expert control can be done, or None if it can.
+        expert_routing: whether the server lets requests control experts.
+        contrast_refusal: why no contrast can be done, or None if it can.
     """
 
     models: tuple[str, ...]
@@ -41,38 +49,68 @@ class Capabilities:
     chunked_prefill: bool
     refusal: str | None
     profile: Profile | None
+    expert_shape: ExpertShape | None
+    expert_refusal: str | None
+    expert_routing: bool
+    contrast_refusal: str | None
 
     @classmethod
-    def of(cls, vllm_config: Any, models: tuple[str, ...], profile: Profile | None) -> Capabilities:
+    def of(
+        cls,
+        vllm_config: Any,
+        models: tuple[str, ...],
+        profile: Profile | None,
+        expert_answer: Mapping[str, Any],
+        expert_routing: bool,
+    ) -> Capabilities:
         """Capabilities of an engine.
 
         Args:
             vllm_config: vLLM's `VllmConfig`.
             models: served ids of the base model.
             profile: the one the server was started with.
+            expert_answer: a worker's `shape`, JSON of an `ExpertShape` or None, and `refusal`,
+                text or None.
+            expert_routing: whether the server lets requests control experts.
 
         Raises:
-            ProfileError: the profile was made for a model of another shape.
+            ProfileError: the profile was made for a model of another shape or other experts.
         """
         model = vllm_config.model_config
         layers, hidden = model.get_total_num_hidden_layers(), model.get_hidden_size()
         if profile is not None:
             profile.check_model(layers, hidden)
+        shape, refusal = expert_answer["shape"], expert_answer["refusal"]
+        expert_shape = None if shape is None else ExpertShape.from_dict(shape)
+        if expert_shape is None and refusal is None:
+            refusal = depth_refusal(vllm_config) or "the model has no routed experts"
+        experts = model.get_num_experts()
+        if profile is not None and (expert_shape is not None or experts == 0):
+            check_profile_experts(profile, expert_shape)
         return cls(
             models=models,
             architecture=model.architecture,
             layers=layers,
             hidden=hidden,
-            experts=model.get_num_experts(),
+            experts=experts,
             chunked_prefill=vllm_config.scheduler_config.enable_chunked_prefill,
             refusal=depth_refusal(vllm_config),
             profile=profile,
+            expert_shape=expert_shape,
+            expert_refusal=refusal,
+            expert_routing=expert_routing,
+            contrast_refusal=_contrast_refusal(vllm_config),
         )
 
     @property
     def importance(self) -> Importance | None:
         """Importance of the layers as measured, or None."""
         return self.profile.importance if self.profile else None
+
+    @property
+    def references(self) -> Mapping[str, ReferenceSet]:
+        """Re-mix reference sets of the profile by name."""
+        return self.profile.references if self.profile else {}
 
     def missing_for(self, method: ExitMethod | PromptMethod) -> str | None:
         """Why a method cannot run for want of trained tensors, or None if it can."""
@@ -101,6 +139,13 @@ class Capabilities:
             "depth": self._depth() if supported else {},
             "effort": supported,
             "report": supported,
+            "experts_routing": expert_listing(
+                self.expert_shape,
+                self.refusal or self.expert_refusal,
+                self.contrast_refusal,
+                self.profile,
+                enabled=self.expert_routing,
+            ),
         }
 
     def _depth(self) -> dict[str, Any]:
@@ -112,12 +157,12 @@ class Capabilities:
             },
             "exit": {
                 **{name: self._exit(method) for name, method in EXIT_METHODS.items()},
-                fixed.NAME: _listed({}, fixed.SOURCE, decay=False, kv=[]),
+                fixed.NAME: listed({}, fixed.SOURCE, decay=False, kv=[]),
             },
             "adaptive": {
                 **{name: self._adaptive(method) for name, method in PROMPT_METHODS.items()},
-                mod.NAME: _listed(
-                    {"retention": _number(0.0, 1.0, list(mod.cosine_retention(self.layers)))},
+                mod.NAME: listed(
+                    {"retention": number(0.0, 1.0, list(mod.cosine_retention(self.layers)))},
                     mod.SOURCE,
                 ),
             },
@@ -125,8 +170,8 @@ class Capabilities:
         }
 
     def _exit(self, method: ExitMethod) -> dict[str, Any]:
-        return _listed(
-            _parameters(method.parameters),
+        return listed(
+            numbers(method.parameters),
             method.source,
             self.missing_for(method),
             decay=method.decays,
@@ -139,26 +184,19 @@ class Capabilities:
             more["modes"] = list(MODES)
         if method.name == First.name:
             more["masked_prefill"] = not self.chunked_prefill
-        return _listed(
-            _parameters(method.parameters), method.source, self.missing_for(method), **more
-        )
+        return listed(numbers(method.parameters), method.source, self.missing_for(method), **more)
 
 
-def _listed(
-    parameters: dict[str, Any], source: str, reason: str | None = None, **more: Any
-) -> dict[str, Any]:
-    return {
-        "parameters": parameters,
-        "source": source,
-        "available": reason is None,
-        "reason": reason,
-        **more,
-    }
-
-
-def _parameters(parameters: Mapping[str, Parameter]) -> dict[str, Any]:
-    return {name: _number(p.low, p.high, p.default) for name, p in parameters.items()}
-
-
-def _number(low: float, high: float, default: Any) -> dict[str, Any]:
-    return {"low": low, "high": high, "default": default}
+def _contrast_refusal(vllm_config: Any) -> str | None:
+    """Why the K/V cache cannot hold a longest request and its weak pass, or None if it can."""
+    blocks = vllm_config.cache_config.num_gpu_blocks
+    if blocks is None:
+        return None
+    held = blocks * vllm_config.cache_config.block_size
+    longest = vllm_config.model_config.max_model_len
+    if held >= 2 * longest:
+        return None
+    return (
+        f"the K/V cache holds {held} tokens, and two passes over a longest request of {longest} "
+        f"need {2 * longest}: give it more memory or lower --max-model-len"
+    )

@@ -27,7 +27,11 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("serve", help="serve a model (takes every flag of `vllm serve`)")
     demo = commands.add_parser("demo", help="the demo model").add_subparsers(required=True)
 
+    keys = commands.add_parser("keys", help="keys of a server").add_subparsers(required=True)
+
+    from sluice.server.access.keys_command import add_parser as add_keys_hash
     from sluice.server.demo_eval import add_parser as add_demo_eval
 
     add_demo_eval(demo)
+    add_keys_hash(keys)
     return parser

@@ -40,6 +40,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the policies' rows there")
     parser.add_argument("--api-key", default="EMPTY", help="bearer key (with --url)")
     parser.add_argument("--items", type=int, default=DEFAULT_ITEMS, help="held-out items per task")
+    parser.add_argument(
+        "--longer",
+        action="store_true",
+        help="ask items longer than any trained on, of which the model answers about half "
+        "(with --policy)",
+    )
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="seed of the item draw")
     parser.set_defaults(run=run, parser=parser)
 
@@ -59,6 +65,8 @@ def run(args: argparse.Namespace) -> None:
         args.parser.error("--items must be at least 1")
     if args.json is not None and not args.policy:
         args.parser.error("--json needs --policy: it writes a row per policy")
+    if args.longer and not args.policy:
+        args.parser.error("--longer needs --policy: it is for comparing policies")
     if args.policy:
         _run_policies(args)
         return
@@ -87,12 +95,14 @@ def _run_policies(args: argparse.Namespace) -> None:
         policies = read_policies(args.policy)
     except ValueError as error:
         args.parser.error(str(error))
+    drawn = evaluate.longer_heldout_items if args.longer else evaluate.heldout_items
+    items = drawn(args.items, args.seed)
     results: list[PolicyResult] = []
     refusal = None
     for name, routing in policies.items():
         try:
             result = compare.evaluate_policy(
-                args.url, args.model, args.items, args.seed, name, routing, api_key=args.api_key
+                args.url, args.model, items, name, routing, api_key=args.api_key
             )
         except BadRequestError as error:
             refusal = f"policy {name}: {error}"
@@ -109,6 +119,8 @@ def _run_policies(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     if refusal is not None:
         args.parser.error(refusal)
+    if args.longer:
+        return
     for result in results:
         if not {key for key in result.routing if key != "report"}:
             _exit_under_bar(result.scores)

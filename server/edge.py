@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sluice.server.admission import Admission
-from sluice.server.metrics import RequestMetrics
+from sluice.server.telemetry.metrics import RequestMetrics
 
 
 @dataclass(frozen=True, slots=True)

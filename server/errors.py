@@ -1,7 +1,10 @@
 """Errors a client can cause, and their OpenAI shape.
 
 RoutingError                 400, with the dotted name of the offending field
-└── the `reason` of each is one of `REASONS`, a closed set for the metric's label
+└── ForbiddenError           403, the caller or the server may not
+
+The `reason` of each is one of `REASONS`, a closed set for the metric's label. A caller without a
+key gets 401 and `unauthorized_body`.
 """
 
 from __future__ import annotations
@@ -11,6 +14,9 @@ from typing import Any, Literal, get_args
 Reason = Literal[
     "invalid_field",
     "layer_out_of_range",
+    "expert_out_of_range",
+    "too_few_experts",
+    "protected_expert",
     "nothing_left_to_run",
     "unknown_preset",
     "needs_profile",
@@ -18,6 +24,7 @@ Reason = Literal[
     "unsupported_endpoint",
     "unsupported_combination",
     "reserved_argument",
+    "forbidden",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
@@ -32,6 +39,7 @@ class RoutingError(Exception):
     """
 
     status = 400
+    kind = "BadRequestError"
 
     def __init__(self, message: str, *, param: str, reason: Reason) -> None:
         super().__init__(message)
@@ -44,8 +52,30 @@ class RoutingError(Exception):
         return {
             "error": {
                 "message": self.message,
-                "type": "BadRequestError",
+                "type": self.kind,
                 "param": self.param,
                 "code": self.status,
             }
         }
+
+
+class ForbiddenError(RoutingError):
+    """The policy is a good one, and this caller may not have it, or not on this server."""
+
+    status = 403
+    kind = "PermissionDeniedError"
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message, param=param, reason="forbidden")
+
+
+def unauthorized_body() -> dict[str, Any]:
+    """OpenAI-shaped error object for a request without a known key."""
+    return {
+        "error": {
+            "message": "this server needs a key that it knows: Authorization: Bearer KEY",
+            "type": "AuthenticationError",
+            "param": None,
+            "code": 401,
+        }
+    }

@@ -1,6 +1,7 @@
 """Pure ASGI middleware around vLLM's routes: admits routing on the way in, reports on the way out.
 
-It sits innermost, behind vLLM's authentication, so that nobody without a key gets this far.
+It sits innermost, behind vLLM's authentication and ours, so that nobody without a key gets this
+far where one is needed.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sluice.models.policy import PolicyTicket
+from sluice.server.access.access import Caller
+from sluice.server.access.audit import log_expert_routing, log_refused
+from sluice.server.access.authentication import caller_of
 from sluice.server.admission import ROUTED_PATHS, Admitted
 from sluice.server.edge import Edge
-from sluice.server.errors import RoutingError
+from sluice.server.errors import ForbiddenError, RoutingError
+from sluice.server.paths import route_path
 from sluice.server.presets import CUSTOM_PRESET, NO_PRESET
-from sluice.server.report import EventSplitter, build_report, is_usage_chunk, with_report
+from sluice.server.telemetry.report import EventSplitter, build_report, is_usage_chunk, with_report
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +40,18 @@ class RoutingMiddleware:
         if edge is None or not _is_json_post(scope):
             await self._app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path, caller = route_path(scope), caller_of(scope)
         raw, disconnected = await _read_body(receive)
         if disconnected:
             return
         try:
             body = _parse(raw)
-            admitted = edge.admission.admit(path, body) if isinstance(body, dict) else None
+            admitted = edge.admission.admit(path, body, caller) if isinstance(body, dict) else None
         except (UnicodeDecodeError, json.JSONDecodeError):
             admitted = None  # vLLM's route answers a body that is no JSON.
         except RoutingError as error:
+            if isinstance(error, ForbiddenError):
+                log_refused(caller, error)
             edge.metrics.rejected(error.reason)
             if path in ROUTED_PATHS:
                 edge.metrics.finished(CUSTOM_PRESET, "rejected")
@@ -59,18 +66,21 @@ class RoutingMiddleware:
             raw = json.dumps(admitted.body, ensure_ascii=False).encode()
             headers = MutableHeaders(scope=scope)
             headers["content-length"] = str(len(raw))
-        await self._run(edge, admitted, scope, _replay(raw, receive), send)
-
-    async def _run(
-        self, edge: Edge, admitted: Admitted | None, scope: Scope, receive: Receive, send: Send
-    ) -> None:
         answer = _Answer(edge, admitted.ticket if admitted else None, send)
         try:
-            await self._app(scope, receive, answer.send)
+            await self._app(scope, _replay(raw, receive), answer.send)
         finally:
-            preset = admitted.preset if admitted else NO_PRESET
-            edge.metrics.finished(preset, answer.outcome)
-            await answer.count()
+            await _finish(edge, admitted, caller, answer)
+
+
+async def _finish(edge: Edge, admitted: Admitted | None, caller: Caller, answer: _Answer) -> None:
+    """Count a request that ended, however it did, and log it if it had expert controls."""
+    edge.metrics.finished(admitted.preset if admitted else NO_PRESET, answer.outcome)
+    try:
+        await answer.count()
+    finally:
+        if admitted is not None:
+            log_expert_routing(caller, admitted, answer.outcome, answer.status, answer.record)
 
 
 class _Answer:
@@ -80,26 +90,26 @@ class _Answer:
         self._edge = edge
         self._ticket = ticket
         self._send = send
-        self._status = 0
+        self.status = 0
         self._complete = False
         self._start: Message | None = None
         self._buffer = b""
         self._events: EventSplitter | None = None
-        self._record: dict[str, Any] | None = None
+        self.record: dict[str, Any] | None = None
 
     @property
     def outcome(self) -> Any:
         """`Outcome` of the request once the app has returned."""
-        if not self._status or not self._complete:
+        if not self.status or not self._complete:
             return "aborted"
-        if self._status < 400:
+        if self.status < 400:
             return "ok"
-        return "rejected" if self._status < 500 else "error"
+        return "rejected" if self.status < 500 else "error"
 
     async def send(self, message: Message) -> None:
         """ASGI send."""
         if message["type"] == "http.response.start":
-            self._status = message["status"]
+            self.status = message["status"]
             if self._reports and not self._streams(message):
                 self._start = message  # The length is known once the report is in.
                 return
@@ -112,7 +122,7 @@ class _Answer:
 
     @property
     def _reports(self) -> bool:
-        return self._ticket is not None and self._ticket.policy.report and self._status == 200
+        return self._ticket is not None and self._ticket.policy.report and self.status == 200
 
     def _streams(self, start: Message) -> bool:
         kind = Headers(raw=start["headers"]).get("content-type", "")
@@ -146,14 +156,14 @@ class _Answer:
     async def _report(self) -> dict[str, Any]:
         assert self._ticket is not None
         await self._take()
-        return build_report(self._ticket.policy, self._record)
+        return build_report(self._ticket.policy, self.record)
 
     async def _take(self) -> None:
         """Fetch the record once. An engine that dies meanwhile must not take the answer along."""
         assert self._ticket is not None
-        if self._record is None:
+        if self.record is None:
             try:
-                self._record = await self._edge.take_record(self._ticket.record)
+                self.record = await self._edge.take_record(self._ticket.record)
             except Exception:
                 logger.exception("no routing record for a request that ran")
 
@@ -164,8 +174,8 @@ class _Answer:
                 self._edge.metrics.ran(1.0)
             return
         await self._take()
-        if self._record is not None:
-            self._edge.metrics.ran(self._record["compute_fraction"])
+        if self.record is not None:
+            self._edge.metrics.ran(self.record["compute_fraction"])
 
 
 def _is_json_post(scope: Scope) -> bool:

@@ -13,14 +13,18 @@ from starlette.middleware import Middleware
 
 from sluice.models.profile import PROFILE_ENV, Profile
 from sluice.models.telemetry import telemetry_folder
+from sluice.server.access.audit import show_audit_log
+from sluice.server.access.authentication import CallerMiddleware
+from sluice.server.access.keys import Keys
 from sluice.server.admission import Admission
 from sluice.server.capabilities import Capabilities
 from sluice.server.edge import Edge
 from sluice.server.errors import RoutingError
-from sluice.server.metrics import LayerCollector, RequestMetrics
 from sluice.server.middleware import RoutingMiddleware
 from sluice.server.presets import PresetsFileError, load_presets
 from sluice.server.routes import build_router
+from sluice.server.telemetry.expert_metrics import ExpertCollector
+from sluice.server.telemetry.metrics import LayerCollector, RequestMetrics
 
 
 class RoutingPlugin:
@@ -30,17 +34,28 @@ class RoutingPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add routes and the innermost middleware; called before the engine is known."""
+        """Add routes and the innermost middleware; called before the engine is known.
+
+        Raises:
+            KeysFileError: the keys file cannot be used.
+            RuntimeError: the server was not started with `sluice serve`.
+        """
         from vllm.v1.metrics.prometheus import get_prometheus_registry
 
         registry = get_prometheus_registry()
         folder = telemetry_folder()
         if folder is None:
             raise RuntimeError("start the server with `sluice serve`: no telemetry folder is set")
+        args: Namespace = app.state.args
         registry.register(LayerCollector(folder))
-        app.include_router(build_router(registry))
+        registry.register(ExpertCollector(folder, per_expert=args.expert_metrics))
+        app.include_router(build_router(registry, folder))
+        keys = None if args.keys is None else Keys.load(args.keys)
         # `add_middleware` would put ours outside vLLM's authentication, which is added later.
+        app.user_middleware.append(Middleware(CallerMiddleware, keys=keys))
         app.user_middleware.append(Middleware(RoutingMiddleware))
+        # Not in `sluice serve`: each API server process has logging of its own.
+        show_audit_log()
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Read capabilities, profile and presets once the engine is there.
@@ -54,7 +69,11 @@ class RoutingPlugin:
         presets = load_presets(presets_file) if presets_file else {}
         profile_folder = os.environ.get(PROFILE_ENV)
         profile = Profile.load(Path(profile_folder)) if profile_folder else None
-        capabilities = Capabilities.of(engine_client.vllm_config, served, profile)
+        # Every rank has the same routers, so the first answer serves.
+        expert_answer = (await engine_client.collective_rpc("describe_experts"))[0]
+        capabilities = Capabilities.of(
+            engine_client.vllm_config, served, profile, expert_answer, args.expert_routing
+        )
         admission = Admission(capabilities, presets)
         try:
             admission.check_presets()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -9,13 +10,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from sluice.server.edge import Edge
 from sluice.server.presets import MODEL_SEPARATOR
+from sluice.server.telemetry.utilization import utilization
 
 
-def build_router(registry: CollectorRegistry) -> APIRouter:
+def build_router(registry: CollectorRegistry, folder: Path) -> APIRouter:
     """Routes of one app.
 
     Args:
         registry: what `/metrics` shows.
+        folder: of the engines' counter files.
     """
     router = APIRouter()
 
@@ -39,6 +42,10 @@ def build_router(registry: CollectorRegistry) -> APIRouter:
                 for name, preset in admission.presets.items()
             ],
         }
+
+    @router.get("/v1/routing/utilization")
+    def layers_and_experts() -> dict[str, Any]:
+        return utilization(folder)
 
     @router.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:

@@ -1,24 +1,56 @@
 """The wire form of `routing` (design section 7): strict, unknown keys are errors.
 
 Checked here: types, and ranges that hold for every model. What depends on the model or the method
-is checked in `sluice.server.resolve`.
+is checked in `sluice.server.rules.resolve`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+)
 
 from sluice.models.depth.order import Unit
+from sluice.models.expert_policy import BudgetMethod, RemixMethod, RemixScope
 from sluice.models.policy import MissingKV, Phase
 from sluice.server.errors import RoutingError
 
 _MOST_LAYERS = 4096
+_MOST_EXPERTS = 4096
+_MOST_ENTRIES = 65536
 
 LayerList = Annotated[list[StrictInt], Field(max_length=_MOST_LAYERS)]
+ExpertList = Annotated[list[StrictInt], Field(max_length=_MOST_EXPERTS)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1)]
+Vector = Annotated[list[Number], Field(max_length=_MOST_ENTRIES)]
+
+
+def _one_or_per_layer(item: Any) -> PlainValidator:
+    """One value or a list of them. A plain union would put its members' names into the paths."""
+    one, many = (
+        TypeAdapter(item),
+        TypeAdapter(Annotated[list[item], Field(max_length=_MOST_LAYERS)]),
+    )
+
+    def validate(value: Any) -> Any:
+        return (many if isinstance(value, list) else one).validate_python(value)
+
+    return PlainValidator(validate)
+
+
+WholePerLayer = Annotated[int | list[int], _one_or_per_layer(StrictInt)]
+NumberPerLayer = Annotated[float | list[float], _one_or_per_layer(Number)]
 
 
 class StrictFields(BaseModel):
@@ -69,10 +101,81 @@ class DepthFields(StrictFields):
     phase: Phase | None = None
 
 
+class NamedExperts(StrictFields):
+    """An entry of `routing.experts.deactivate`: experts of one layer, by number."""
+
+    layer: StrictInt
+    experts: ExpertList
+
+
+class ActivateFields(NamedExperts):
+    """An entry of `routing.experts.activate`: experts that always serve, with a weight."""
+
+    weight: Number | None = None
+
+
+class BiasFields(StrictFields):
+    """An entry of `routing.experts.bias`: a number added to an expert's selection score."""
+
+    layer: StrictInt
+    expert: StrictInt
+    value: Number
+
+
+class BudgetFields(StrictFields):
+    """`routing.experts.budget`: the decode rows of a step share a set of experts."""
+
+    method: BudgetMethod
+    k0: StrictInt | None = None
+    experts: StrictInt | None = None
+
+
+class RemixFields(StrictFields):
+    """`routing.experts.remix`: router probabilities pulled towards those of references."""
+
+    method: RemixMethod
+    scope: RemixScope | None = None
+    alpha: Number | None = None
+    layers: LayerList | None = None
+    top: StrictInt | None = None
+    references: StrictStr | None = None
+    neighbors: StrictInt | None = None
+    kernel: Literal["gaussian", "cosine"] | None = None
+    bandwidth: Number | None = None
+    max_similarity: Share | None = None
+    embedding: Vector | None = None
+    pathway: Annotated[list[Vector], Field(max_length=_MOST_LAYERS)] | None = None
+
+
+class ContrastFields(StrictFields):
+    """`routing.experts.contrast`: logits against those of a weak pass."""
+
+    weak_rank: StrictInt
+    beta: Number | None = None
+    alpha: Share | None = None
+
+
+class ExpertFields(StrictFields):
+    """`routing.experts`: which experts serve the tokens. None is not given."""
+
+    deactivate: Annotated[list[NamedExperts], Field(max_length=_MOST_ENTRIES)] | None = None
+    mode: Literal["mask", "drop"] | None = None
+    activate: Annotated[list[ActivateFields], Field(max_length=_MOST_ENTRIES)] | None = None
+    bias: Annotated[list[BiasFields], Field(max_length=_MOST_ENTRIES)] | None = None
+    top_k: WholePerLayer | None = None
+    top_p: Share | None = None
+    skip_ratio: NumberPerLayer | None = None
+    budget: BudgetFields | None = None
+    remix: RemixFields | None = None
+    contrast: ContrastFields | None = None
+    protect_super_experts: StrictBool | None = None
+
+
 class PolicyFields(StrictFields):
     """What presets and requests have in common."""
 
     depth: DepthFields = DepthFields()
+    experts: ExpertFields | None = None
     effort: Share | None = None
 
 

@@ -1,12 +1,14 @@
 """`sluice serve`: vLLM's own OpenAI server, with our worker, our plugin and safe defaults.
 
 Every flag of `vllm serve` is passed through. What is set here, and only where the user has not:
-the worker class, loopback as the host, and, without a MODEL, the demo model with its profile.
+the worker class, loopback as the host, expert routing where only this machine can ask for it, and,
+without a MODEL, the demo model with its profile.
 """
 
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import tempfile
 from importlib.metadata import entry_points
@@ -16,6 +18,7 @@ from sluice.models.demo import DEMO_MODEL_DIR
 from sluice.models.profile import PROFILE_ENV, Profile, ProfileError
 from sluice.models.seams import CPU_WORKER, CUDA_WORKER
 from sluice.models.telemetry import TELEMETRY_ENV
+from sluice.server.access.keys import Keys, KeysFileError
 from sluice.server.presets import PresetsFileError, load_presets
 
 PLUGIN = "sluice"
@@ -48,6 +51,8 @@ def main(argv: list[str]) -> None:
         except PresetsFileError as error:
             parser.error(str(error))
     choose_profile(parser, args)
+    check_keys(parser, args)
+    choose_expert_routing(parser, args)
     if args.worker_cls == "auto":
         args.worker_cls = worker_class()
     configure_logging_from_args(args)
@@ -85,6 +90,25 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder with what was measured and trained for MODEL (see the README); "
         f"default: {PROFILE_ENV}, if set",
     )
+    group.add_argument(
+        "--keys",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="YAML or JSON file of hashed API keys and what each may ask for (see the README)",
+    )
+    group.add_argument(
+        "--expert-routing",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether requests and presets may choose experts; default: only on a loopback host. "
+        "Elsewhere it needs --keys",
+    )
+    group.add_argument(
+        "--expert-metrics",
+        action="store_true",
+        help="a series per layer and expert in /metrics",
+    )
     make_arg_parser(parser)
     parser.set_defaults(host="127.0.0.1")
     return parser
@@ -115,6 +139,42 @@ def choose_profile(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     except ProfileError as error:
         parser.error(str(error))
     os.environ[PROFILE_ENV] = str(folder.resolve())
+
+
+def check_keys(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check the keys file, if there is one, and that it is the only gate."""
+    if args.keys is None:
+        return
+    if any(args.api_key or [os.environ.get("VLLM_API_KEY")]):
+        parser.error("--keys and --api-key (or VLLM_API_KEY) are two gates of one door: drop one")
+    try:
+        Keys.load(args.keys)
+    except KeysFileError as error:
+        parser.error(str(error))
+
+
+def choose_expert_routing(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Set `--expert-routing` where the user has not; refuse it where anybody could ask for it."""
+    local = bool(args.uds) or is_loopback(args.host)
+    if args.expert_routing is None:
+        args.expert_routing = local
+    if args.expert_routing and not local and args.keys is None:
+        parser.error(
+            f"--expert-routing on host {args.host or '0.0.0.0'} needs --keys: removing experts can "
+            "remove a model's refusals, and anybody could ask for it"
+        )
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether only this machine can connect; False for names other than `localhost`."""
+    if not host:
+        return False  # vLLM binds every interface.
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from sluice.models.depth.order import Unit
+from sluice.models.expert_policy import ExpertPolicy
+from sluice.models.expert_shape import ExpertShape
 from sluice.models.policy import RoutingPolicy
-from sluice.models.profile import Profile
+from sluice.models.profile import Profile, ReferenceSet
 from sluice.server.capabilities import Capabilities
 from sluice.server.errors import RoutingError
-from sluice.server.resolve import merge_preset, resolve
+from sluice.server.rules.resolve import merge_preset, resolve
 from sluice.server.schema import PresetFields, parse_routing
 
 LAYERS = 6
@@ -28,6 +30,10 @@ CAPABILITIES = Capabilities(
     chunked_prefill=True,
     refusal=None,
     profile=None,
+    expert_shape=None,
+    expert_refusal="the model has no routed experts",
+    expert_routing=True,
+    contrast_refusal=None,
 )
 
 PROFILE = Profile(
@@ -44,7 +50,32 @@ PROFILE = Profile(
 
 PROFILED = replace(CAPABILITIES, profile=PROFILE)
 UNCHUNKED = replace(PROFILED, chunked_prefill=False)
+DENSE_LAYER = 1
+PLAIN_SHAPE = ExpertShape(layers=(0, 2, 3, 4, 5), experts=8, top_k=3)
+GROUPED_SHAPE = ExpertShape(
+    layers=tuple(range(LAYERS)),
+    experts=16,
+    top_k=4,
+    scoring="sigmoid",
+    scale=2.5,
+    groups=4,
+    topk_group=2,
+    corrected=True,
+)
+EXPERT_PROFILE = replace(
+    PROFILE,
+    super_experts=((0, 1), (3, 7)),
+    references={
+        "sums": ReferenceSet(layers=(2, 4, 5), width=HIDDEN),
+        "tales": ReferenceSet(layers=(4, 5), width=3, encoder="sentences"),
+    },
+)
+MOE = replace(CAPABILITIES, experts=8, expert_shape=PLAIN_SHAPE, expert_refusal=None)
+GROUPED = replace(MOE, experts=16, expert_shape=GROUPED_SHAPE)
+MOE_PROFILED = replace(MOE, profile=EXPERT_PROFILE)
+
 SKIP_PARAM, EXIT, ADAPTIVE = (f"routing.depth.{name}" for name in ("skip", "exit", "adaptive"))
+EXPERTS = "routing.experts"
 PHASE, EFFORT = "routing.depth.phase", "routing.effort"
 
 ALL_EXITS = tuple(range(LAYERS - 1))
@@ -63,6 +94,21 @@ def policy(
 
 def depth(**fields: Any) -> dict[str, Any]:
     return {"depth": fields}
+
+
+def experts(**fields: Any) -> dict[str, Any]:
+    return {"experts": fields}
+
+
+def named(layer: int, *ids: int, **more: Any) -> list[dict[str, Any]]:
+    """`deactivate` or `activate` with one entry."""
+    return [{"layer": layer, "experts": [*ids], **more}]
+
+
+def expert_policy(
+    capabilities: Capabilities = MOE, preset: dict[str, Any] | None = None, **fields: Any
+) -> ExpertPolicy:
+    return policy(experts(**fields), capabilities, preset).experts
 
 
 def leaving(method: str = "confidence", **fields: Any) -> dict[str, Any]:

@@ -78,8 +78,8 @@ class LayerControls:
         for layer, expert, weight in policy.forced:
             if weight is not None:
                 weights[place[layer], expert] = weight
-        k = _by_layer(policy.top_k, shape, shape.top_k, np.int64)
-        ratio = _by_layer(policy.skip_ratio, shape, 0.0, np.float32)
+        k = np.array(_by_layer(policy.top_k, shape, shape.top_k), dtype=np.int64)
+        ratio = np.array(_by_layer(policy.skip_ratio, shape, 0.0), dtype=np.float32)
         top_p = np.full(count, 1.0 if policy.top_p is None else policy.top_p, dtype=np.float32)
         dropped = marked(policy.dropped)
         forced = marked((layer, expert) for layer, expert, _ in policy.forced)
@@ -107,9 +107,9 @@ class LayerControls:
 
 
 def _by_layer(
-    value: float | tuple[float, ...] | None, shape: ExpertShape, stock: float, dtype: type
-) -> NDArray[np.generic]:
+    value: float | tuple[float, ...] | None, shape: ExpertShape, stock: float
+) -> list[float]:
     """One number per layer with experts, from one for all or one per decoder layer."""
     if isinstance(value, tuple):
-        return np.array([value[layer] for layer in shape.layers], dtype=dtype)
-    return np.full(len(shape.layers), stock if value is None else value, dtype=dtype)
+        return [value[layer] for layer in shape.layers]
+    return [stock if value is None else value] * len(shape.layers)

@@ -8,6 +8,7 @@ import pytest
 from edge import CAPABILITIES, LAYERS
 
 from sluice.models.policy import EXTRA_ARGS_KEY, Phase, PolicyTicket, SkipSet
+from sluice.server.access.access import Caller, Capability
 from sluice.server.admission import Admission
 from sluice.server.errors import RoutingError
 from sluice.server.schema import DepthFields, PresetFields, SkipFields
@@ -18,18 +19,19 @@ PRESETS = {
     "light": PresetFields(effort=0.5),
 }
 ADMISSION = Admission(CAPABILITIES, PRESETS)
+CALLER = Caller(None, Capability.ADMIN)
 SKIP = {"depth": {"skip": {"mlp": [2]}}}
 
 
 def test_a_request_without_routing_is_not_touched() -> None:
-    assert ADMISSION.admit(CHAT, {"model": "m", "vllm_xargs": {"other": 1}}) is None
-    assert ADMISSION.admit(CHAT, {"model": "alias@x"}) is None
-    assert ADMISSION.admit(CHAT, {"model": "unknown@half"}) is None
+    assert ADMISSION.admit(CHAT, {"model": "m", "vllm_xargs": {"other": 1}}, CALLER) is None
+    assert ADMISSION.admit(CHAT, {"model": "alias@x"}, CALLER) is None
+    assert ADMISSION.admit(CHAT, {"model": "unknown@half"}, CALLER) is None
 
 
 def test_the_engine_gets_a_ticket_a_salt_and_the_base_model() -> None:
     body = {"model": "m@half", "routing": {"report": True}, "vllm_xargs": {"other": 1}}
-    admitted = ADMISSION.admit(CHAT, body)
+    admitted = ADMISSION.admit(CHAT, body, CALLER)
     assert admitted is not None
     assert admitted.preset == "half"
     engine_body = admitted.body
@@ -45,7 +47,7 @@ def test_the_engine_gets_a_ticket_a_salt_and_the_base_model() -> None:
 def test_policies_get_salts_of_their_own() -> None:
     def salt(routing: object, client: str | None = None) -> str | None:
         body = {"model": "m", "routing": routing, **({"cache_salt": client} if client else {})}
-        admitted = ADMISSION.admit(CHAT, body)
+        admitted = ADMISSION.admit(CHAT, body, CALLER)
         assert admitted is not None
         found: str | None = admitted.body.get("cache_salt")
         return found
@@ -60,7 +62,7 @@ def test_policies_get_salts_of_their_own() -> None:
 
 def test_prompts_under_token_capacity_share_nothing() -> None:
     body = {"routing": {"depth": {"adaptive": {"method": "mod"}}}}
-    first, second = (ADMISSION.admit(CHAT, body) for _ in "ab")
+    first, second = (ADMISSION.admit(CHAT, body, CALLER) for _ in "ab")
     assert first is not None
     assert second is not None
     assert first.body["cache_salt"] != second.body["cache_salt"]
@@ -76,7 +78,7 @@ def test_prompts_under_token_capacity_share_nothing() -> None:
     ],
 )
 def test_the_effort_that_counts(routing: object, effort: float | None) -> None:
-    admitted = ADMISSION.admit(CHAT, {"routing": routing})
+    admitted = ADMISSION.admit(CHAT, {"routing": routing}, CALLER)
     assert admitted is not None
     assert admitted.effort == effort
 
@@ -84,7 +86,7 @@ def test_the_effort_that_counts(routing: object, effort: float | None) -> None:
 @pytest.mark.parametrize("routing", [[], "", 0, False])
 def test_what_is_no_object_is_refused_even_if_empty(routing: object) -> None:
     with pytest.raises(RoutingError) as caught:
-        ADMISSION.admit(CHAT, {"routing": routing})
+        ADMISSION.admit(CHAT, {"routing": routing}, CALLER)
     assert caught.value.param == "routing"
 
 
@@ -98,17 +100,17 @@ def test_what_is_no_object_is_refused_even_if_empty(routing: object) -> None:
 )
 def test_a_streamed_report_brings_its_usage_chunk(options: object, expected: object) -> None:
     body = {"stream": True, "routing": {"report": True}, "stream_options": options}
-    admitted = ADMISSION.admit(CHAT, body)
+    admitted = ADMISSION.admit(CHAT, body, CALLER)
     assert admitted is not None
     assert admitted.body["stream_options"] == expected
 
 
 def test_explicit_fields_override_the_preset_one_by_one() -> None:
     routing = {"preset": "half", "depth": {"phase": "prefill"}}
-    admitted = ADMISSION.admit(CHAT, {"routing": routing})
+    admitted = ADMISSION.admit(CHAT, {"routing": routing}, CALLER)
     assert admitted is not None
     assert admitted.ticket.policy.skip == SkipSet.of(blocks=(1, 2), phase=Phase.PREFILL)
-    emptied = ADMISSION.admit(CHAT, {"routing": {"preset": "half", "depth": {"skip": {}}}})
+    emptied = ADMISSION.admit(CHAT, {"routing": {"preset": "half", "depth": {"skip": {}}}}, CALLER)
     assert emptied is not None
     assert emptied.ticket.policy.skip.empty
 
@@ -116,9 +118,9 @@ def test_explicit_fields_override_the_preset_one_by_one() -> None:
 def test_everything_but_one_sub_layer_may_go() -> None:
     everything = {"blocks": [*range(LAYERS)]}
     with pytest.raises(RoutingError, match="nothing to run"):
-        ADMISSION.admit(CHAT, {"routing": {"depth": {"skip": everything}}})
+        ADMISSION.admit(CHAT, {"routing": {"depth": {"skip": everything}}}, CALLER)
     nearly = {"attention": [*range(LAYERS)], "mlp": [*range(LAYERS - 1)]}
-    assert ADMISSION.admit(CHAT, {"routing": {"depth": {"skip": nearly}}})
+    assert ADMISSION.admit(CHAT, {"routing": {"depth": {"skip": nearly}}}, CALLER)
 
 
 def test_a_preset_the_model_cannot_run_is_found_at_start_up() -> None:
@@ -131,5 +133,5 @@ def test_a_preset_the_model_cannot_run_is_found_at_start_up() -> None:
 def test_an_engine_without_depth_control_says_why() -> None:
     refused = replace(CAPABILITIES, refusal="it is an OPT")
     with pytest.raises(RoutingError, match="it is an OPT") as caught:
-        Admission(refused, {}).admit(CHAT, {"routing": {"report": True}})
+        Admission(refused, {}).admit(CHAT, {"routing": {"report": True}}, CALLER)
     assert (caught.value.param, caught.value.reason) == ("routing", "unsupported_model")

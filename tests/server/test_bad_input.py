@@ -116,6 +116,37 @@ BAD = {
         "routing.depth.skip.blocks.0",
     ),
     "everything": (routed({"depth": {"skip": {"blocks": list(range(8))}}}), "routing.depth.skip"),
+    "unknown expert key": (routed({"experts": {"expert": 1}}), "routing.experts.expert"),
+    "string for a top_k": (routed({"experts": {"top_k": "2"}}), "routing.experts.top_k"),
+    "string in a list of top_k": (
+        routed({"experts": {"top_k": [2, "2"]}}),
+        "routing.experts.top_k.1",
+    ),
+    "infinite bias": (
+        routed({"experts": {"bias": [{"layer": 0, "expert": 0, "value": float("inf")}]}}),
+        "routing.experts.bias.0.value",
+    ),
+    "number beyond all floats": (
+        routed({"experts": {"contrast": {"weak_rank": 10**400}}}),
+        "routing.experts.contrast.weak_rank",
+    ),
+    "top_k for some layers": (routed({"experts": {"top_k": [2]}}), "routing.experts.top_k"),
+    "expert too high": (
+        routed({"experts": {"deactivate": [{"layer": 0, "experts": [1, 16]}]}}),
+        "routing.experts.deactivate.0.experts.1",
+    ),
+    "too few experts": (
+        routed({"experts": {"deactivate": [{"layer": 2, "experts": list(range(13))}]}}),
+        "routing.experts.deactivate.0",
+    ),
+    "contrast beside an effort": (
+        routed({"experts": {"contrast": {"weak_rank": 1}}, "effort": 0.8}),
+        "routing.experts.contrast",
+    ),
+    "references that are not there": (
+        routed({"experts": {"remix": {"method": "mode", "references": "nowhere"}}}),
+        "routing.experts.remix.references",
+    ),
     "unknown preset": (routed({"preset": "fastest"}), "routing.preset"),
     "unknown preset by model": ({**CHAT, "model": "demo@fastest"}, "model"),
     "two presets": (
@@ -253,6 +284,8 @@ def test_unsupported_family_serves_stock_and_refuses_routing(unsupported: Server
         ("presets: {fast: {depth: {skip: {layers: [1]}}}}", "presets.fast.depth.skip.layers"),
         ("presets: {fast: {effort: 2}}", "presets.fast.effort"),
         ("presets: {fast: {depth: {exit: {layers: [1]}}}}", "presets.fast.depth.exit.method"),
+        ("presets: {fast: {experts: {top_k: [1, x]}}}", "presets.fast.experts.top_k.1"),
+        ("presets: {fast: {experts: {budget: {k0: 1}}}}", "presets.fast.experts.budget.method"),
         ("presets: [", "presets file"),
         ("[]", "presets file"),
     ],

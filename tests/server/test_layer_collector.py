@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from sluice.models.telemetry import LayerCounters
 from sluice.server.errors import REASONS
-from sluice.server.metrics import LayerCollector, RequestMetrics
+from sluice.server.telemetry.metrics import LayerCollector, RequestMetrics
 
 
 def test_engines_are_summed_and_every_layer_is_there(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sluice.models.policy import RoutingPolicy
-from sluice.server.report import EventSplitter, build_report, is_usage_chunk, with_report
+from sluice.server.telemetry.report import EventSplitter, build_report, is_usage_chunk, with_report
 
 STREAM = (
     b'data: {"choices":[{"delta":{"content":"a\\n\\nb \\"usage\\""}}]}\n\n'
@@ -99,3 +99,29 @@ def test_an_answer_of_one_token_has_no_generated_rows() -> None:
 def test_a_decided_mask_is_reported() -> None:
     mask = {"attention": [1], "mlp": [1]}
     assert build_report(RoutingPolicy(), {**RECORD, "mask": mask})["mask"] == mask
+
+
+EXPERTS: dict[str, Any] = {
+    "active_mean": 3.123456789,
+    "masked": 4,
+    "loaded_per_step": None,
+    "neighbour_dependent": False,
+    "weak": {"active_mean": 1.00000004, "per_layer": [0.12345678, 2]},
+}
+
+
+def test_experts_are_reported_rounded() -> None:
+    report = build_report(RoutingPolicy(), {**RECORD, "experts": EXPERTS})
+    assert report["experts"] == {
+        **EXPERTS,
+        "active_mean": 3.123457,
+        "weak": {"active_mean": 1.0, "per_layer": [0.123457, 2]},
+    }
+    assert report["warnings"] == []
+    assert "experts" not in build_report(RoutingPolicy(), RECORD)
+
+
+def test_an_answer_that_depended_on_its_neighbours_says_so() -> None:
+    experts = {**EXPERTS, "neighbour_dependent": True}
+    (warning,) = build_report(RoutingPolicy(), {**RECORD, "experts": experts})["warnings"]
+    assert "depended on its neighbours" in warning

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from importlib.metadata import entry_points
@@ -94,6 +95,92 @@ def test_the_demo_model_brings_its_profile(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(serve, "DEMO_PROFILE", tmp_path)
     monkeypatch.setenv(PROFILE_ENV, "theirs")
     assert demo_arguments(None).profile is None
+
+
+LOOPBACK = ["127.0.0.1", "127.8.0.1", "::1", "localhost", "LocalHost"]
+OPEN = ["", None, "0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "127.1"]
+
+
+def expert_routing(*arguments: str, host: str | None = "127.0.0.1", **fields: object) -> object:
+    """What `--expert-routing` comes to."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--expert-routing", action=argparse.BooleanOptionalAction, default=None)
+    defaults = {"host": host, "uds": None, "keys": None, **fields}
+    args = parser.parse_args([*arguments], argparse.Namespace(**defaults))
+    serve.choose_expert_routing(parser, args)
+    return args.expert_routing
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
+def test_expert_routing_is_on_where_only_this_machine_can_ask(host: str) -> None:
+    assert expert_routing(host=host) is True
+    assert expert_routing("--no-expert-routing", host=host) is False
+
+
+@pytest.mark.parametrize("host", OPEN)
+def test_expert_routing_is_off_elsewhere(host: str | None) -> None:
+    keys = Path("keys.yaml")
+    assert expert_routing(host=host) is False
+    assert expert_routing(host=host, keys=keys) is False
+    assert expert_routing("--expert-routing", host=host, keys=keys) is True
+    assert expert_routing(host=host, uds="/run/a.sock") is True
+
+
+@pytest.mark.parametrize("host", OPEN)
+def test_nobody_opens_expert_routing_to_everybody(
+    capsys: pytest.CaptureFixture[str], host: str | None
+) -> None:
+    with pytest.raises(SystemExit):
+        expert_routing("--expert-routing", host=host)
+    assert "needs --keys" in capsys.readouterr().err
+
+
+def test_our_flags_are_part_of_vllms_parser() -> None:
+    parse = serve.build_parser().parse_args
+    args = parse(["--keys", "a.yaml", "--no-expert-routing", "--expert-metrics"])
+    assert (args.keys, args.expert_routing, args.expert_metrics) == (Path("a.yaml"), False, True)
+    args = parse([])
+    assert (args.keys, args.expert_routing, args.expert_metrics) == (None, None, False)
+    assert serve.is_loopback(args.host)
+
+
+def check_keys(keys: Path | None, api_key: list[str] | None = None) -> None:
+    args = argparse.Namespace(keys=keys, api_key=api_key)
+    serve.check_keys(argparse.ArgumentParser(), args)
+
+
+@pytest.fixture
+def keys_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    file = tmp_path / "keys.yaml"
+    digest = hashlib.sha256(b"k").hexdigest()
+    file.write_text(f"keys: [{{id: a, sha256: {digest}, capability: basic}}]")
+    return file
+
+
+def test_keys_are_checked_before_the_engine_starts(
+    keys_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_keys(None, ["k"])
+    check_keys(keys_file)
+    keys_file.write_text("keys: []")
+    with pytest.raises(SystemExit):
+        check_keys(keys_file)
+    assert f"{keys_file}.keys" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("through", ["flag", "environment"])
+def test_one_door_has_one_gate(
+    keys_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    through: str,
+) -> None:
+    if through == "environment":
+        monkeypatch.setenv("VLLM_API_KEY", "k")
+    with pytest.raises(SystemExit):
+        check_keys(keys_file, ["k"] if through == "flag" else None)
+    assert "--api-key" in capsys.readouterr().err
 
 
 def test_a_profile_of_another_model_is_named_at_start_up(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import TypeVar
 
 from sluice.models.depth.method import ExitMethod, Parameter, PromptMethod
 from sluice.server.capabilities import Capabilities
 from sluice.server.errors import RoutingError
 from sluice.server.schema import StrictFields
+
+Real = TypeVar("Real", int, float)
 
 
 def invalid(message: str, param: str) -> RoutingError:
@@ -74,6 +77,17 @@ def number(value: float | None, parameter: Parameter, method: str, param: str) -
             name = param.rpartition(".")[2]
             raise invalid(f"method {method!r} needs a {name}: it has no default", param)
         return parameter.default
+    return in_range(value, parameter, param)
+
+
+def in_range(value: Real, parameter: Parameter, param: str) -> Real:
+    """A number that its parameter allows.
+
+    Raises:
+        RoutingError: it lies outside.
+    """
     if not parameter.low <= value <= parameter.high:
-        raise invalid(f"{value:g} is outside {parameter.low:g} to {parameter.high:g}", param)
+        # A whole number may be too large for a float, and so for `:g`.
+        shown = f"{value:g}" if isinstance(value, float) else f"{value}"
+        raise invalid(f"{shown} is outside {parameter.low:g} to {parameter.high:g}", param)
     return value

@@ -10,6 +10,11 @@ from sluice.models.depth.skip import MODULES
 from sluice.models.plan import EXECUTED, OUTCOMES
 from sluice.models.policy import RoutingPolicy
 
+_NEIGHBOURS = (
+    "budget methods share experts between the requests of a step: "
+    "this answer depended on its neighbours"
+)
+
 
 def build_report(policy: RoutingPolicy, record: dict[str, Any] | None) -> dict[str, Any]:
     """What ran, as counted by the worker.
@@ -19,7 +24,8 @@ def build_report(policy: RoutingPolicy, record: dict[str, Any] | None) -> dict[s
         record: the worker's record (`sluice.models.telemetry`); None if it was lost. `counts` is
             nested as 2 phases (prompt, generated) x layers x modules x outcomes; `exits` counts
             generated tokens by the last layer that they ran anything in; `exit_layers` is there
-            under an exit rule, `mask` where the prompt decided one.
+            under an exit rule, `mask` where the prompt decided one, `experts` (active_mean, masked,
+            loaded_per_step, neighbour_dependent, and `weak` of a contrast) with routed experts.
     """
     report: dict[str, Any] = {"policy": policy.to_dict()}
     if record is None:
@@ -44,7 +50,12 @@ def build_report(policy: RoutingPolicy, record: dict[str, Any] | None) -> dict[s
     report["generated"] = _generated(record, generated)
     if "mask" in record:
         report["mask"] = record["mask"]
-    report["warnings"] = []
+    warnings = []
+    if "experts" in record:
+        report["experts"] = _all_rounded(record["experts"])
+        if record["experts"]["neighbour_dependent"]:
+            warnings.append(_NEIGHBOURS)
+    report["warnings"] = warnings
     return report
 
 
@@ -61,6 +72,15 @@ def _generated(record: dict[str, Any], counts: list[Any]) -> dict[str, Any]:
 
 def _rounded(value: float) -> float:
     return round(value, 6)
+
+
+def _all_rounded(value: Any) -> Any:
+    """JSON values with every float in them rounded."""
+    if isinstance(value, dict):
+        return {name: _all_rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_all_rounded(part) for part in value]
+    return _rounded(value) if isinstance(value, float) else value
 
 
 def is_usage_chunk(event: bytes) -> bool:

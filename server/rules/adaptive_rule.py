@@ -12,8 +12,8 @@ from sluice.models.depth.registry import PROMPT_METHODS
 from sluice.models.depth.similarity import Similarity
 from sluice.models.policy import AdaptiveRule
 from sluice.server.capabilities import Capabilities
-from sluice.server.checks import check_fields, check_trained, combination, invalid, number
 from sluice.server.errors import RoutingError
+from sluice.server.rules.checks import check_fields, check_trained, combination, invalid, number
 from sluice.server.schema import AdaptiveFields
 
 ADAPTIVE = "routing.depth.adaptive"

@@ -1,6 +1,6 @@
 """From the fields of `routing` to a policy: presets merged, controls combined.
 
-Every control has a module of its own: `skip_set`, `exit_rule`, `adaptive_rule`.
+Every control has a module of its own: `skip_set`, `exit_rule`, `adaptive_rule`, `expert_rule`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from collections.abc import Mapping
 
 from sluice.models.depth.fixed import NAME as FIXED
 from sluice.models.policy import MissingKV, Phase, RoutingPolicy, SkipSet
-from sluice.server.adaptive_rule import ADAPTIVE, adaptive_rule
 from sluice.server.capabilities import Capabilities
-from sluice.server.checks import combination, invalid
 from sluice.server.errors import RoutingError
-from sluice.server.exit_rule import EXIT, exit_rule
+from sluice.server.rules.adaptive_rule import ADAPTIVE, adaptive_rule
+from sluice.server.rules.checks import combination, invalid
+from sluice.server.rules.contrast_rule import CONTRAST
+from sluice.server.rules.exit_rule import EXIT, exit_rule
+from sluice.server.rules.expert_rule import expert_rule, merge_experts
+from sluice.server.rules.skip_set import effort_set, fixed_exit, skip_set
 from sluice.server.schema import DepthFields, PresetFields, RoutingFields
-from sluice.server.skip_set import effort_set, fixed_exit, skip_set
 
 _PHASE = "routing.depth.phase"
 _EFFORT = "routing.effort"
@@ -27,7 +29,7 @@ def merge_preset(
     """The fields with the preset's filled in.
 
     `depth.skip`, `depth.exit`, `depth.adaptive`, `depth.phase` and `effort`, where given, each
-    replace the preset's as a whole.
+    replace the preset's as a whole; so does every field of `experts` (`merge_experts`).
 
     Args:
         fields: of the request.
@@ -55,14 +57,15 @@ def merge_preset(
         phase=own.phase or base.phase,
     )
     effort = preset.effort if fields.effort is None else fields.effort
-    return fields.model_copy(update={"depth": depth, "effort": effort})
+    experts = merge_experts(fields.experts, preset.experts)
+    return fields.model_copy(update={"depth": depth, "effort": effort, "experts": experts})
 
 
 def resolve(fields: RoutingFields, capabilities: Capabilities) -> RoutingPolicy:
     """The policy of merged fields.
 
     Raises:
-        RoutingError: the engine runs no depth controls, a control cannot be done on this model, or
+        RoutingError: the engine runs no routing, a control cannot be done on this model, or
             controls that do not go together.
     """
     if capabilities.refusal is not None:
@@ -100,7 +103,14 @@ def resolve(fields: RoutingFields, capabilities: Capabilities) -> RoutingPolicy:
                 _EFFORT,
             )
         skip = effort_set(fields.effort, depth.phase or Phase.DECODE, capabilities)
-    return RoutingPolicy(skip=skip, exit=rule, adaptive=adaptive, report=fields.report)
+    experts = expert_rule(fields.experts, capabilities)
+    if experts.contrast is not None:
+        shallow = rule is not None or adaptive is not None or not skip.empty
+        if shallow or fields.effort is not None:
+            raise combination("contrast does not go together with depth or effort", CONTRAST)
+    return RoutingPolicy(
+        skip=skip, exit=rule, adaptive=adaptive, experts=experts, report=fields.report
+    )
 
 
 def _check_phase(fields: RoutingFields) -> None:

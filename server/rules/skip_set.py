@@ -9,8 +9,8 @@ from sluice.models.depth.fixed import blocks_behind
 from sluice.models.depth.order import Unit, drop_order, skip_first
 from sluice.models.policy import Phase, SkipSet
 from sluice.server.capabilities import Capabilities
-from sluice.server.checks import check_fields, check_layers, invalid
 from sluice.server.errors import RoutingError
+from sluice.server.rules.checks import check_fields, check_layers, invalid
 from sluice.server.schema import ExitFields, SkipFields
 
 SKIP = "routing.depth.skip"

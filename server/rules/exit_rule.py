@@ -6,7 +6,7 @@ from sluice.models.depth.fixed import NAME as FIXED
 from sluice.models.depth.registry import EXIT_METHODS
 from sluice.models.policy import ExitRule, MissingKV
 from sluice.server.capabilities import Capabilities
-from sluice.server.checks import check_fields, check_layers, check_trained, invalid, number
+from sluice.server.rules.checks import check_fields, check_layers, check_trained, invalid, number
 from sluice.server.schema import ExitFields
 
 EXIT = "routing.depth.exit"

@@ -1,0 +1,1 @@
+"""From the wire form of `routing` to a policy: one control a module."""

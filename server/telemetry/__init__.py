@@ -1,0 +1,1 @@
+"""What ran, as series, reports and JSON."""

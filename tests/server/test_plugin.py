@@ -1,0 +1,72 @@
+"""What the plugin hands from the engine and the command line to the edge."""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from edge import MOE
+from prometheus_client import CollectorRegistry
+
+from sluice.models.profile import PROFILE_ENV
+from sluice.server import plugin
+from sluice.server.access.access import Caller, Capability
+from sluice.server.capabilities import Capabilities
+from sluice.server.errors import ForbiddenError
+from sluice.server.presets import PresetsFileError
+
+ADMIN = Caller(None, Capability.ADMIN)
+FEW = {"model": "m", "routing": {"experts": {"top_k": 2}}}
+
+
+class FakeEngine:
+    """Two ranks that describe their routers."""
+
+    vllm_config = "the configuration"
+
+    async def collective_rpc(self, name: str) -> list[dict[str, Any]]:
+        assert name == "describe_experts"
+        return [{"shape": "of the first rank", "refusal": None}, {}]
+
+
+def started(monkeypatch: pytest.MonkeyPatch, *, flag: bool, presets: Path | None = None) -> Any:
+    """State of an edge on a model with experts."""
+
+    def of(config: Any, models: Any, profile: Any, answer: Any, expert_routing: bool) -> Any:
+        assert (config, models, profile) == ("the configuration", ("m",), None)
+        assert answer["shape"] == "of the first rank"
+        return replace(MOE, expert_routing=expert_routing)
+
+    monkeypatch.delenv(PROFILE_ENV, raising=False)
+    monkeypatch.setattr(Capabilities, "of", of)
+    monkeypatch.setattr(plugin, "REGISTRY", CollectorRegistry())
+    cards = [SimpleNamespace(name="m")]
+    state = SimpleNamespace(openai_serving_models=SimpleNamespace(base_model_paths=cards))
+    args = Namespace(presets=presets, expert_routing=flag)
+    asyncio.run(plugin.RoutingPlugin().init_state(FakeEngine(), state, args))
+    return state.sluice
+
+
+def test_the_flag_reaches_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/v1/completions"
+    assert started(monkeypatch, flag=True).admission.admit(path, FEW, ADMIN) is not None
+    with pytest.raises(ForbiddenError):
+        started(monkeypatch, flag=False).admission.admit(path, FEW, ADMIN)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_presets_with_experts_are_resolved_whatever_the_flag(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: bool
+) -> None:
+    presets = tmp_path / "presets.yaml"
+    presets.write_text("presets: {few: {experts: {top_k: 2}}}")
+    edge = started(monkeypatch, flag=flag, presets=presets)
+    assert edge.admission.preset_policy("few").experts.top_k == 2
+    presets.write_text("presets: {few: {experts: {top_k: 99}}}")
+    with pytest.raises(PresetsFileError, match=r"presets\.few\.experts\.top_k"):
+        started(monkeypatch, flag=flag, presets=presets)
