@@ -13,6 +13,14 @@ from typing import Any, Self
 ExpertId = tuple[int, int]
 """Layer and expert."""
 
+# C3PO's own numbers, but for the bandwidth, which is not published.
+REMIX_LAYERS = 5
+REMIX_TOP = 20
+REMIX_ALPHA = 0.5
+REMIX_NEIGHBORS = 3
+REMIX_BANDWIDTH = 0.5
+REMIX_MAX_SIMILARITY = 0.95
+
 
 class BudgetMethod(StrEnum):
     """How the decode rows of a step agree on a set of experts."""

@@ -117,16 +117,14 @@ class LiveRequests:
             end += sum(segment.length for segment in own)
             first_rows[index] = end - scheduled
         weak = self._weak_passes(requests, weak_blocks or {}, first_rows, end)
-        owners = np.array([segment.request for segment in segments], dtype=np.int64)
+        owners = np.arange(len(found))
         if weak is not None:
-            own = weak.segments(segments, len(found))
-            owners = np.append(owners, [weak.owners[s.request - len(found)] for s in own])
-            segments += own
-        passes = len(found) + (len(weak.owners) if weak else 0)
+            segments += weak.segments(segments, len(found))
+            owners = np.append(owners, weak.owners)
         step = RoutedStep(
             requests=requests,
             segments=segments,
-            plan=self._plan(tuple(segments), passes),
+            plan=self._plan(tuple(segments), len(owners)),
             first_rows=first_rows,
             paths=paths,
             pending=torch.stack([token.hidden for token in waiting]) if waiting else None,

@@ -71,6 +71,14 @@ class RoutedStep:
         """Requests in the batch and weak passes behind them."""
         return len(self.requests.ids) + (0 if self.weak is None else len(self.weak.owners))
 
+    def owner(self, number: int) -> int:
+        """Batch index of a pass's request. `number`: as in segments, weak passes past the end."""
+        requests = len(self.requests.ids)
+        if number < requests:
+            return number
+        assert self.weak is not None
+        return int(self.weak.owners[number - requests])
+
     @property
     def stock(self) -> bool:
         """Whether vLLM's own forward serves the step."""

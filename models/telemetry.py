@@ -130,19 +130,20 @@ class ModuleCost:
     fill: NDArray[np.float64]
     expert: float = 0.0
 
-    def fraction(self, counts: IntArray, experts_saved: int = 0) -> float:
+    def fraction(self, counts: IntArray, more: float = 0.0) -> float:
         """Share of full depth's parameter multiplications that ran; 1.0 for no tokens.
 
         Args:
             counts: shape (layers, 2 modules, 3 outcomes).
-            experts_saved: expert runs less than the model's own routers ask for.
+            more: multiplications beyond those of the counted rows with all their experts; less
+                than 0 where experts did not run.
         """
         # Layer 0 names every row once: a pending row that runs on later counts again above it.
         rows = int(counts[0, ATTENTION].sum())
         full = rows * float(self.modules.sum())
         ran = float((counts[..., EXECUTED] * self.modules).sum())
         ran += float((counts[:, ATTENTION, FILLED] * self.fill).sum())
-        ran -= experts_saved * self.expert
+        ran += more
         return ran / full if full else 1.0
 
 

@@ -96,7 +96,7 @@ def _controls(shape: ExpertShape, contrast_refusal: str | None, references: bool
 
 def _remix(method: RemixMethod, shape: ExpertShape, references: bool) -> dict[str, Any]:
     own: dict[str, Parameter] = {
-        "alpha": controls.REMIX_ALPHA,
+        "alpha": controls.ALPHA,
         "top": controls.remix_top(shape, shape.top_k),
     }
     if method is not RemixMethod.SUPPLIED:

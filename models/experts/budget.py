@@ -11,12 +11,6 @@ import torch
 from sluice.kernels.batch_budget import lynx_set, oea_set, xshare_set
 from sluice.models.expert_policy import BudgetMethod, ExpertBudget
 
-SOURCES = {
-    BudgetMethod.OEA: "OEA (arXiv 2511.02237)",
-    BudgetMethod.XSHARE: "XShare (arXiv 2602.07265)",
-    BudgetMethod.LYNX: "Lynx (arXiv 2411.08982)",
-}
-
 
 def shared_set(budget: ExpertBudget, choice: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """Experts that the rows share.

@@ -18,10 +18,6 @@ from sluice.kernels.contrast_logits import contrast_logits
 from sluice.models.expert_policy import Contrast
 from sluice.models.plan import Segment
 
-SOURCE = "SCMoE (arXiv 2405.14507)"
-DEFAULT_BETA = 0.5
-DEFAULT_ALPHA = 0.1
-
 IntArray = NDArray[np.int64]
 BlockIds = tuple[list[int], ...]
 

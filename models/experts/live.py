@@ -119,7 +119,7 @@ class LiveExperts:
 
         Args:
             ids: vLLM's request ids in batch order.
-            owners: batch index of each segment's request, that of the strong pass for a weak one.
+            owners: batch index of each pass's request, int64, (requests and weak passes,).
             segments: of the step, in row order.
             computed: tokens of each request computed before the step, (requests,).
             scheduled: tokens scheduled in it.
@@ -132,7 +132,8 @@ class LiveExperts:
         ends = np.cumsum(lengths)
         rows = np.zeros(len(segments), dtype=np.int64)
         decoding: dict[int, list[IntArray]] = {index: [] for index in live}
-        for number, (owner, segment) in enumerate(zip(owners.tolist(), segments, strict=True)):
+        for number, segment in enumerate(segments):
+            owner = int(owners[segment.request])
             request = live.get(owner)
             if request is None:
                 continue

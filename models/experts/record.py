@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sluice.models.depth.skip import DECODE, PHASES
+from sluice.models.expert_shape import ExpertShape
 from sluice.models.plan import Segment
+
+if TYPE_CHECKING:
+    from sluice.models.telemetry import ModuleCost
 
 ACTIVE, TAKEN, ROUTED = range(3)
 """Columns of `ran`: experts run, selections that the policy took away, routings."""
@@ -28,19 +32,25 @@ class ExpertRecord:
         loaded: distinct experts run by a layer's rows, over the layers and steps that the request
             was in.
         layers: how many layers of steps these were.
-        weak_tokens: token rows of a contrast's weak pass.
+        weak: int64, (2 phases,): token rows of a contrast's weak pass.
     """
 
     neighbour_dependent: bool
     ran: IntArray = field(default_factory=lambda: np.zeros((len(PHASES), 3), dtype=np.int64))
     loaded: int = 0
     layers: int = 0
-    weak_tokens: int = 0
+    weak: IntArray = field(default_factory=lambda: np.zeros(len(PHASES), dtype=np.int64))
 
-    def saved(self, top_k: int) -> tuple[int, int]:
-        """Expert runs less than the model's own `top_k`: of all tokens, of generated ones."""
-        saved = self.ran[:, ROUTED] * top_k - self.ran[:, ACTIVE]
-        return int(saved.sum()), int(saved[DECODE])
+    def more(self, cost: ModuleCost, shape: ExpertShape) -> tuple[float, float]:
+        """Multiplications beyond the model's own: of all tokens, of generated ones.
+
+        Experts that did not run count as less; a weak pass runs a layer's rows once more, with
+        one expert.
+        """
+        ran = (self.ran[:, ACTIVE] - self.ran[:, ROUTED] * shape.top_k) * cost.expert
+        left_out = (shape.top_k - 1) * len(shape.layers) * cost.expert
+        phases = ran + self.weak * (cost.modules.sum() - left_out)
+        return float(phases.sum()), float(phases[DECODE])
 
     def to_wire(self) -> dict[str, Any]:
         """The report's part about experts; no mean where no router ran."""
@@ -51,7 +61,7 @@ class ExpertRecord:
             "loaded_per_step": self.loaded / self.layers if self.layers else None,
             "neighbour_dependent": self.neighbour_dependent,
         }
-        return {**wire, "weak": {"tokens": self.weak_tokens}} if self.weak_tokens else wire
+        return {**wire, "weak": {"tokens": int(self.weak.sum())}} if self.weak.any() else wire
 
 
 def by_request(ran: IntArray, segments: Sequence[Segment], requests: int) -> IntArray:

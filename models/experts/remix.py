@@ -14,13 +14,12 @@ import torch
 from sluice.models.expert_policy import Remix
 from sluice.models.experts.references import ReferenceStore, kernel_weights
 
-SOURCE = "C3PO (arXiv 2504.07964)"
-DEFAULT_LAYERS = 5
 DEFAULT_TOP = 20
 DEFAULT_NEIGHBORS = 3
-DEFAULT_ALPHA = 0.5
 DEFAULT_BANDWIDTH = 0.5
 DEFAULT_MAX_SIMILARITY = 0.95
+DEFAULT_LAYERS = 5
+DEFAULT_ALPHA = 0.5
 
 
 class Pathway(ABC):

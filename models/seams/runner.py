@@ -205,8 +205,9 @@ class RoutedModelRunner(_Runner):
             record.experts.ran += ran[index]
             record.experts.loaded += sums.loaded
             record.experts.layers += sums.layers
-            if policy.contrast is not None:
-                record.experts.weak_tokens += int(step.requests.scheduled[index])
+            for segment in step.segments:
+                if segment.weak and step.owner(segment.request) == index:
+                    record.experts.weak[segment.phase] += segment.length
 
     def _model_forward(
         self,
@@ -284,11 +285,11 @@ class RoutedModelRunner(_Runner):
         names = ("compute_fraction", "generated_compute_fraction")
         if cost is None:
             return dict.fromkeys(names, 1.0)
-        saved = (0, 0)
+        more = (0.0, 0.0)
         if found.experts is not None and shape is not None:
-            saved = found.experts.saved(shape.top_k)
-        parts = zip(names, counts, saved, strict=True)
-        return {name: cost.fraction(own, fewer) for name, own, fewer in parts}
+            more = found.experts.more(cost, shape)
+        parts = zip(names, counts, more, strict=True)
+        return {name: cost.fraction(own, beyond) for name, own, beyond in parts}
 
 
 def _no_residual(_tokens: IntArray) -> Any:

@@ -6,7 +6,15 @@ Weights, biases and the like end in fp32, so their ranges stop well short of wha
 from __future__ import annotations
 
 from sluice.models.depth.method import Parameter
-from sluice.models.expert_policy import BudgetMethod
+from sluice.models.expert_policy import (
+    REMIX_ALPHA,
+    REMIX_BANDWIDTH,
+    REMIX_LAYERS,
+    REMIX_MAX_SIMILARITY,
+    REMIX_NEIGHBORS,
+    REMIX_TOP,
+    BudgetMethod,
+)
 from sluice.models.expert_shape import ExpertShape
 
 MOTE = "MoTE (arXiv 2502.11096)"
@@ -29,10 +37,10 @@ SMALLEST = 1e-6
 WEIGHT = Parameter(SMALLEST, LARGEST)
 BIAS = Parameter(-LARGEST, LARGEST)
 SKIP_RATIO = Parameter(0.0, 1.0)
-REMIX_ALPHA = Parameter(0.0, 1.0, 0.5)
-NEIGHBORS = Parameter(1, 4096, 3, integer=True)
-BANDWIDTH = Parameter(1e-3, 1e3, 0.5)
-MAX_SIMILARITY = Parameter(0.0, 1.0, 0.95)
+ALPHA = Parameter(0.0, 1.0, REMIX_ALPHA)
+NEIGHBORS = Parameter(1, 4096, REMIX_NEIGHBORS, integer=True)
+BANDWIDTH = Parameter(1e-3, 1e3, REMIX_BANDWIDTH)
+MAX_SIMILARITY = Parameter(0.0, 1.0, REMIX_MAX_SIMILARITY)
 EMBEDDING = Parameter(-LARGEST, LARGEST)
 PATHWAY = Parameter(0.0, LARGEST)
 BETA = Parameter(0.0, LARGEST, 0.5)
@@ -43,9 +51,6 @@ REMIX_KERNELS = ("gaussian", "cosine")
 
 OWN_ENCODER = "model"
 """Encoder of the reference sets whose prompt embeddings are the model's own."""
-
-_REMIX_TOP = 20
-_REMIX_LAYERS = 5
 
 
 def reachable(shape: ExpertShape) -> int:
@@ -75,9 +80,9 @@ def oea_k0(most: int) -> Parameter:
 
 def remix_top(shape: ExpertShape, most: int) -> Parameter:
     """Range of `remix.top` where a token has at most `most` experts."""
-    return Parameter(most, shape.experts, max(most, min(_REMIX_TOP, shape.experts)), integer=True)
+    return Parameter(most, shape.experts, max(most, min(REMIX_TOP, shape.experts)), integer=True)
 
 
 def remix_layers(shape: ExpertShape) -> tuple[int, ...]:
     """Critical layers of a supplied pathway that names none."""
-    return shape.layers[-_REMIX_LAYERS:]
+    return shape.layers[-REMIX_LAYERS:]

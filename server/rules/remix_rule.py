@@ -61,7 +61,7 @@ def remix_rule(
     remix = Remix(
         method=method,
         scope=fields.scope or RemixScope.LAST,
-        alpha=_number(fields.alpha, controls.REMIX_ALPHA, fields, "alpha"),
+        alpha=_number(fields.alpha, controls.ALPHA, fields, "alpha"),
         layers=tuple(sorted(layers)),
         top=int(_number(fields.top, controls.remix_top(limits.shape, most), fields, "top")),
         references=name,
