@@ -293,8 +293,13 @@ class _Slots:
             order = (~kept).to(torch.uint8).sort(dim=-1, stable=True).indices
             kept, weights, ids = (part.gather(1, order) for part in (kept, weights, ids))
         active = kept.sum(-1)
-        # The number of slots is data: on a GPU asking for it would wait for the device.
-        width = int(active.max()) if ids.device.type == "cpu" else ids.shape[1]
+        width = ids.shape[1]
+        if ids.device.type == "cpu":
+            # How many slots are used is data: on a GPU asking for it would wait for the device.
+            used = active.numpy()
+            if used.min() == width:
+                return weights, ids.to(torch.int32), active
+            width = int(used.max())
         kept, weights, ids = kept[:, :width], weights[:, :width], ids[:, :width]
         ids = torch.where(kept, ids, ids[:, :1]).to(torch.int32)
         return weights.contiguous(), ids, active

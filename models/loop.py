@@ -77,8 +77,10 @@ class LayerLoop:
             if step.plan.shape.pending:
                 kept = torch.from_numpy(step.plan.shape.scheduled).to(delta.device)
                 delta, residual = delta[kept], residual[kept]
-            # The norm works in place, and the stream is still read for pending rows.
-            final, _ = self._stack.final_norm(delta.clone(), residual.clone())
+            if step.reads_stream:
+                # The norm works in place.
+                delta, residual = delta.clone(), residual.clone()
+            final, _ = self._stack.final_norm(delta, residual)
         return final, stream
 
     def _look(

@@ -67,6 +67,13 @@ class RoutedStep:
     weak: WeakPasses | None = None
 
     @property
+    def reads_stream(self) -> bool:
+        """Whether the residual stream is read after the final norm: by rows that wait, and for the
+        logits of weak passes."""
+        waits = any(path.pending is not None for path in self.paths.values())
+        return waits or self.weak is not None
+
+    @property
     def passes(self) -> int:
         """Requests in the batch and weak passes behind them."""
         return len(self.requests.ids) + (0 if self.weak is None else len(self.weak.owners))

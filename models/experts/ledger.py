@@ -77,8 +77,9 @@ class StepLedger:
         slots = np.arange(len(ids)) - np.repeat(np.cumsum(widths) - widths, widths)
         selected = np.bincount(ids[slots < np.repeat(active, widths)], minlength=counts.size)
         counts += selected.reshape(counts.shape)
-        np.add.at(counts[:, ROWS], self._places, lengths)
-        np.add.at(counts[:, MASKED], self._places, [part[2].sum() for part in parts])
+        # A layer runs once a step, so no place is named twice.
+        counts[self._places, ROWS] += lengths
+        counts[self._places, MASKED] += [part[2].sum() for part in parts]
         tokens = np.concatenate(self._tokens)
         for column, amounts in enumerate((active, taken, None)):
             ran[:, column] = np.bincount(tokens, amounts, minlength=self._total)

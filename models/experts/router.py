@@ -113,9 +113,9 @@ class ExpertRouter:
             choice = _within(choice, own, members)
         starving = bool(rows.budgets)
         chosen = select(scores, choice, stock_choice, spec, controls, starving=starving)
-        ranks = table.weak_ranks(rows.table_rows)
-        weak = np.flatnonzero(ranks >= 0)
-        if len(weak):
+        if rows.weak:
+            ranks = table.weak_ranks(rows.table_rows)
+            weak = np.flatnonzero(ranks >= 0)
             own = torch.from_numpy(weak).to(logits.device)
             of_weak = torch.from_numpy(ranks[weak]).to(logits.device)
             chosen = _overridden(chosen, own, select_rank(choice[own], of_weak, spec))

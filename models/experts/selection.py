@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ class LayerRows:
         rows: places within the call, int64, (rows,).
         everything: all rows of the call are here.
         table_rows: their rows of the expert table, int64, (rows,).
+        weak: rows of a weak pass may be among them.
         budgets: budgets with the places of their rows among `rows`, int64.
         remixes: pathways with the places of their rows among `rows`, int64.
     """
@@ -31,6 +32,7 @@ class LayerRows:
     rows: IntArray
     everything: bool
     table_rows: IntArray
+    weak: bool
     budgets: tuple[tuple[ExpertBudget, torch.Tensor], ...]
     remixes: tuple[tuple[Pathway, torch.Tensor], ...]
 
@@ -101,7 +103,6 @@ class _Extras:
     remixes: list[tuple[Pathway, IntArray]]
 
 
-@dataclass(slots=True)
 class CallRows:
     """One set of rows on its way through routers.
 
@@ -109,11 +110,15 @@ class CallRows:
         tokens: rows of the step, int64, (rows,).
     """
 
-    tokens: IntArray
-    _table: ExpertTable
-    _table_rows: IntArray
-    _extras: _Extras
-    _cache: dict[tuple[bytes, tuple[int, ...]], LayerRows | None] = field(default_factory=dict)
+    def __init__(
+        self, tokens: IntArray, table: ExpertTable, table_rows: IntArray, extras: _Extras
+    ) -> None:
+        self.tokens = tokens
+        self._table_rows = table_rows
+        self._extras = extras
+        self._weak = bool((table.weak_ranks(table_rows) >= 0).any())
+        self._active = np.ascontiguousarray(table.active[table_rows].T)
+        self._cache: dict[tuple[bytes, tuple[int, ...]], LayerRows | None] = {}
 
     def controlled(self, place: int, layer: int) -> LayerRows | None:
         """Rows that are not left to vLLM, or None if all are.
@@ -122,13 +127,13 @@ class CallRows:
             place: of the layer among those with experts.
             layer: its number in the decoder.
         """
-        chosen = self._table.active[self._table_rows, place]
-        remixes = [
+        chosen = self._active[place]
+        remixes = tuple(
             number
             for number, (pathway, _) in enumerate(self._extras.remixes)
             if layer in pathway.remix.layers
-        ]
-        key = (chosen.tobytes(), tuple(remixes))
+        )
+        key = (chosen.tobytes(), remixes)
         if key not in self._cache:
             self._cache[key] = self._rows(chosen, [self._extras.remixes[n] for n in remixes])
         return self._cache[key]
@@ -149,6 +154,7 @@ class CallRows:
             rows=rows,
             everything=len(rows) == len(chosen),
             table_rows=self._table_rows[rows],
+            weak=self._weak,
             budgets=tuple((b, torch.from_numpy(place[own])) for b, own in self._extras.budgets),
             remixes=tuple((p, torch.from_numpy(place[own])) for p, own in remixes),
         )
