@@ -52,8 +52,8 @@ class RowControls:
         forced: bool, (rows, experts): always selected. Or None.
         forced_weight: fp32, (rows, experts): NaN is the mean of the others. With `forced`.
         ratio: fp32, (rows, 1): least share of the first rank's score; 0 cuts nothing. Or None.
-        top_p: fp32, (rows, 1): share of the score that the ranks before one may have; 1 cuts
-            nothing. Or None.
+        top_p: fp32, (rows, 1): share of the score that the ranks before one may have; inf
+            cuts nothing. Or None.
         protected: bool, (rows, experts): put back if the model's own router selects it. Or None.
     """
 

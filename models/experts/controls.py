@@ -27,7 +27,7 @@ class LayerControls:
         forced: bool, (layers, experts).
         forced_weight: fp32, (layers, experts); NaN is the mean of the others.
         ratio: fp32, (layers,); 0 cuts nothing.
-        top_p: fp32, (layers,); 1 cuts nothing.
+        top_p: fp32, (layers,); inf cuts nothing: shares of 1 may add up to a little more.
         protected: bool, (layers, experts).
         weak_rank: rank of the one expert of a weak pass, or -1.
         active: bool, (layers,): the policy does something in the layer, budget and re-mix apart.
@@ -80,7 +80,7 @@ class LayerControls:
                 weights[place[layer], expert] = weight
         k = np.array(_by_layer(policy.top_k, shape, shape.top_k), dtype=np.int64)
         ratio = np.array(_by_layer(policy.skip_ratio, shape, 0.0), dtype=np.float32)
-        top_p = np.full(count, 1.0 if policy.top_p is None else policy.top_p, dtype=np.float32)
+        top_p = np.full(count, np.inf if policy.top_p is None else policy.top_p, dtype=np.float32)
         dropped = marked(policy.dropped)
         forced = marked((layer, expert) for layer, expert, _ in policy.forced)
         contrast = policy.contrast
@@ -90,7 +90,7 @@ class LayerControls:
             | dropped.any(axis=1)
             | forced.any(axis=1)
             | (ratio > 0)
-            | (top_p < 1)
+            | (top_p < np.inf)
         )
         return cls(
             k=k,

@@ -57,11 +57,21 @@ class ReferenceStore:
 
 
 def kernel_weights(remix: Remix, squares: torch.Tensor, cosine: torch.Tensor) -> torch.Tensor:
-    """Weights of neighbours by squared distance or cosine similarity, any shape, fp32."""
+    """Weights of neighbours, up to a common factor, fp32, (..., neighbours).
+
+    Args:
+        remix: settings.
+        squares: squared distances, (..., neighbours).
+        cosine: similarities, (..., neighbours).
+    """
     if remix.kernel == "cosine":
         return cosine.clamp(min=0.0)
     assert remix.bandwidth is not None
-    return torch.exp(-squares / (2.0 * remix.bandwidth**2))
+    if squares.shape[-1] == 0:
+        return squares
+    # From the nearest on: a narrow kernel must not underflow for all of them.
+    beyond = squares - squares.amin(-1, keepdim=True)
+    return torch.exp(-beyond / (2.0 * remix.bandwidth**2))
 
 
 def prompt_embedding(embeddings: torch.Tensor) -> torch.Tensor:

@@ -110,6 +110,6 @@ class ExpertTable:
             forced=forced,
             forced_weight=None if forced is None else gathered("forced_weight"),
             ratio=some("ratio", 0.0),
-            top_p=some("top_p", 1.0),
+            top_p=some("top_p", np.inf),
             protected=some("protected", False),
         )

@@ -286,7 +286,7 @@ def test_with_skipped_sublayers(served: Served) -> None:
 
 def test_a_control_changes_tokens(served: Served) -> None:
     """Guards the tests above: a control that is not applied must be visible."""
-    own = prompt(3, 20, 30)
+    own = prompt(7, 20, 30)
     stock = served.engine.generate([own], [None], TOKENS)[0]
     many = ExpertPolicy(masked=some(served, 2, served.shape.experts // 4))
     for policy in (ExpertPolicy(top_k=1, protect=False), many):
