@@ -286,8 +286,8 @@ def test_with_skipped_sublayers(served: Served) -> None:
 
 def test_a_control_changes_tokens(served: Served) -> None:
     """Guards the tests above: a control that is not applied must be visible."""
-    own = prompt(7, 20, 30)
-    stock = served.engine.generate([own], [None], TOKENS)[0]
+    own = [prompt(seed, 20, 30) for seed in (7, 8, 9)]
+    stock = served.engine.generate(own, [None] * 3, TOKENS)
     many = ExpertPolicy(masked=some(served, 2, served.shape.experts // 4))
     for policy in (ExpertPolicy(top_k=1, protect=False), many):
-        assert served.engine.generate([own], [RoutingPolicy(experts=policy)], TOKENS)[0] != stock
+        assert served.engine.generate(own, [RoutingPolicy(experts=policy)] * 3, TOKENS) != stock
