@@ -20,9 +20,10 @@ from sluice.kernels.route_topk import (
     select_rank,
     selection_scores,
 )
-from sluice.models.expert_counters import ROWS, ExpertCounters
+from sluice.models.expert_counters import ExpertCounters
 from sluice.models.experts.budget import shared_set
 from sluice.models.experts.ledger import StepSums
+from sluice.models.experts.live_counts import LiveCounts
 from sluice.models.experts.remix import Pathway
 from sluice.models.experts.selection import CallRows, IntArray, LayerRows, StepExperts
 
@@ -45,9 +46,8 @@ class ExpertRouter:
         """
         self._specs = tuple(specs)
         self._counters = counters
-        self._counts = torch.from_numpy(counters.total).to(device)
+        self._counts = LiveCounts(counters, device)
         self._layers = counters.layers
-        self._ones = torch.ones(0, dtype=torch.int64, device=device)
         self._step: StepExperts | None = None
         self._call: CallRows | None = None
 
@@ -64,6 +64,11 @@ class ExpertRouter:
         """Leave what follows to vLLM."""
         self._step = self._call = None
 
+    def roll(self) -> None:
+        """Bring the counters up to date; called once a step."""
+        self._counts.publish()
+        self._counters.roll()
+
     def sums(self, step: StepExperts) -> StepSums:
         """Count what the routers did in a step that has ended; once for each."""
         return step.ledger.close(self._counters.total)
@@ -79,7 +84,7 @@ class ExpertRouter:
         call, step = self._call, self._step
         if call is None or step is None:
             weights, ids = stock()
-            self._count(place, ids)
+            self._counts.add(place, ids)
             return weights, ids
         rows = call.controlled(place, self._layers[place])
         if rows is not None and rows.everything:
@@ -120,15 +125,6 @@ class ExpertRouter:
             of_weak = torch.from_numpy(ranks[weak]).to(logits.device)
             chosen = _overridden(chosen, own, select_rank(choice[own], of_weak, spec))
         return chosen
-
-    def _count(self, place: int, ids: torch.Tensor) -> None:
-        """Count vLLM's own selections. `ids`: (rows, k)."""
-        flat = ids.reshape(-1)
-        if len(self._ones) < len(flat):
-            self._ones = torch.ones(len(flat), dtype=torch.int64, device=flat.device)
-        counts = self._counts[place]
-        counts.index_add_(0, flat, self._ones[: len(flat)])
-        counts[ROWS] += len(ids)
 
 
 def _untouched(weights: torch.Tensor, ids: torch.Tensor) -> Selection:

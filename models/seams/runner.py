@@ -76,7 +76,6 @@ class RoutedModelRunner(_Runner):
         self._stack: DecoderStack | None = None
         self._known_logits: KnownLogits | None = None
         self._router: ExpertRouter | None = None
-        self._expert_counters: ExpertCounters | None = None
         self._expert_shape: ExpertShape | None = None
         self.expert_answer: dict[str, Any] = {"shape": None, "refusal": None}
         self.module_cost: ModuleCost | None = None
@@ -121,8 +120,8 @@ class RoutedModelRunner(_Runner):
             return
         self._expert_shape = shape
         path = self._counter_file(SUFFIX)
-        self._expert_counters = ExpertCounters.create(path, shape.layers, shape.experts)
-        self._router = ExpertRouter(specs, self._expert_counters, self.device)
+        counters = ExpertCounters.create(path, shape.layers, shape.experts)
+        self._router = ExpertRouter(specs, counters, self.device)
         attach(stack, self._router)
         self._live.experts = LiveExperts(shape, self._profile, self.device)
         self.expert_answer = {"shape": shape.to_dict(), "refusal": None}
@@ -167,8 +166,8 @@ class RoutedModelRunner(_Runner):
             prompt=batch.num_prompt_tokens[:n].astype(np.int64),
         )
         step = self._live.step(requests, self._weak_blocks) if len(self._live) else None
-        if self._expert_counters is not None:
-            self._expert_counters.roll()
+        if self._router is not None:
+            self._router.roll()
         if step is None:
             self._counters.add_full_depth(int(scheduled.sum()), requests.generated)
         elif step.stock:
