@@ -13,15 +13,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from sluice.kernels.row_compact import row_compact, row_scatter
 from sluice.models.plan import LayerPlan, Rows, StepShape, Work
-from sluice.models.stack import DecoderLayer, DecoderStack
+from sluice.models.stack import DecoderLayer, DecoderStack, input_width
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _REPEATS = 5
@@ -53,7 +53,7 @@ class CostModel:
         columns = []
         for size in _SIZES:
             rows = torch.randn(size, hidden_size, dtype=dtype, device=device)
-            columns.append([_seconds(run, rows) for run in _parts(layer)])
+            columns.append([_seconds(run, rows) for run in _parts(layer, rows)])
         table = np.maximum.accumulate(np.array(columns), axis=0)
         return cls(*table.T)
 
@@ -115,14 +115,17 @@ def _at(costs: FloatArray, rows: int) -> float:
     return float(np.interp(rows, _SIZES, costs))
 
 
-def _parts(layer: DecoderLayer) -> list[Callable[[torch.Tensor], object]]:
-    """The timed operations, in the order of the columns."""
+def _parts(layer: DecoderLayer, rows: torch.Tensor) -> list[Callable[[torch.Tensor], object]]:
+    """The timed operations on so many rows, in the order of the columns."""
 
-    part: Any = layer.attention
+    def project(parts: tuple[nn.Module, ...]) -> Callable[[torch.Tensor], object]:
+        inputs = [(part, rows.new_ones(len(rows), input_width(part))) for part in parts]
 
-    def attention(rows: torch.Tensor) -> None:
-        projected, _ = part.qkv_proj(rows)
-        part.o_proj(projected[:, : layer.output_width])
+        def run(_rows: torch.Tensor) -> None:
+            for part, own in inputs:
+                part(own)
+
+        return run
 
     def move(rows: torch.Tensor) -> None:
         # Twice, for the two tensors of the pair.
@@ -130,7 +133,7 @@ def _parts(layer: DecoderLayer) -> list[Callable[[torch.Tensor], object]]:
         row_scatter(rows, index, row_compact(rows, index))
         row_scatter(rows, index, row_compact(rows, index))
 
-    return [attention, part.qkv_proj, layer.mlp, move]
+    return [project(layer.projections), project(layer.fill_projections), layer.mlp, move]
 
 
 def _seconds(run: Callable[[torch.Tensor], object], rows: torch.Tensor) -> float:

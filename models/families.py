@@ -7,12 +7,37 @@ add+norm.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKind:
+    """The projections of an attention, by attribute name.
+
+    Attributes:
+        projections: all of them. Those that only some checkpoints have are None in the others.
+        fill_projections: those that K/V come from.
+        latent: the cache holds one latent per token that all heads share (multi-head latent
+            attention, DeepSeek-V2, arXiv 2405.04434), not the keys and values of each head.
+    """
+
+    projections: tuple[str, ...]
+    fill_projections: tuple[str, ...]
+    latent: bool = False
+
+
+MULTI_HEAD = AttentionKind(("qkv_proj", "o_proj"), ("qkv_proj",))
+# Queries are compressed in some checkpoints, and then share the projection of the latent.
+LATENT = AttentionKind(
+    ("fused_qkv_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "q_proj", "kv_b_proj", "o_proj"),
+    ("fused_qkv_a_proj", "kv_a_proj_with_mqa"),
+    latent=True,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderFamily:
-    """Attribute names of a decoder's parts.
+    """Attribute names of a decoder's parts; a dot leads into a part of a part.
 
     Attributes:
         name: what `/v1/routing/capabilities` calls it.
@@ -24,10 +49,16 @@ class DecoderFamily:
         final_norm: the decoder's last norm.
         attention_norm: a layer's norm before attention.
         attention: a layer's attention, called as `(positions=, hidden_states=)`.
-        attention_op: the attention's vLLM `Attention` layer, which owns the K/V cache.
+        attention_kind: what the attention projects and caches.
+        attention_op: the attention's vLLM `Attention` or `MLAAttention`, which owns the K/V cache.
         mlp_norm: a layer's norm before its MLP.
         mlp: a layer's MLP or mixture of experts, called as `(hidden_states)`.
         absent: optional parts of a layer that the loop does not run and that must be None.
+        absent_config: keys of `config.json` for parts that the loop does not run; with one of
+            them set the model is served stock.
+        float16: vLLM runs the layers in float16 as in other types. Where it scales the residual
+            stream in float16 against overflow, which the loop does not, such a model is served
+            stock.
     """
 
     name: str
@@ -39,11 +70,26 @@ class DecoderFamily:
     final_norm: str = "norm"
     attention_norm: str = "input_layernorm"
     attention: str = "self_attn"
+    attention_kind: AttentionKind = MULTI_HEAD
     attention_op: str = "attn"
     mlp_norm: str = "post_attention_layernorm"
     mlp: str = "mlp"
     absent: tuple[str, ...] = ()
+    absent_config: tuple[str, ...] = ()
+    float16: bool = True
 
+
+_DEEPSEEK = DecoderFamily(
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
+    moe=True,
+    attention="self_attn.mla_attn",
+    attention_kind=LATENT,
+    attention_op="mla_attn",
+    # Sparse attention of V3.2, and queries scaled by position.
+    absent_config=("index_topk", "llama_4_scaling"),
+    float16=False,
+)
 
 FAMILIES: tuple[DecoderFamily, ...] = (
     DecoderFamily("llama", "LlamaForCausalLM"),
@@ -51,8 +97,12 @@ FAMILIES: tuple[DecoderFamily, ...] = (
     DecoderFamily("qwen2", "Qwen2ForCausalLM"),
     DecoderFamily("qwen3", "Qwen3ForCausalLM"),
     DecoderFamily("olmoe", "OlmoeForCausalLM", moe=True),
+    DecoderFamily("qwen2_moe", "Qwen2MoeForCausalLM", moe=True),
     DecoderFamily("qwen3_moe", "Qwen3MoeForCausalLM", moe=True),
     DecoderFamily("mixtral", "MixtralForCausalLM", moe=True, mlp="block_sparse_moe"),
+    _DEEPSEEK,
+    replace(_DEEPSEEK, name="deepseek_v3", architecture="DeepseekV3ForCausalLM"),
+    DecoderFamily("gpt_oss", "GptOssForCausalLM", moe=True, attention="attn"),
 )
 
 

@@ -37,8 +37,12 @@ class DecoderLayer:
     attention_op: nn.Module
     mlp_norm: Norm
     mlp: nn.Module
-    output_width: int
-    """Width of what the attention hands to its output projection, on this rank."""
+    projections: tuple[nn.Module, ...]
+    """All projections of the attention."""
+    fill_projections: tuple[nn.Module, ...]
+    """Those that K/V come from."""
+    latent: bool
+    """The K/V cache holds latents; see `AttentionKind`."""
 
     @property
     def kv_name(self) -> str:
@@ -92,13 +96,14 @@ class DecoderStack:
             experts_per_token: the model's top-k; 0 for a dense model.
             experts: routed experts per layer; 0 for a dense model.
         """
-        share = experts_per_token / experts if experts else 1.0
+        routed = [_stacked(layer.mlp) / max(experts, 1) for layer in self.layers]
         modules = [
-            (_active(layer.attention, share), _active(layer.mlp, share)) for layer in self.layers
+            (_linear(*layer.projections), _linear(layer.mlp) + experts_per_token * expert)
+            for layer, expert in zip(self.layers, routed, strict=True)
         ]
-        # Filling runs the QKV projection and stops before attending and projecting out.
-        fill = [_active(_part(layer.attention, "qkv_proj"), share) for layer in self.layers]
-        return ModuleCost(np.array(modules), np.array(fill))
+        # Filling stops before attending and projecting out.
+        fill = [_linear(*layer.fill_projections) for layer in self.layers]
+        return ModuleCost(np.array(modules), np.array(fill), max(routed))
 
 
 def _layer(module: nn.Module, family: DecoderFamily) -> DecoderLayer:
@@ -106,37 +111,57 @@ def _layer(module: nn.Module, family: DecoderFamily) -> DecoderLayer:
         if getattr(module, name, None) is not None:
             raise ValueError(f"{family.name} checkpoints with {name} are not supported")
     attention = _part(module, family.attention)
+    kind = family.attention_kind
     return DecoderLayer(
         attention_norm=_part(module, family.attention_norm),
         attention=attention,
         attention_op=_part(attention, family.attention_op),
         mlp_norm=_part(module, family.mlp_norm),
         mlp=_part(module, family.mlp),
-        output_width=int(_part(attention, "q_size")),
+        projections=_projections(attention, kind.projections),
+        fill_projections=_projections(attention, kind.fill_projections),
+        latent=kind.latent,
     )
 
 
-def _part(owner: nn.Module, name: str) -> Any:
-    part = getattr(owner, name, None)
-    if part is None:
-        raise SeamMovedError(f"`{name}` on {type(owner).__name__}")
+def _projections(attention: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, ...]:
+    """Those that the checkpoint has; the others must be there, as None."""
+    for name in names:
+        if not hasattr(attention, name):
+            raise SeamMovedError(f"`{name}` on {type(attention).__name__}")
+    return tuple(part for name in names if (part := getattr(attention, name)) is not None)
+
+
+def _part(owner: nn.Module, path: str) -> Any:
+    part: Any = owner
+    for name in path.split("."):
+        found = getattr(part, name, None)
+        if found is None:
+            raise SeamMovedError(f"`{name}` on {type(part).__name__}")
+        part = found
     return part
 
 
-def _active(module: nn.Module, expert_share: float) -> float:
-    """Weights of all linear parts, and of stacked experts by the share a token chooses.
+def input_width(linear: Any) -> int:
+    """Columns of a vLLM linear part's input, on this rank."""
+    return int(getattr(linear, "input_size_per_partition", linear.input_size))
 
-    Linear parts are counted by their declared sizes: vLLM's CPU backend repacks their weights and
-    leaves empty parameters behind. Experts stay one tensor of (experts, out, in).
+
+def _linear(*modules: nn.Module) -> float:
+    """Weights of all linear parts, by their declared sizes.
+
+    vLLM's CPU backend repacks the weights and leaves empty parameters behind.
     """
     from vllm.model_executor.layers.linear import LinearBase
 
-    total = 0.0
-    for part in module.modules():
-        if isinstance(part, LinearBase):
-            rows = getattr(part, "output_size_per_partition", part.output_size)
-            total += rows * getattr(part, "input_size_per_partition", part.input_size)
-        else:
-            own = part.parameters(recurse=False)
-            total += sum(p.numel() * expert_share for p in own if p.dim() == 3)
-    return total
+    parts = (part for module in modules for part in module.modules())
+    return sum(
+        float(getattr(part, "output_size_per_partition", part.output_size)) * input_width(part)
+        for part in parts
+        if isinstance(part, LinearBase)
+    )
+
+
+def _stacked(module: nn.Module) -> float:
+    """Weights of all routed experts, which stay tensors of (experts, out, in)."""
+    return float(sum(p.numel() for p in module.parameters() if p.dim() == 3))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sluice.models.families import FAMILIES, family_of
+from sluice.models.families import FAMILIES, DecoderFamily, family_of
 
 
 def depth_refusal(vllm_config: Any) -> str | None:
@@ -18,9 +18,13 @@ def depth_refusal(vllm_config: Any) -> str | None:
         vllm_config: vLLM's `VllmConfig`.
     """
     architecture = vllm_config.model_config.architecture
-    if family_of(architecture) is None:
+    family = family_of(architecture)
+    if family is None:
         known = ", ".join(family.architecture for family in FAMILIES)
         return f"the model's architecture {architecture} is not supported (supported: {known})"
+    own = _family_refusal(family, vllm_config.model_config)
+    if own is not None:
+        return own
     parallel = vllm_config.parallel_config
     refused = {
         "speculative decoding": vllm_config.speculative_config is not None,
@@ -36,3 +40,20 @@ def depth_refusal(vllm_config: Any) -> str | None:
     }
     hit = [name for name, used in refused.items() if used]
     return f"depth controls do not run together with {' and '.join(hit)}" if hit else None
+
+
+def _family_refusal(family: DecoderFamily, model_config: Any) -> str | None:
+    """What of this checkpoint, or of how vLLM runs it, the family's description does not cover."""
+    parts = [
+        key
+        for key in family.absent_config
+        if getattr(model_config.hf_text_config, key, None) is not None
+    ]
+    if parts:
+        return f"{family.name} checkpoints with {' and '.join(parts)} are not supported"
+    if family.attention_kind.latent and not model_config.use_mla:
+        return f"{family.name} is supported with multi-head latent attention only"
+    # By name: the HTTP edge, which asks too, loads no torch.
+    if not family.float16 and str(model_config.dtype) == "torch.float16":
+        return f"{family.name} in float16 is not supported"
+    return None

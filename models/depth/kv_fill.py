@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sluice.models.depth.latent_fill import fill_latent
 from sluice.models.seams.attention import write_keys_values
 from sluice.models.stack import DecoderLayer
 
@@ -26,7 +27,13 @@ def fill_keys_values(layer: DecoderLayer, positions: torch.Tensor, normed: torch
     The slots are those of the current forward context. The model's own attention module runs its
     projection, norms and rotary embedding; what is replaced, for this call, is its attention
     operation, and raising from there spares the output projection.
+
+    Raises:
+        RuntimeError: the attention module did not come to its attention operation.
     """
+    if layer.latent:
+        fill_latent(layer, positions, normed)
+        return
     with _write_only(layer.attention_op):
         try:
             layer.attention(positions=positions, hidden_states=normed)

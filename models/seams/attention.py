@@ -83,18 +83,33 @@ class StepContext:
             slots = {name: slot[:total] for name, slot in context.slot_mapping.items()}
             self._whole = RowsContext(dict(context.attn_metadata), slots)
         self._contexts: dict[int, tuple[RowsContext, torch.Tensor]] = {}
+        self._prepared: dict[int, Any] = {}
 
     def enter(self, kv_name: str, rows: Rows) -> torch.Tensor:
         """Point the forward context's entry of a layer at `rows`; their positions, (rows,)."""
         context, positions = self._of(rows)
+        self._prepare(context.metadata[kv_name])
         self._context.attn_metadata[kv_name] = context.metadata[kv_name]
         self._context.slot_mapping[kv_name] = context.slots[kv_name]
         return positions
+
+    def _prepare(self, metadata: Any) -> None:
+        """Tell the prefill of a latent attention which rows come next.
+
+        vLLM's backend for it takes them from the metadata that was built last, not from what the
+        layer is given.
+        """
+        prefill = getattr(metadata, "prefill", None)
+        backend = getattr(prefill, "prefill_backend", None)
+        if backend is not None and self._prepared.get(id(backend)) is not prefill:
+            backend.prepare_metadata(prefill)
+            self._prepared[id(backend)] = prefill
 
     def _of(self, rows: Rows) -> tuple[RowsContext, torch.Tensor]:
         if rows.everything and self._whole is not None:
             return self._whole, self._positions
         if id(rows) not in self._contexts:
+            self._prepared.clear()
             self._contexts[id(rows)] = (
                 self._build(rows),
                 self._positions[rows.index(self._positions.device)],
@@ -181,4 +196,21 @@ def write_keys_values(attention_op: Any, key: torch.Tensor, value: torch.Tensor)
         key.view(-1, attention_op.num_kv_heads, attention_op.head_size),
         value.view(-1, attention_op.num_kv_heads, attention_op.head_size_v),
         _encode_layer_name(attention_op.layer_name),
+    )
+
+
+def write_latents(attention_op: Any, latent: torch.Tensor, key: torch.Tensor) -> None:
+    """Write the entries of a latent attention's cache at the forward context's slots.
+
+    Args:
+        attention_op: vLLM `MLAAttention` layer.
+        latent: (rows, kv_lora_rank), normalised.
+        key: (rows, 1, qk_rope_head_dim), after rotary embedding.
+    """
+    torch.ops.vllm.unified_mla_kv_cache_update(
+        latent,
+        key,
+        _encode_layer_name(attention_op.layer_name),
+        attention_op.kv_cache_dtype,
+        attention_op._k_scale,
     )

@@ -2,7 +2,8 @@
 
 Keys become NaN, so a slot that a request attends to without having written it turns its logits to
 NaN. Values become a huge finite number: vLLM's CPU kernel multiplies the values behind the end of
-a sequence by zero, and zero times NaN would spoil what is right. Off by default.
+a sequence by zero, and zero times NaN would spoil what is right. Latents, which are both, become
+NaN. Off by default.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ def poison_new_blocks(runner: Any, scheduler_output: Any) -> None:
         return
     index = torch.tensor(sorted(fresh))
     for cache in runner.kv_caches:
+        if runner.model_config.use_mla:
+            cache[index] = float("nan")
+            continue
         # As vLLM's CPU backend splits its cache of shape (blocks, heads, ., .).
         keys, values = cache.chunk(2, dim=2)
         keys[index] = float("nan")

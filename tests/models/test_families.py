@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tiny import FAMILIES, LAYERS, VOCABULARY, make_model
 
 from sluice.models.families import FAMILIES as DESCRIBED
 from sluice.models.policy import Phase, SkipSet
+from sluice.models.support import depth_refusal
 
 TOKENS = 10
 
@@ -90,15 +92,46 @@ def test_compute_is_weighed_by_active_parameters(served: tuple[Engine, Reference
     """Attention, and the router with the chosen share of the experts, counted in transformers."""
     running, reference = served
     config = reference.model.config
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", 1)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((n for name in names if (n := getattr(config, name, None))), 1)
     share = getattr(config, "num_experts_per_tok", None) or experts
 
     def active(module: torch.nn.Module) -> float:
-        weights = [p for p in module.parameters() if p.dim() > 1]
+        named = module.named_parameters()
+        weights = [p for name, p in named if p.dim() > 1 and not name.endswith("bias")]
         return sum(p.numel() * (share / experts if p.dim() == 3 else 1) for p in weights)
 
     expected = [
         (active(layer.self_attn), active(layer.mlp)) for layer in reference.model.model.layers
     ]
-    counted = running.runner.module_cost.modules
-    assert np.array_equal(counted, np.array(expected)), (counted, expected)
+    cost = running.runner.module_cost
+    assert np.array_equal(cost.modules, np.array(expected)), (cost.modules, expected)
+    stacked = [p for p in reference.model.model.layers[-1].parameters() if p.dim() == 3]
+    assert cost.expert == sum(p[0].numel() for p in stacked)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hf_text_config": SimpleNamespace(index_topk=2048)}, "index_topk"),
+        ({"hf_text_config": SimpleNamespace(llama_4_scaling={"beta": 0.1})}, "llama_4_scaling"),
+        ({"use_mla": False}, "latent"),
+        ({"dtype": torch.float16}, "float16"),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"])
+def test_deepseek_is_refused_where_the_loop_would_run_it_otherwise(
+    architecture: str, changes: dict[str, object], named: str
+) -> None:
+    model = SimpleNamespace(
+        **{
+            "hf_text_config": SimpleNamespace(),
+            "use_mla": True,
+            "dtype": torch.bfloat16,
+            **changes,
+        },
+        architecture=architecture,
+    )
+    reason = depth_refusal(SimpleNamespace(model_config=model))
+    assert reason is not None
+    assert named in reason
