@@ -9,9 +9,12 @@ NaN. Off by default.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+from sluice.models.experts.contrast import BlockIds
 
 POISON_ENV = "SLUICE_POISON_KV"
 _VALUE = 1e4
@@ -30,8 +33,16 @@ def poison_enabled(device: torch.device) -> bool:
     return True
 
 
-def poison_new_blocks(runner: Any, scheduler_output: Any) -> None:
-    """Spoil the blocks that this step's requests got and have not computed."""
+def poison_new_blocks(
+    runner: Any, scheduler_output: Any, weak: Iterable[tuple[BlockIds, BlockIds]]
+) -> None:
+    """Spoil the blocks that this step's requests got and have not computed.
+
+    Args:
+        runner: vLLM's model runner.
+        scheduler_output: of the step.
+        weak: blocks of each weak pass in the step, and those it had when it last ran.
+    """
     block_size = runner.cache_config.block_size
     fresh: set[int] = set()
     for request in scheduler_output.scheduled_new_reqs:
@@ -43,6 +54,8 @@ def poison_new_blocks(runner: Any, scheduler_output: Any) -> None:
     ):
         resumed = request_id in cached.resumed_req_ids
         fresh |= _after(blocks or (), computed // block_size if resumed else 0)
+    for blocks, before in weak:
+        fresh |= _after(blocks, 0) - _after(before, 0)
     if not fresh:
         return
     index = torch.tensor(sorted(fresh))

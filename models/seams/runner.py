@@ -130,9 +130,11 @@ class RoutedModelRunner(_Runner):
         # First vLLM's part: it drops ended requests, and an id may end and come back in one step.
         corrections = super()._update_states(scheduler_output)
         self._settle_experts()
-        self._weak_blocks = weak_blocks(scheduler_output)
+        before = self._weak_blocks
+        self._weak_blocks = {**before, **weak_blocks(scheduler_output)}
         if self._poison:
-            poison_new_blocks(self, scheduler_output)
+            weak = [(own, before.get(name, ())) for name, own in self._weak_blocks.items()]
+            poison_new_blocks(self, scheduler_output, weak)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             ticket = params and PolicyTicket.from_extra_args(params.extra_args)
@@ -149,6 +151,7 @@ class RoutedModelRunner(_Runner):
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)
         self._live.remove(req_id)
+        self._weak_blocks.pop(req_id, None)
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
