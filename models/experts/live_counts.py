@@ -6,6 +6,8 @@ is copied beside the steps and added to the file once a copy has arrived: nobody
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -22,7 +24,8 @@ class LiveCounts:
         if device.type != "cpu":
             self._counts = self._counts.to(device)
             self._host = torch.zeros_like(self._counts, device="cpu", pin_memory=True)
-            self._arrived = torch.cuda.Event()
+            cuda: Any = torch.cuda  # Its classes have no types.
+            self._arrived = cuda.Event()
             self._added = np.zeros_like(counters.total)
         self._ones = torch.ones(0, dtype=torch.int64, device=device)
 
