@@ -5,8 +5,9 @@ from __future__ import annotations
 
 def register() -> None:
     """Install what the engine process needs; stock requests are not affected."""
-    from sluice.models.seams import block_hash, prefix_cache, weak_cache
+    from sluice.models.seams import block_hash, prefix_cache, weak_cache, window
 
     block_hash.install()
     prefix_cache.install()
     weak_cache.install()
+    window.install()

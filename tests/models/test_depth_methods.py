@@ -118,7 +118,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3_moe", "olmoe", "deepseek_v3"])
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"])
 def served(request: pytest.FixtureRequest, models_folder: Path) -> Iterator[Served]:
     folder = make_model(request.param, models_folder / f"depth-{request.param}")
     reference = Reference(folder)
