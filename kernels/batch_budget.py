@@ -49,19 +49,21 @@ def lynx_set(choice: torch.Tensor, scores: torch.Tensor, experts: int) -> torch.
     Arguments and result as in `xshare_set`; a vote is 2 to the power of the binned distance
     between the expert's score and that of the row's best.
     """
-    best = scores.gather(1, choice.argmax(-1, keepdim=True))
+    out = choice == float("-inf")
+    best = scores.masked_fill(out, 0.0).amax(-1, keepdim=True)
     bins = (_LYNX_SCALE * (scores - best)).floor().clamp(-_LYNX_LEVELS, 0.0)
-    votes = bins.exp2().masked_fill(choice == float("-inf"), 0.0).sum(0)
+    votes = bins.exp2().masked_fill(out, 0.0).sum(0)
     return _filled(choice, votes, experts)
 
 
 def _filled(choice: torch.Tensor, merit: torch.Tensor, experts: int) -> torch.Tensor:
     members = _members(choice, choice.argmax(-1))
+    reachable = (choice > float("-inf")).any(0)
+    merit = merit.masked_fill(~reachable, float("-inf"))
     # The best of every row come first, whatever their merit; the rest by merit.
     ranked = merit.masked_fill(members, float("inf")).sort(descending=True, stable=True).indices
     size = torch.clamp(members.sum(), min=experts)
     inside = torch.arange(len(merit), device=merit.device) < size
-    reachable = (choice > float("-inf")).any(0)
     return torch.zeros_like(members).scatter_(0, ranked, inside) & reachable
 
 

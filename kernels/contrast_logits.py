@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 _IMPLAUSIBLE = 1e4
-"""Taken from the logit of a token that is out. No probability is left of it, as with -inf; but
-where a grammar rules every plausible token out, the best of the others is still found."""
+"""How far below the others the logits of tokens that are out lie. No probability is left of them,
+as with -inf; but where a grammar rules every plausible token out, the best of the rest is found."""
 
 
 def contrast_logits(
@@ -29,5 +29,7 @@ def contrast_logits(
     plain = strong.float()
     factor = beta.unsqueeze(-1)
     mixed = (1.0 + factor) * plain - factor * weak.float()
-    least = plain.amax(-1, keepdim=True) + alpha.log().unsqueeze(-1)
-    return torch.where(plain < least, plain - _IMPLAUSIBLE, mixed).to(strong.dtype)
+    best = plain.amax(-1, keepdim=True)
+    out = plain < best + alpha.log().unsqueeze(-1)
+    lowest = mixed.masked_fill(out, float("inf")).amin(-1, keepdim=True)
+    return torch.where(out, lowest - _IMPLAUSIBLE + (plain - best), mixed).to(strong.dtype)

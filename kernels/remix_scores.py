@@ -30,6 +30,7 @@ def remix_scores(
     mass = scores.masked_fill(~inside, 0.0).sum(-1, keepdim=True)
     pulled = reference.masked_fill(~inside, 0.0)
     weight = pulled.sum(-1, keepdim=True)
-    pulled = pulled * (mass / weight)
+    # In this order: the reference may weigh so little that its inverse has no fp32.
+    pulled = pulled / weight * mass
     share = alpha.unsqueeze(-1)
     return torch.where(inside & (weight > 0), share * scores + (1 - share) * pulled, scores)

@@ -152,7 +152,7 @@ def select(
         controls: of the rows.
         starving: a row may have fewer finite entries in `choice` than its k.
     """
-    values, ids = choice.topk(min(controls.most, choice.shape[1]), dim=-1)
+    values, ids = _best(choice, controls.most)
     # Every operator costs as much as the arithmetic in it here, so none runs that is not asked.
     ranked = choice is scores
     slots = _Slots(ids, values if ranked else scores.gather(1, ids))
@@ -176,7 +176,7 @@ def select(
     changed = stock_choice is not choice or controls.dropped is not None
     taken = None
     if changed or controls.protected is not None or ids.shape[1] > spec.top_k:
-        stock = stock_choice.topk(spec.top_k, dim=-1).indices
+        _, stock = _best(stock_choice, spec.top_k)
         missing = ~slots.holds(stock, scores.shape[1])
         if controls.protected is not None:
             back = controls.protected.expand(len(ids), -1).gather(1, stock) & missing
@@ -213,6 +213,15 @@ def select_rank(choice: torch.Tensor, ranks: torch.Tensor, spec: RouterSpec) -> 
     weights = torch.full_like(ids, 1, dtype=torch.float32) * spec.scale
     taken = (ranked[:, : spec.top_k] != ids).sum(-1)
     return Selection(weights, ids.to(torch.int32), torch.ones_like(ranks), taken)
+
+
+def _best(choice: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` largest entries of each row and where they are, (rows, k); of equals the first.
+
+    Not `topk`: which of equals it takes depends on `k`, and so a row's on its neighbours'.
+    """
+    values, ids = choice.sort(dim=-1, descending=True, stable=True)
+    return values[:, :k], ids[:, :k]
 
 
 def _before(held: torch.Tensor, ranked: bool) -> torch.Tensor:
