@@ -4,13 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from sluice.models.demo.evaluate import (
-    TaskScore,
-    heldout_items,
-    percent,
-    score,
-    server_answerer,
-)
+from sluice.models.demo.evaluate import TaskScore, percent, score, server_answerer
+from sluice.models.demo.tasks import Item
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,8 +94,7 @@ class PolicyResult:
 def evaluate_policy(
     base_url: str,
     model: str,
-    items_per_task: int,
-    seed: int,
+    items: Mapping[str, Sequence[Item]],
     policy: str,
     routing: Mapping[str, Any],
     concurrency: int = 32,
@@ -111,8 +105,7 @@ def evaluate_policy(
     Args:
         base_url: address up to and including ``/v1``.
         model: model id to ask for.
-        items_per_task: held-out items of each task.
-        seed: seed of their draw.
+        items: what to ask, by task.
         policy: what to call it.
         routing: ``routing`` object; a report is asked for in any case.
         concurrency: requests in flight at a time.
@@ -121,7 +114,7 @@ def evaluate_policy(
     reports: list[Mapping[str, Any]] = []
     asked = {**routing, "report": True}
     answer = server_answerer(base_url, model, asked, concurrency, api_key, reports)
-    scores = score(heldout_items(items_per_task, seed), answer)
+    scores = score(items, answer)
     return PolicyResult(policy, routing, scores, Work.of(reports))
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sluice.models.demo.longer import LONGER_TASKS, longer_items
 from sluice.models.demo.tasks import TASKS, Item, distinct
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ def heldout_items(
 ) -> dict[str, list[Item]]:
     """Draw the same number of different held-out items of each task."""
     return {task: distinct(task, "heldout", seed, items_per_task) for task in tasks}
+
+
+def longer_heldout_items(items_per_task: int, seed: int) -> dict[str, list[Item]]:
+    """Draw the same number of different items of each task that has a longer form."""
+    return {task: longer_items(task, seed, items_per_task) for task in LONGER_TASKS}
 
 
 def score(items: Mapping[str, Sequence[Item]], answer: Answerer) -> dict[str, TaskScore]:

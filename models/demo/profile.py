@@ -1,9 +1,10 @@
 """Makes the demo model's profile: ``python -m sluice.models.demo.profile --out DIR --seed 5``.
 
 Measures the importance of its layers and trains FiRST's routers, CALM's classifier and PALBERT's
-halting head on the frozen model, with plain transformers, in fp32 and on the training split alone.
-Then it measures the heads on held-out items and prints that. The same seed, machine and number of
-threads give the same profile.
+halting head on the frozen model, and collects the references that C3PO re-mixes towards, with plain
+transformers, in fp32 and on the training split alone. Then it measures the heads on held-out items
+and prints that. The same seed, machine and number of threads give the same profile.
+`--references-only` leaves all else in the folder as it is.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sluice.models.demo import DEMO_MODEL_DIR
-from sluice.models.demo.experts import IMPLEMENTATION, register_experts_implementation
 from sluice.models.demo.head_report import report
 from sluice.models.demo.heads import (
     DecodeStates,
@@ -24,24 +24,15 @@ from sluice.models.demo.heads import (
     train_classifier,
     train_q_exit,
 )
+from sluice.models.demo.references import PER_TASK, find_references, write_references
 from sluice.models.demo.routers import RouterConfig, train_routers
-from sluice.models.demo.traces import Model, draw, importance
+from sluice.models.demo.traces import Model, draw, importance, load_model
 from sluice.models.profile import HEADS_NAME, JSON_NAME, SCHEMA, Profile
 
 IMPORTANCE_ROWS = 256
 """Rows of 128 tokens that importance is measured on."""
 RUN_ROWS = 64
 """Rows of 128 tokens that the model runs at a time for the exit heads' data."""
-
-
-def load_model(folder: Path) -> Model:
-    """Load a weights folder in fp32, frozen, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
-    register_experts_implementation()
-    model: Model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.set_experts_implementation(IMPLEMENTATION)
-    return model.requires_grad_(False).train(False)
 
 
 def make_profile(
@@ -52,7 +43,7 @@ def make_profile(
     routers: RouterConfig,
     importance_rows: int = IMPORTANCE_ROWS,
 ) -> Profile:
-    """Measure and train everything and write it to a folder, which is made where it is missing.
+    """Measure and train everything but references, into a folder, made where it is missing.
 
     Args:
         model: as `load_model` gives it.
@@ -117,13 +108,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--model", type=Path, default=DEMO_MODEL_DIR, help="weights folder")
     parser.add_argument("--items", type=int, default=200, help="held-out items per task to measure")
-    parser.add_argument("--measure-only", action="store_true", help="read the profile in --out")
+    parser.add_argument(
+        "--references", type=int, default=PER_TASK, help="re-mix references of each task"
+    )
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--measure-only", action="store_true", help="read the profile in --out")
+    part.add_argument(
+        "--references-only",
+        action="store_true",
+        help="collect the references again and leave the rest of the profile in --out",
+    )
     arguments = parser.parse_args()
     model = load_model(arguments.model)
-    if arguments.measure_only:
-        profile = Profile.load(arguments.out)
-    else:
-        profile = make_profile(model, arguments.out, arguments.seed, HeadConfig(), RouterConfig())
+    if not arguments.measure_only:
+        if not arguments.references_only:
+            make_profile(model, arguments.out, arguments.seed, HeadConfig(), RouterConfig())
+        references = find_references(model, arguments.seed, arguments.references)
+        write_references(arguments.out, references)
+    if arguments.references_only:
+        print(f"{len(references.items)} references of layers {list(references.layers)}")
+        return
+    profile = Profile.load(arguments.out)
     print(report(model, profile, arguments.items, arguments.seed))
 
 

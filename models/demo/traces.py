@@ -8,12 +8,14 @@ prompt, of which the last gives the first answer token, always run every layer.
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sluice.models.demo import losses
+from sluice.models.demo.experts import IMPLEMENTATION, register_experts_implementation
 from sluice.models.demo.packing import (
     SYSTEM_MESSAGES,
     SYSTEM_SHARE,
@@ -31,6 +33,16 @@ Model = Any
 Pick = Callable[[int, Tensor, Tensor], Tensor]
 """What a layer gives: (layer, state before it, state after it) to a state, (rows, tokens, hidden).
 """
+
+
+def load_model(folder: Path) -> Model:
+    """Load a weights folder in fp32, frozen, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    register_experts_implementation()
+    model: Model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.set_experts_implementation(IMPLEMENTATION)
+    return model.requires_grad_(False).train(False)
 
 
 @dataclass(frozen=True)

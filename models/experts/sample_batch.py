@@ -52,7 +52,10 @@ class SampleBatch:
         width = max(len(sample.prompt) + len(sample.answer) for sample in samples)
         ids = torch.zeros(len(samples), width, dtype=torch.long)
         prompts = torch.zeros(len(samples), width, dtype=torch.bool)
-        last, where, targets, owner = [], [], [], []
+        last: list[int] = []
+        where: list[int] = []
+        targets: list[int] = []
+        owner: list[int] = []
         for row, sample in enumerate(samples):
             whole = (*sample.prompt, *sample.answer)
             ids[row, : len(whole)] = torch.tensor(whole)

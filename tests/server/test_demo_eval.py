@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from serving import Server
 
+from sluice.models.demo.longer import LONGER_TASKS
 from sluice.server.cli import main
 from sluice.server.demo_eval import read_policies
 
@@ -64,6 +65,7 @@ URL = ("--url", "http://127.0.0.1:9/v1")
         ((*URL, "--policy", "@nowhere.json"), "No such file"),
         ((*URL, "--policy", "a", "--policy", "a"), "given before"),
         ((*URL, "--items", "0"), "--items"),
+        ((*URL, "--longer"), "--longer needs --policy"),
     ],
 )
 def test_arguments_that_do_not_fit(
@@ -107,6 +109,20 @@ def test_one_policy_shows_its_tasks(
     shown = " ".join(capsys.readouterr().out.split())
     assert "sort" in shown
     assert "light: average exact match" in shown
+
+
+def test_longer_items_are_other_items(
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "rows.json"
+    arguments = asking(server, "none", "shallow")
+    assert evaluate(monkeypatch, *arguments, "--longer", "--json", str(file)) == 0
+    full, _ = json.loads(file.read_text())
+    assert tuple(full["tasks"]) == LONGER_TASKS
+    assert "shallow" in capsys.readouterr().out
 
 
 def test_a_policy_that_the_server_refuses_is_named(

@@ -21,6 +21,30 @@ ROUTINGS: list[Any] = [
     },
     {"depth": {"adaptive": {"method": "similarity", "budget": 0.6}}, "report": True},
     {"depth": {"adaptive": {"method": "lac", "mode": "replace"}}, "report": True},
+    {"experts": {"top_k": 1, "protect_super_experts": False}, "report": True},
+    {"experts": {"deactivate": [{"layer": 3, "experts": [0, 2, 7, 11]}]}, "report": True},
+    {
+        "experts": {
+            "activate": [{"layer": 4, "experts": [5]}],
+            "bias": [{"layer": 2, "expert": 9, "value": 0.2}],
+            "skip_ratio": 0.4,
+            "top_p": 0.8,
+        },
+        "report": True,
+    },
+    {"experts": {"budget": {"method": "oea", "k0": 1}}, "report": True},
+    {
+        "experts": {
+            "remix": {
+                "method": "supplied",
+                "layers": [4],
+                "pathway": [[1] * 8 + [3] * 8],
+                "alpha": 0,
+            }
+        },
+        "report": True,
+    },
+    {"experts": {"contrast": {"weak_rank": 1}}, "report": True},
 ]
 
 
@@ -36,8 +60,10 @@ def answers(server: Server) -> list[tuple[str, Any]]:
             max_tokens=16,
             extra_body=body,
         )
-        layers = answer.routing["layers"] if routing else None
-        found.append((answer.choices[0].message.content, layers))
+        parts = answer.routing if routing else {}
+        ran = parts.get("layers"), parts.get("experts")
+        assert (ran[1] is not None) == (routing is not None and "experts" in routing)
+        found.append((answer.choices[0].message.content, ran))
     return found
 
 

@@ -15,7 +15,7 @@ from sluice.models.demo.compare import (
     comparison,
     evaluate_policy,
 )
-from sluice.models.demo.evaluate import TaskScore
+from sluice.models.demo.evaluate import TaskScore, heldout_items
 from sluice.models.demo.tasks import TASKS
 
 
@@ -64,7 +64,7 @@ def test_every_answer_is_asked_for_its_report(
     stub: tuple[str, list[dict[str, Any]]], routing: Mapping[str, Any]
 ) -> None:
     url, bodies = stub
-    result = evaluate_policy(url, "m", items_per_task=2, seed=1, policy="p", routing=routing)
+    result = evaluate_policy(url, "m", heldout_items(2, seed=1), policy="p", routing=routing)
     assert len(bodies) == 2 * len(TASKS)
     assert all(body["routing"] == {**routing, "report": True} for body in bodies)
     assert result.work == Work(2 * len(bodies), 1.5, 0.25, 0.5)

@@ -21,10 +21,18 @@ from sluice.models.demo.head_report import (
 )
 from sluice.models.demo.heads import HeadConfig, decode_states, train_classifier, train_q_exit
 from sluice.models.demo.packing import Encoder
-from sluice.models.demo.profile import load_model, make_profile
+from sluice.models.demo.profile import make_profile
 from sluice.models.demo.routers import RouterConfig, train_routers
 from sluice.models.demo.tasks import TASKS, Item, generate
-from sluice.models.demo.traces import Conversations, Model, draw, heldout, importance, run
+from sluice.models.demo.traces import (
+    Conversations,
+    Model,
+    draw,
+    heldout,
+    importance,
+    load_model,
+    run,
+)
 from sluice.models.depth.order import Unit, drop_order
 from sluice.models.depth.registry import EXIT_METHODS
 from sluice.models.profile import HEADS_NAME, Profile
@@ -206,7 +214,7 @@ def test_shipped_profile_fits_the_demo_model(demo: Model, shipped: Profile) -> N
     }
     for method in shapes:
         assert all(tensor.dtype == torch.float32 for tensor in shipped.tensors(method).values())
-    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 300_000
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 800_000
 
 
 def test_shipped_importance_is_measured_again(demo: Model, shipped: Profile) -> None:
