@@ -297,7 +297,8 @@ class _Slots:
         ids, kept = self.ids, self.kept
         if kept is None:
             active = torch.full((len(ids),), ids.shape[1], device=ids.device)
-            return weights, ids.to(torch.int32), active
+            # vLLM's CPU kernel reads memory, not strides.
+            return weights.contiguous(), ids.to(torch.int32).contiguous(), active
         if not in_order:
             order = (~kept).to(torch.uint8).sort(dim=-1, stable=True).indices
             kept, weights, ids = (part.gather(1, order) for part in (kept, weights, ids))
@@ -307,7 +308,7 @@ class _Slots:
             # How many slots are used is data: on a GPU asking for it would wait for the device.
             used = active.numpy()
             if used.min() == width:
-                return weights, ids.to(torch.int32), active
+                return weights.contiguous(), ids.to(torch.int32).contiguous(), active
             width = int(used.max())
         kept, weights, ids = kept[:, :width], weights[:, :width], ids[:, :width]
         ids = torch.where(kept, ids, ids[:, :1]).to(torch.int32)

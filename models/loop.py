@@ -171,7 +171,7 @@ class _Run:
             self._attend(layer, rows.attend)
         if len(rows.run_mlp.rows):
             if self._router is not None:
-                self._router.enter(rows.run_mlp.rows.tokens)
+                self._router.enter(rows.run_mlp.rows.tokens, rows.run_mlp.dropped)
             delta, residual = self._stream.select(rows.run_mlp.rows)
             normed, residual = layer.mlp_norm(delta, residual)
             self._store(rows.run_mlp, layer.mlp(normed), residual)

@@ -192,11 +192,15 @@ def _contrast_refusal(vllm_config: Any) -> str | None:
     blocks = vllm_config.cache_config.num_gpu_blocks
     if blocks is None:
         return None
-    held = blocks * vllm_config.cache_config.block_size
+    size = vllm_config.cache_config.block_size
     longest = vllm_config.model_config.max_model_len
-    if held >= 2 * longest:
+    # Layers with a window have blocks of their own in the same pool, and a weak pass frees none.
+    windowed = getattr(vllm_config.model_config.hf_text_config, "sliding_window", None) is not None
+    # vLLM keeps one block for itself.
+    needed = 2 * (2 if windowed else 1) * -(-longest // size) + 1
+    if blocks >= needed:
         return None
     return (
-        f"the K/V cache holds {held} tokens, and two passes over a longest request of {longest} "
-        f"need {2 * longest}: give it more memory or lower --max-model-len"
+        f"the K/V cache has {blocks} blocks of {size} tokens, and two passes over a longest "
+        f"request of {longest} tokens need {needed}: give it more memory or lower --max-model-len"
     )

@@ -4,7 +4,8 @@ Reads prompts, a JSON object with ``prompt`` a line, and writes for each a ``rou
 the pathway that C3PO's gradient form finds (`sluice.models.experts.remix_gradient`), ready to be
 sent with that prompt as a one-turn chat, and what finding it cost. Neighbours are samples of the
 training split that the model answers right, by the same embedding as the server's. On one core it
-takes about a second a prompt: 12 forward and 10 backward passes, the ten with 3 neighbours each.
+takes half a second a prompt: 12 forward and 10 backward passes, one forward pass over the prompt
+and the others over its 3 neighbours.
 """
 
 import argparse
@@ -176,7 +177,7 @@ def main() -> None:
     each = arguments.steps
     print(
         f"{len(prompts)} pathways, {seconds / max(1, len(prompts)):.2f} s each: {each + 2} forward "
-        f"and {each} backward passes, those over {arguments.neighbors} neighbours"
+        f"and {each} backward passes, all but one over {arguments.neighbors} neighbours"
     )
 
 

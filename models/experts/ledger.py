@@ -43,16 +43,21 @@ class StepLedger:
         self._total = tokens
         self._places: list[int] = []
         self._tokens: list[IntArray] = []
+        self._own: list[NDArray[np.bool_]] = []
         self._chosen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def write(self, place: int, tokens: IntArray, chosen: Selection) -> None:
+    def write(self, place: int, tokens: IntArray, dropped: IntArray, chosen: Selection) -> None:
         """Note one layer's selection.
 
         Args:
             place: of the layer among those with experts.
             tokens: rows of the step that it is about, int64, (rows,).
+            dropped: places of rows whose output is dropped: they do not count as the tokens' own.
             chosen: for these rows.
         """
+        own = np.ones(len(tokens), dtype=np.bool_)
+        own[dropped] = False
+        self._own.append(own)
         self._places.append(place)
         self._tokens.append(tokens)
         self._chosen.append((_leaving(chosen.ids), _leaving(chosen.active), _leaving(chosen.taken)))
@@ -80,8 +85,9 @@ class StepLedger:
         # A layer runs once a step, so no place is named twice.
         counts[self._places, ROWS] += lengths
         counts[self._places, MASKED] += [part[2].sum() for part in parts]
-        tokens = np.concatenate(self._tokens)
-        for column, amounts in enumerate((active, taken, None)):
+        own = np.concatenate(self._own)
+        tokens = np.concatenate(self._tokens)[own]
+        for column, amounts in enumerate((active[own], taken[own], None)):
             ran[:, column] = np.bincount(tokens, amounts, minlength=self._total)
         return StepSums(ran, int(np.count_nonzero(selected)), len(self._places))
 

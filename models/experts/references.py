@@ -44,7 +44,10 @@ class ReferenceStore:
         assert remix.max_similarity is not None
         direction = torch.nn.functional.normalize(embedding.cpu().float() - self._center, dim=-1)
         cosine = self._directions @ direction
-        near = torch.nonzero(cosine <= remix.max_similarity).flatten()
+        # Rounding takes a prompt's similarity to itself past 1.
+        near = torch.nonzero(
+            (cosine <= remix.max_similarity) | (remix.max_similarity >= 1.0)
+        ).flatten()
         ranked = cosine[near].sort(descending=True, stable=True).indices[: remix.neighbors]
         chosen = near[ranked]
         weights = kernel_weights(remix, 2.0 - 2.0 * cosine[chosen], cosine[chosen])

@@ -7,6 +7,7 @@ vLLM's own routine gives, bit for bit; in a step without any, nothing else runs 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from sluice.models.experts.selection import CallRows, IntArray, LayerRows, StepE
 Routed = tuple[torch.Tensor, torch.Tensor]
 """Weights, fp32, and ids, int32, (rows, width) each."""
 
+_NONE: IntArray = np.zeros(0, dtype=np.int64)
+
 
 class ExpertRouter:
     """Routes the layers of one model; one instance per model runner."""
@@ -50,15 +53,22 @@ class ExpertRouter:
         self._layers = counters.layers
         self._step: StepExperts | None = None
         self._call: CallRows | None = None
+        self._dropped = _NONE
 
     def begin(self, step: StepExperts) -> None:
         """Serve a step with controls."""
         self._step = step
 
-    def enter(self, tokens: IntArray) -> None:
-        """Name the rows of the step that the next call is about, ascending, int64."""
+    def enter(self, tokens: IntArray, dropped: IntArray = _NONE) -> None:
+        """Name the rows of the step that the next call is about.
+
+        Args:
+            tokens: ascending, int64, (rows,).
+            dropped: places of those whose output is dropped, int64.
+        """
         if self._step is not None:
             self._call = self._step.call(tokens)
+            self._dropped = dropped
 
     def end(self) -> None:
         """Leave what follows to vLLM."""
@@ -94,7 +104,7 @@ class ExpertRouter:
         if rows is not None and not rows.everything:
             index = torch.from_numpy(rows.rows).to(logits.device)
             chosen = _overridden(chosen, index, self._select(place, logits[index], rows))
-        step.ledger.write(place, call.tokens, chosen)
+        step.ledger.write(place, call.tokens, self._dropped, chosen)
         return chosen.weights, chosen.ids
 
     def _select(self, place: int, logits: torch.Tensor, rows: LayerRows) -> Selection:
@@ -110,7 +120,10 @@ class ExpertRouter:
             choice = selection_scores(scores, spec, controls)
         for budget, own in rows.budgets:
             own = own.to(logits.device)
-            members = shared_set(budget, choice[own], scores[own])
+            # A forced expert is nobody's choice: it serves beside the set.
+            plain = selection_scores(scores, spec, replace(controls, forced=None))
+            plain = torch.where(choice == float("inf"), plain, choice)
+            members = shared_set(budget, plain[own], scores[own])
             if controls.protected is not None:
                 stock = stock_choice[own].topk(spec.top_k, dim=-1).indices
                 selected = torch.zeros_like(choice[own], dtype=torch.bool).scatter_(1, stock, True)

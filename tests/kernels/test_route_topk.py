@@ -25,6 +25,9 @@ MANY = settings(max_examples=200, deadline=None)
 def dispatched(selection: Selection) -> list[dict[int, float]]:
     """Weights by expert of every row, unused slots checked on the way."""
     rows = []
+    # vLLM's kernels of the experts read memory, not strides.
+    assert selection.ids.is_contiguous()
+    assert selection.weights.is_contiguous()
     parts = (selection.ids, selection.weights, selection.active)
     for ids, weights, active in zip(*(part.tolist() for part in parts), strict=True):
         assert 1 <= active <= len(ids)

@@ -13,7 +13,7 @@ from tiny import make_model
 from sluice.models.policy import RoutingPolicy
 from sluice.server.capabilities import _contrast_refusal
 
-TOKENS = 30
+TOKENS = 40
 NAMES = [name for name in EVERYTHING if name != "contrast, far"] + ["contrast", "remix, decode"]
 POLICIES = [EVERYTHING[name] for name in NAMES]
 PROMPTS = [prompt_of(60 + 4 * index, seed=index) for index in range(len(NAMES))]

@@ -83,7 +83,8 @@ def vllm_config(
     layers: int,
     hidden: int,
     experts: int = 0,
-    blocks: int | None = 8,
+    blocks: int | None = 9,
+    window: int | None = None,
     architecture: str = "OlmoeForCausalLM",
 ) -> Any:
     """The part of vLLM's configuration that capabilities are read from."""
@@ -93,6 +94,7 @@ def vllm_config(
         get_hidden_size=lambda: hidden,
         get_num_experts=lambda: experts,
         max_model_len=64,
+        hf_text_config=SimpleNamespace(sliding_window=window),
     )
     scheduler = SimpleNamespace(enable_chunked_prefill=False)
     return SimpleNamespace(
@@ -149,12 +151,15 @@ def test_the_workers_answer_about_experts() -> None:
 
 
 def test_a_contrast_needs_room_for_two_passes() -> None:
-    assert capabilities_of(blocks=8).contrast_refusal is None
+    """Two passes over 4 blocks and the one that vLLM keeps; twice that with a sliding window."""
+    assert capabilities_of(blocks=9).contrast_refusal is None
     assert capabilities_of(blocks=None).contrast_refusal is None
-    refusal = capabilities_of(blocks=7).contrast_refusal
+    refusal = capabilities_of(blocks=8).contrast_refusal
     assert refusal is not None
-    assert "112" in refusal
-    assert "128" in refusal
+    assert "has 8 blocks" in refusal
+    assert "need 9" in refusal
+    assert capabilities_of(blocks=17, window=16).contrast_refusal is None
+    assert capabilities_of(blocks=16, window=16).contrast_refusal is not None
 
 
 MISFITS: dict[str, tuple[dict[str, Any], str]] = {
