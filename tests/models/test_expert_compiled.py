@@ -11,8 +11,6 @@ from engine import Engine, engine
 from models.expert_policies import CONTRAST, CUT, DECODE, LAST, MASK, TOP_1, prompt_of
 from tiny import make_model
 
-from sluice.models.expert_counters import MASKED, ROWS
-
 POLICIES = [MASK, TOP_1, CUT, DECODE, LAST, CONTRAST]
 TOKENS = 8
 
