@@ -93,7 +93,7 @@ def test_a_longest_contrast_ends_wherever_it_is_offered(
     flags = {**TIGHT, "max_model_len": longest, "num_gpu_blocks_override": blocks}
     with engine(folder, **flags) as running:
         if _contrast_refusal(running.llm.llm_engine.vllm_config) is not None:
-            pytest.skip("not offered")
+            return  # Refused by name: nobody waits.
         long = prompt_of(longest - 20, seed=1), CONTRAST, 20
         other = prompt_of(20, seed=2), MASK, 4
         assert steps(running, [long, other], 200)
