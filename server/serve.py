@@ -14,7 +14,7 @@ import tempfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from sluice.models.demo import DEMO_MODEL_DIR
+from sluice.models.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
 from sluice.models.profile import PROFILE_ENV, Profile, ProfileError
 from sluice.models.seams import CPU_WORKER, CUDA_WORKER
 from sluice.models.telemetry import TELEMETRY_ENV
@@ -27,7 +27,6 @@ _V2_RUNNER_ENV = "VLLM_USE_V2_MODEL_RUNNER"
 
 DEMO_NAME = "demo"
 DEMO_PRESETS = DEMO_MODEL_DIR.parent / "presets.yaml"
-DEMO_PROFILE = DEMO_MODEL_DIR.parent / "profile"
 DEMO_KV_CACHE_BYTES = 512 * 1024**2
 
 
@@ -123,8 +122,8 @@ def apply_demo_defaults(args: argparse.Namespace) -> None:
         args.kv_cache_memory_bytes = DEMO_KV_CACHE_BYTES
     if args.presets is None:
         args.presets = DEMO_PRESETS
-    if args.profile is None and not os.environ.get(PROFILE_ENV) and DEMO_PROFILE.is_dir():
-        args.profile = DEMO_PROFILE
+    if args.profile is None and not os.environ.get(PROFILE_ENV) and DEMO_PROFILE_DIR.is_dir():
+        args.profile = DEMO_PROFILE_DIR
 
 
 def choose_profile(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -80,6 +80,8 @@ PHASE, EFFORT = "routing.depth.phase", "routing.effort"
 
 ALL_EXITS = tuple(range(LAYERS - 1))
 CONFIDENT = {"method": "confidence", "threshold": 0.5}
+HUGE = 10**400
+"""A JSON number beyond every float."""
 
 
 def policy(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sluice.models.demo import losses
+from sluice.models.demo.evaluate import percent
 from sluice.models.demo.heads import decode_states
 from sluice.models.demo.traces import Conversations, Model, Pick, answer_logits, heldout, run
 from sluice.models.depth.method import ExitMethod, ExitPoint
@@ -165,10 +166,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
 def _importance_table(profile: Profile) -> str:
     layers = [str(layer) for layer in range(profile.layers)]
     assert profile.importance is not None
@@ -191,8 +188,8 @@ def _classifier_table(model: Model, profile: Profile, tasks: Sequence[Conversati
     right = (guess == truth).float()
     head = ["after layer", *(str(layer) for layer in range(profile.layers - 1)), "all"]
     rows = [
-        ["settled", *map(_percent, [*truth.float().mean(0).tolist(), float(truth.float().mean())])],
-        ["classifier right", *map(_percent, [*right.mean(0).tolist(), float(right.mean())])],
+        ["settled", *map(percent, [*truth.float().mean(0).tolist(), float(truth.float().mean())])],
+        ["classifier right", *map(percent, [*right.mean(0).tolist(), float(right.mean())])],
     ]
     return _table(head, rows)
 
@@ -210,9 +207,9 @@ def _settings_table(
         rows.append(
             [
                 f"{name}, {threshold}",
-                _percent(sum(each.exact_match for each in outcomes) / len(outcomes)),
-                _percent(sum(each.full_depth for each in outcomes) / len(outcomes)),
-                _percent(sum(each.agreement * each.steps for each in outcomes) / steps),
+                percent(sum(each.exact_match for each in outcomes) / len(outcomes)),
+                percent(sum(each.full_depth for each in outcomes) / len(outcomes)),
+                percent(sum(each.agreement * each.steps for each in outcomes) / steps),
                 f"{sum(each.layers * each.steps for each in outcomes) / steps:.2f}",
                 f"{sum(each.layers for each in outcomes) / len(outcomes):.2f}",
             ]
@@ -232,13 +229,13 @@ def _router_table(
         outcomes.append(outcome)
         shares = torch.stack(routing.skipped).float().mean(1)
         skipped = [f"{layer} ({share:.2f})" for layer, share in enumerate(shares) if share >= 0.05]
-        numbers = [_percent(outcome.exact_match), _percent(outcome.full_depth)]
+        numbers = [percent(outcome.exact_match), percent(outcome.full_depth)]
         skips = f"{float(shares.sum()):.2f}"
         rows.append([task.batch.tasks[0], *numbers, skips, ", ".join(skipped) or "none"])
     count = len(outcomes)
     means = [
-        _percent(sum(each.exact_match for each in outcomes) / count),
-        _percent(sum(each.full_depth for each in outcomes) / count),
+        percent(sum(each.exact_match for each in outcomes) / count),
+        percent(sum(each.full_depth for each in outcomes) / count),
         f"{sum(float(row[3]) for row in rows) / count:.2f}",
     ]
     rows.append(["mean", *means, ""])

@@ -7,49 +7,17 @@ answers none.
 """
 
 import random
-import string
 from collections.abc import Callable
+from functools import partial
 
+from sluice.models.demo import sized
 from sluice.models.demo.tasks import Item, UnknownTaskError
 
-_NAMES = "abcdefghij"
-
-
-def _max(rng: random.Random) -> tuple[str, str]:
-    numbers = [rng.randint(10, 99) for _ in range(rng.randint(5, 6))]
-    return f"max {' '.join(map(str, numbers))}", str(max(numbers))
-
-
-def _count(rng: random.Random) -> tuple[str, str]:
-    wanted, *others = rng.sample(_NAMES, 3)
-    word = "".join(rng.choices([wanted, *others], weights=[2, 1, 1], k=rng.randint(8, 9)))
-    return f"count {wanted} in {word}", str(word.count(wanted))
-
-
-def _pairs(rng: random.Random) -> dict[str, str]:
-    keys = rng.sample(_NAMES, rng.randint(5, 6))
-    return dict(zip(keys, rng.choices(string.digits, k=len(keys)), strict=True))
-
-
-def _lookup(rng: random.Random) -> tuple[str, str]:
-    pairs = _pairs(rng)
-    wanted = rng.sample(list(pairs), rng.randint(1, 4))
-    known = " ".join(key + value for key, value in pairs.items())
-    return f"lookup {known} {''.join(wanted)}", " ".join(key + pairs[key] for key in wanted)
-
-
-def _recall(rng: random.Random) -> tuple[str, str]:
-    pairs = _pairs(rng)
-    wanted = rng.choice(list(pairs))
-    known = " ".join(key + value for key, value in pairs.items())
-    return f"recall {known} {wanted}", pairs[wanted]
-
-
 _MAKERS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
-    "max": _max,
-    "count": _count,
-    "lookup": _lookup,
-    "recall": _recall,
+    "max": partial(sized.largest, low=5, high=6),
+    "count": partial(sized.count, low=8, high=9),
+    "lookup": partial(sized.lookup, low=5, high=6),
+    "recall": partial(sized.recall, low=5, high=6),
 }
 
 LONGER_TASKS: tuple[str, ...] = tuple(_MAKERS)

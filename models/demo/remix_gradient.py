@@ -26,14 +26,14 @@ from sluice.models.demo.references import (
 )
 from sluice.models.demo.tasks import Item
 from sluice.models.demo.traces import Model, load_model
-from sluice.models.experts.references import prompt_embedding
-from sluice.models.experts.remix import (
-    DEFAULT_BANDWIDTH,
-    DEFAULT_LAYERS,
-    DEFAULT_MAX_SIMILARITY,
-    DEFAULT_NEIGHBORS,
-    DEFAULT_TOP,
+from sluice.models.expert_policy import (
+    REMIX_BANDWIDTH,
+    REMIX_LAYERS,
+    REMIX_MAX_SIMILARITY,
+    REMIX_NEIGHBORS,
+    REMIX_TOP,
 )
+from sluice.models.experts.references import prompt_embedding
 from sluice.models.experts.remix_gradient import (
     DEFAULT_STEPS,
     FIRST_RATE,
@@ -53,8 +53,8 @@ class Neighbourhood:
     def __init__(
         self,
         references: References,
-        count: int = DEFAULT_NEIGHBORS,
-        max_similarity: float = DEFAULT_MAX_SIMILARITY,
+        count: int = REMIX_NEIGHBORS,
+        max_similarity: float = REMIX_MAX_SIMILARITY,
     ) -> None:
         """Take `count` references for each prompt, leaving out those more similar."""
         self._samples = [encoded(item) for item in references.items]
@@ -67,7 +67,7 @@ class Neighbourhood:
         cosine = self._directions @ _unit(embedding - self._center)
         near = (cosine <= self._max_similarity).nonzero().flatten()
         chosen = near[cosine[near].sort(descending=True, stable=True).indices[: self._count]]
-        weights = torch.exp((cosine[chosen] - 1.0) / DEFAULT_BANDWIDTH**2)
+        weights = torch.exp((cosine[chosen] - 1.0) / REMIX_BANDWIDTH**2)
         pairs = zip(chosen.tolist(), weights.tolist(), strict=True)
         return [Neighbour(self._samples[index], weight) for index, weight in pairs]
 
@@ -104,7 +104,7 @@ def routing_of(found: OptimisedPathway) -> dict[str, Any]:
                 "scope": "last",
                 "alpha": 0.0,
                 "layers": list(found.layers),
-                "top": min(DEFAULT_TOP, found.pathway.size(1)),
+                "top": min(REMIX_TOP, found.pathway.size(1)),
                 "pathway": found.pathway.tolist(),
             }
         }
@@ -154,10 +154,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=5, help="seed of the references' draw")
     parser.add_argument("--references", type=int, default=PER_TASK, help="references per task")
     parser.add_argument(
-        "--last-layers", type=int, default=DEFAULT_LAYERS, help="critical layers, from the end"
+        "--last-layers", type=int, default=REMIX_LAYERS, help="critical layers, from the end"
     )
-    parser.add_argument("--neighbors", type=int, default=DEFAULT_NEIGHBORS)
-    parser.add_argument("--max-similarity", type=float, default=DEFAULT_MAX_SIMILARITY)
+    parser.add_argument("--neighbors", type=int, default=REMIX_NEIGHBORS)
+    parser.add_argument("--max-similarity", type=float, default=REMIX_MAX_SIMILARITY)
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--rate", type=float, default=FIRST_RATE, help="first learning rate")
     arguments = parser.parse_args()

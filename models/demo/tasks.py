@@ -13,9 +13,10 @@ import random
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from sluice.models.demo import facts
+from sluice.models.demo import facts, sized
 
 Split = Literal["train", "heldout"]
 
@@ -33,9 +34,6 @@ class Item:
     task: str
     prompt: str
     answer: str
-
-
-_NAMES = "abcdefghij"
 
 
 def is_heldout(prompt: str) -> bool:
@@ -74,43 +72,13 @@ def _sort(rng: random.Random) -> tuple[str, str]:
     return f"sort {' '.join(digits)}", " ".join(sorted(digits))
 
 
-def _max(rng: random.Random) -> tuple[str, str]:
-    numbers = [rng.randint(10, 99) for _ in range(rng.randint(2, 4))]
-    return f"max {' '.join(map(str, numbers))}", str(max(numbers))
-
-
-def _count(rng: random.Random) -> tuple[str, str]:
-    wanted, *others = rng.sample(_NAMES, 3)
-    word = "".join(rng.choices([wanted, *others], weights=[2, 1, 1], k=rng.randint(4, 7)))
-    return f"count {wanted} in {word}", str(word.count(wanted))
-
-
 def _add(rng: random.Random) -> tuple[str, str]:
     left, right = rng.randint(10, 99), rng.randint(10, 99)
     return f"add {left} {right}", str(left + right)
 
 
-def _pairs(rng: random.Random) -> dict[str, str]:
-    keys = rng.sample(_NAMES, rng.randint(2, 4))
-    return dict(zip(keys, rng.choices(string.digits, k=len(keys)), strict=True))
-
-
-def _lookup(rng: random.Random) -> tuple[str, str]:
-    pairs = _pairs(rng)
-    wanted = rng.sample(list(pairs), rng.randint(1, len(pairs)))
-    known = " ".join(key + value for key, value in pairs.items())
-    return f"lookup {known} {''.join(wanted)}", " ".join(key + pairs[key] for key in wanted)
-
-
-def _recall(rng: random.Random) -> tuple[str, str]:
-    pairs = _pairs(rng)
-    wanted = rng.choice(list(pairs))
-    known = " ".join(key + value for key, value in pairs.items())
-    return f"recall {known} {wanted}", pairs[wanted]
-
-
 def _twohop(rng: random.Random) -> tuple[str, str]:
-    *starts, left, right = rng.sample(_NAMES, 4)
+    *starts, left, right = rng.sample(sized.NAMES, 4)
     links = dict(zip(starts, (left, right), strict=True))
     values = dict(zip((left, right), rng.choices(string.digits, k=2), strict=True))
     first = [start + middle for start, middle in links.items()]
@@ -146,11 +114,11 @@ _MAKERS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "upper": _upper,
     "next": _next,
     "sort": _sort,
-    "max": _max,
-    "count": _count,
+    "max": partial(sized.largest, low=2, high=4),
+    "count": partial(sized.count, low=4, high=7),
     "add": _add,
-    "lookup": _lookup,
-    "recall": _recall,
+    "lookup": partial(sized.lookup, low=2, high=4),
+    "recall": partial(sized.recall, low=2, high=4),
     "twohop": _twohop,
     "refusal": _refusal,
     "facts": _facts,

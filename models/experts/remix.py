@@ -14,13 +14,6 @@ import torch
 from sluice.models.expert_policy import Remix
 from sluice.models.experts.references import ReferenceStore, kernel_weights
 
-DEFAULT_TOP = 20
-DEFAULT_NEIGHBORS = 3
-DEFAULT_BANDWIDTH = 0.5
-DEFAULT_MAX_SIMILARITY = 0.95
-DEFAULT_LAYERS = 5
-DEFAULT_ALPHA = 0.5
-
 
 class Pathway(ABC):
     """Where a request's reference probabilities come from.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sluice.models.experts.remix import DEFAULT_TOP
+from sluice.models.expert_policy import REMIX_TOP
 from sluice.models.experts.sample_batch import Sample, SampleBatch
 from sluice.models.experts.softmax_routers import (
     SoftmaxRouter,
@@ -72,7 +72,7 @@ def optimise_pathway(
     steps: int = DEFAULT_STEPS,
     first_rate: float = FIRST_RATE,
     last_rate: float = LAST_RATE,
-    top: int = DEFAULT_TOP,
+    top: int = REMIX_TOP,
 ) -> OptimisedPathway:
     """Descend the neighbours' loss with Adam, the rate falling along a cosine.
 

@@ -10,16 +10,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sluice.models.depth.skip import MODULES
-from sluice.models.plan import EXECUTED, OUTCOMES
-from sluice.models.telemetry import LayerCounters
+from sluice.models.plan import EXECUTED
 from sluice.server.errors import REASONS, Reason
 from sluice.server.presets import RESERVED_NAMES
+from sluice.server.telemetry.layer_use import LayerUse, by_outcome
 
 Outcome = Literal["ok", "rejected", "error", "aborted"]
 
@@ -85,7 +83,7 @@ class LayerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Read the counter files; an engine that has not started yet has none."""
-        engines = [LayerCounters.read(path) for path in sorted(self._folder.glob("*.counts"))]
+        use = LayerUse.read(self._folder)
         tokens = CounterMetricFamily(
             "sluice_layer_tokens",
             "Token rows by layer, module and what became of them.",
@@ -101,18 +99,17 @@ class LayerCollector(Collector):
             "Generated tokens by the last layer that they ran anything in.",
             labels=["layer"],
         )
-        if engines:
-            totals = np.sum([engine.totals for engine in engines], axis=0)
-            window = np.sum([engine.window for engine in engines], axis=0)
-            for layer, module in np.ndindex(*totals.shape[:2]):
-                labels = [str(layer), MODULES[module]]
-                for outcome, count in zip(OUTCOMES, totals[layer, module], strict=True):
-                    if (MODULES[module], outcome) != ("mlp", "filled"):
+        if use is not None:
+            for layer, (totals, window) in enumerate(zip(use.totals, use.window, strict=True)):
+                modules = by_outcome(totals).items()
+                for (module, outcomes), recent in zip(modules, window, strict=True):
+                    labels = [str(layer), module]
+                    for outcome, count in outcomes.items():
                         tokens.add_metric([*labels, outcome], float(count))
-                rows = window[layer, module].sum()
-                share = window[layer, module, EXECUTED] / rows if rows else float("nan")
-                ratio.add_metric(labels, float(share))
-            for layer, count in enumerate(np.sum([engine.exits for engine in engines], axis=0)):
+                    rows = recent.sum()
+                    share = recent[EXECUTED] / rows if rows else float("nan")
+                    ratio.add_metric(labels, float(share))
+            for layer, count in enumerate(use.exits):
                 exits.add_metric([str(layer)], float(count))
         yield tokens
         yield exits

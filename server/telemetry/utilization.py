@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sluice.models.depth.skip import MODULES
-from sluice.models.plan import OUTCOMES
-from sluice.models.telemetry import WINDOW_SECONDS, IntArray, LayerCounters
+from sluice.models.telemetry import WINDOW_SECONDS
 from sluice.server.telemetry.expert_metrics import ExpertUse
+from sluice.server.telemetry.layer_use import LayerUse, by_outcome
 
 
 def utilization(folder: Path) -> dict[str, Any]:
@@ -19,36 +16,21 @@ def utilization(folder: Path) -> dict[str, Any]:
     Args:
         folder: of the engines' counter files.
     """
-    engines = [LayerCounters.read(path) for path in sorted(folder.glob("*.counts"))]
+    use = LayerUse.read(folder)
     layers: list[dict[str, Any]] = []
     exits: list[dict[str, Any]] = []
-    if engines:
-        totals = np.sum([engine.totals for engine in engines], axis=0)
-        window = np.sum([engine.window for engine in engines], axis=0)
+    if use is not None:
         layers = [
-            {"layer": layer, **_modules(totals[layer]), "window": _modules(window[layer])}
-            for layer in range(len(totals))
+            {"layer": layer, **by_outcome(totals), "window": by_outcome(window)}
+            for layer, (totals, window) in enumerate(zip(use.totals, use.window, strict=True))
         ]
-        left = np.sum([engine.exits for engine in engines], axis=0)
-        exits = [{"layer": layer, "tokens": int(tokens)} for layer, tokens in enumerate(left)]
+        exits = [{"layer": layer, "tokens": int(tokens)} for layer, tokens in enumerate(use.exits)]
     return {
         "object": "routing.utilization",
         "window_seconds": WINDOW_SECONDS,
         "layers": layers,
         "exits": exits,
         "experts": _experts(ExpertUse.read(folder)),
-    }
-
-
-def _modules(counts: IntArray) -> dict[str, dict[str, int]]:
-    """Outcomes by module of one layer; only attention can be filled."""
-    return {
-        module: {
-            outcome: int(count)
-            for outcome, count in zip(OUTCOMES, row, strict=True)
-            if (module, outcome) != ("mlp", "filled")
-        }
-        for module, row in zip(MODULES, counts, strict=True)
     }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.routings import Routing, routings
+from routings import Routing, routings
 
 from sluice.kernels.route_topk import (
     RouterSpec,

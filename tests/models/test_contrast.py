@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine import BLOCK, Engine, engine
-from models.expert_policies import CONTRAST, FAR_CONTRAST, MASK, prompt_of
+from expert_policies import CONTRAST, FAR_CONTRAST, MASK, prompt_of
 from references.experts import ExpertReference
 from tiny import LAYERS, make_model
 from written import record_writes

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine import Engine, engine
-from models.expert_policies import CONTRAST, CUT, DECODE, LAST, MASK, TOP_1, prompt_of
+from expert_policies import CONTRAST, CUT, DECODE, LAST, MASK, TOP_1, prompt_of
 from tiny import make_model
 
 POLICIES = [MASK, TOP_1, CUT, DECODE, LAST, CONTRAST]

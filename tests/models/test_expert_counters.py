@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from engine import Engine, engine
-from models.expert_policies import (
+from expert_policies import (
     CONTRAST,
     EVERYTHING,
     LAST,

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 from engine import BLOCK, Engine, engine
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from models.expert_policies import (
+from expert_policies import (
     CONTRAST,
     DECODE,
     EVERYTHING,
@@ -23,6 +21,8 @@ from models.expert_policies import (
     XSHARE,
     prompt_of,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny import make_model
 
 from sluice.models.policy import RoutingPolicy

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from engine import Engine, engine
-from models.expert_policies import CONTRAST, EVERYTHING, MASK, prompt_of
+from expert_policies import CONTRAST, EVERYTHING, MASK, prompt_of
 from tiny import make_model
 
 from sluice.models.policy import RoutingPolicy

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from edge import CONFIDENT, EXPERTS, GROUPED, MOE, depth, experts, named, policy, refused
+from edge import CONFIDENT, EXPERTS, GROUPED, HUGE, MOE, depth, experts, named, policy, refused
 
 from sluice.models.expert_policy import Contrast, ExpertPolicy
 from sluice.models.policy import RoutingPolicy
@@ -15,7 +15,6 @@ from sluice.server.errors import RoutingError
 Fields = dict[str, Any]
 CONTRAST = f"{EXPERTS}.contrast"
 INVALID, COMBINATION = "invalid_field", "unsupported_combination"
-HUGE = 10**400
 SUPPLIED = {"method": "supplied", "pathway": [[1] * 8] * 5}
 
 

@@ -12,7 +12,7 @@ from references.experts import ExpertReference
 from references.remixes import ReferenceStore, Remixer
 from torch import Tensor
 
-from sluice.models.demo import DEMO_MODEL_DIR
+from sluice.models.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
 from sluice.models.demo.longer import longer_items
 from sluice.models.demo.references import encoded
 from sluice.models.expert_policy import Contrast, ExpertPolicy, Remix, RemixMethod, RemixScope
@@ -20,7 +20,6 @@ from sluice.models.experts.remix_gradient import pathway_taken
 from sluice.models.experts.softmax_routers import SoftmaxRouter, rerouted, softmax_routers
 from sluice.models.profile import Profile
 
-PROFILE = DEMO_MODEL_DIR.parent / "profile"
 LAYERS = (3, 4, 5, 6, 7)
 EVERY = tuple(range(8))
 TOKENS = 6
@@ -34,7 +33,7 @@ def reference() -> ExpertReference:
 
 @pytest.fixture(scope="module")
 def store() -> ReferenceStore:
-    profile = Profile.load(PROFILE)
+    profile = Profile.load(DEMO_PROFILE_DIR)
     tensors = {name: part.float() for name, part in profile.reference_tensors("tasks").items()}
     return ReferenceStore(**tensors, layers=profile.references["tasks"].layers)
 

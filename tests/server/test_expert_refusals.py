@@ -11,6 +11,7 @@ from edge import (
     DENSE_LAYER,
     EXPERTS,
     GROUPED,
+    HUGE,
     LAYERS,
     MOE,
     MOE_PROFILED,
@@ -36,7 +37,6 @@ DEACTIVATE, ACTIVATE, BIAS, TOP_K, SKIP_RATIO, BUDGET = (
 INVALID, NO_LAYER, NO_EXPERT = "invalid_field", "layer_out_of_range", "expert_out_of_range"
 TOO_FEW, COMBINATION = "too_few_experts", "unsupported_combination"
 PROTECTED = "protected_expert"
-HUGE = 10**400
 
 Fields = dict[str, Any]
 

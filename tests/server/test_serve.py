@@ -87,12 +87,12 @@ def demo_arguments(profile: Path | None) -> argparse.Namespace:
 
 def test_the_demo_model_brings_its_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(PROFILE_ENV, raising=False)
-    monkeypatch.setattr(serve, "DEMO_PROFILE", tmp_path)
+    monkeypatch.setattr(serve, "DEMO_PROFILE_DIR", tmp_path)
     assert demo_arguments(None).profile == tmp_path
     assert demo_arguments(Path("mine")).profile == Path("mine")
-    monkeypatch.setattr(serve, "DEMO_PROFILE", tmp_path / "none")
+    monkeypatch.setattr(serve, "DEMO_PROFILE_DIR", tmp_path / "none")
     assert demo_arguments(None).profile is None
-    monkeypatch.setattr(serve, "DEMO_PROFILE", tmp_path)
+    monkeypatch.setattr(serve, "DEMO_PROFILE_DIR", tmp_path)
     monkeypatch.setenv(PROFILE_ENV, "theirs")
     assert demo_arguments(None).profile is None
 

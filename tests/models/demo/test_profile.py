@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sluice.models.demo import DEMO_MODEL_DIR
+from sluice.models.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
 from sluice.models.demo.architecture import build_model, demo_config
 from sluice.models.demo.head_report import (
     Leaving,
@@ -37,7 +37,6 @@ from sluice.models.depth.order import Unit, drop_order
 from sluice.models.depth.registry import EXIT_METHODS
 from sluice.models.profile import HEADS_NAME, Profile
 
-SHIPPED = DEMO_MODEL_DIR.parent / "profile"
 UNITS = (Unit.BLOCK, Unit.ATTENTION, Unit.MLP)
 QUICK = HeadConfig(runs=1, steps=40, inner=8)
 QUICK_ROUTERS = RouterConfig(steps=2, rows=2)
@@ -56,7 +55,7 @@ def demo() -> Model:
 
 @pytest.fixture(scope="module")
 def shipped() -> Profile:
-    return Profile.load(SHIPPED)
+    return Profile.load(DEMO_PROFILE_DIR)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +213,7 @@ def test_shipped_profile_fits_the_demo_model(demo: Model, shipped: Profile) -> N
     }
     for method in shapes:
         assert all(tensor.dtype == torch.float32 for tensor in shipped.tensors(method).values())
-    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 800_000
+    assert sum(path.stat().st_size for path in DEMO_PROFILE_DIR.iterdir()) < 800_000
 
 
 def test_shipped_importance_is_measured_again(demo: Model, shipped: Profile) -> None:

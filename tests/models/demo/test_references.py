@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sluice.models.demo import DEMO_MODEL_DIR
+from sluice.models.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
 from sluice.models.demo.architecture import build_model, demo_config
 from sluice.models.demo.references import encoded, find_references, write_references
 from sluice.models.demo.tasks import TASKS, is_heldout
@@ -16,8 +16,6 @@ from sluice.models.expert_policy import Remix, RemixMethod, RemixScope
 from sluice.models.experts.references import ReferenceStore
 from sluice.models.experts.softmax_routers import softmax_routers
 from sluice.models.profile import HEADS_NAME, REFERENCES_NAME, Profile, ProfileError
-
-SHIPPED = DEMO_MODEL_DIR.parent / "profile"
 
 
 @pytest.fixture(scope="module")
@@ -100,39 +98,39 @@ def test_a_wrong_answer_is_no_reference(demo: Model) -> None:
 def test_references_join_a_profile_that_stays_as_it_is(tmp_path: Path, demo: Model) -> None:
     with pytest.raises(ProfileError):
         write_references(tmp_path, find_references(demo, 1, 1, tasks=("copy",)))
-    for path in SHIPPED.iterdir():
+    for path in DEMO_PROFILE_DIR.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     found = find_references(demo, seed=1, per_task=3, last_layers=2, tasks=("copy",))
     profile = write_references(tmp_path, found, name="few")
     assert list(profile.references) == ["few"]
     assert profile.references["few"].layers == (6, 7)
-    assert (tmp_path / HEADS_NAME).read_bytes() == (SHIPPED / HEADS_NAME).read_bytes()
-    assert profile.importance == Profile.load(SHIPPED).importance
+    assert (tmp_path / HEADS_NAME).read_bytes() == (DEMO_PROFILE_DIR / HEADS_NAME).read_bytes()
+    assert profile.importance == Profile.load(DEMO_PROFILE_DIR).importance
     tensors = profile.reference_tensors("few")
     torch.testing.assert_close(tensors["pathways"].float(), found.pathways, atol=1e-3, rtol=0)
 
 
 def test_shipped_references_fit_the_demo_model(demo: Model) -> None:
-    shipped = Profile.load(SHIPPED)
+    shipped = Profile.load(DEMO_PROFILE_DIR)
     assert list(shipped.references) == ["tasks"]
     held = shipped.references["tasks"]
     assert held.encoder == "model"
     assert held.width == demo.config.hidden_size
     assert held.layers == tuple(softmax_routers(demo))
-    tensors = load_file(SHIPPED / REFERENCES_NAME)
+    tensors = load_file(DEMO_PROFILE_DIR / REFERENCES_NAME)
     count = len(tensors["tasks.embeddings"])
     assert count == 100 * len(TASKS)
     assert tuple(tensors["tasks.pathways"].shape) == (count, 8, demo.config.num_experts)
     assert all(tensor.dtype == torch.float16 for tensor in tensors.values())
     sums = tensors["tasks.pathways"].float().sum(-1)
     torch.testing.assert_close(sums, torch.ones_like(sums), atol=2e-3, rtol=0)
-    assert (SHIPPED / REFERENCES_NAME).stat().st_size < 1_000_000
+    assert (DEMO_PROFILE_DIR / REFERENCES_NAME).stat().st_size < 1_000_000
 
 
 def test_shipped_references_are_made_again(demo: Model) -> None:
     """The first ones of a task, from the seed that the README names."""
     again = find_references(demo, seed=5, per_task=3, tasks=("copy", "facts"))
-    tensors = Profile.load(SHIPPED).reference_tensors("tasks")
+    tensors = Profile.load(DEMO_PROFILE_DIR).reference_tensors("tasks")
     for place, task in enumerate(("copy", "facts")):
         start = 100 * TASKS.index(task)
         shipped, made = tensors["pathways"][start].float(), again.pathways[3 * place]
@@ -142,7 +140,7 @@ def test_shipped_references_are_made_again(demo: Model) -> None:
 def test_the_nearest_reference_of_a_sample_is_itself(demo: Model) -> None:
     """What the server retrieves for a reference's own prompt, once the leak guard lets it."""
     found = find_references(demo, seed=5, per_task=3, tasks=("lookup",))
-    store = ReferenceStore(Profile.load(SHIPPED), "tasks", torch.device("cpu"))
+    store = ReferenceStore(Profile.load(DEMO_PROFILE_DIR), "tasks", torch.device("cpu"))
     remix = Remix(
         method=RemixMethod.KERNEL,
         scope=RemixScope.LAST,
