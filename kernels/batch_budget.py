@@ -1,17 +1,51 @@
 """A set of experts that the rows of a batch share: OEA, XShare, Lynx.
 
-Plain PyTorch; also the CPU path. Sources: OEA (2511.02237), XShare (2602.07265), Lynx
-(2411.08982). Entries of `choice` at -inf are out of their row's reach.
+Sources: OEA (2511.02237), XShare (2602.07265), Lynx (2411.08982). Entries of `choice` at -inf are
+out of their row's reach.
 """
 
 from __future__ import annotations
 
 import torch
 
-_LYNX_SCALE = 8.0
-_LYNX_LEVELS = 5.0
+from sluice.kernels.dispatch import operation
+from sluice.kernels.router_scores import best
+
+OEA, XSHARE, LYNX = range(3)
+"""Methods."""
+
+LYNX_SCALE = 8.0
+LYNX_LEVELS = 5.0
 """Lynx bins score differences; the paper's constants depend on k / experts by a formula that we
 did not find, so one pair of constants stands for it (k / experts of 1/8 has 5 levels there)."""
+
+
+def _fake(choice: torch.Tensor, scores: torch.Tensor, method: int, size: int) -> torch.Tensor:
+    return choice.new_empty(choice.shape[1], dtype=torch.bool)
+
+
+@operation(
+    fake=_fake,
+    cpu="sluice.kernels.cpu.batch_budget:batch_budget",
+    triton="sluice.kernels.gpu.batch_budget:batch_budget",
+)
+def batch_budget(
+    choice: torch.Tensor, scores: torch.Tensor, method: int, size: int
+) -> torch.Tensor:
+    """The experts that rows share.
+
+    Args:
+        choice: fp32, (rows, experts), selection scores.
+        scores: fp32, (rows, experts), what weights are made of.
+        method: `OEA`, `XSHARE` or `LYNX`.
+        size: leading choices of a row for OEA, else experts in the set.
+
+    Returns:
+        bool, (experts,).
+    """
+    if method == OEA:
+        return oea_set(choice, size)
+    return (xshare_set if method == XSHARE else lynx_set)(choice, scores, size)
 
 
 def oea_set(choice: torch.Tensor, k0: int) -> torch.Tensor:
@@ -24,7 +58,7 @@ def oea_set(choice: torch.Tensor, k0: int) -> torch.Tensor:
     Returns:
         bool, (experts,).
     """
-    values, ids = choice.topk(min(k0, choice.shape[1]), dim=-1)
+    values, ids = best(choice, k0)
     return _members(choice, ids[values > float("-inf")])
 
 
@@ -51,7 +85,7 @@ def lynx_set(choice: torch.Tensor, scores: torch.Tensor, experts: int) -> torch.
     """
     out = choice == float("-inf")
     best = scores.masked_fill(out, 0.0).amax(-1, keepdim=True)
-    bins = (_LYNX_SCALE * (scores - best)).floor().clamp(-_LYNX_LEVELS, 0.0)
+    bins = (LYNX_SCALE * (scores - best)).floor().clamp(-LYNX_LEVELS, 0.0)
     votes = bins.exp2().masked_fill(out, 0.0).sum(0)
     return _filled(choice, votes, experts)
 

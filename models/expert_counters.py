@@ -14,6 +14,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from sluice.kernels.route_columns import EXTRA, MASKED, ROWS
 from sluice.models.telemetry import WINDOW_SECONDS
 
 SUFFIX = ".experts"
@@ -21,11 +22,6 @@ SUFFIX = ".experts"
 
 _HEADER = 2
 _TOTAL, _PREVIOUS, _CURRENT = 0, 1, 2
-ROWS, MASKED = -2, -1
-"""Columns after the experts': token rows routed, and selections that a policy took away."""
-
-_EXTRA = 2
-
 IntArray = NDArray[np.int64]
 
 
@@ -44,14 +40,14 @@ class ExpertCounters:
     def __init__(self, flat: IntArray) -> None:
         layers, experts = (int(number) for number in flat[:_HEADER])
         self.layers = tuple(flat[_HEADER : _HEADER + layers].tolist())
-        self._array = flat[_HEADER + layers :].reshape(3, layers, experts + _EXTRA)
+        self._array = flat[_HEADER + layers :].reshape(3, layers, experts + EXTRA)
         self.total = self._array[_TOTAL]
         self._window_ends = 0.0
 
     @classmethod
     def create(cls, path: Path | None, layers: Sequence[int], experts: int) -> Self:
         """Make the file, zeroed, or counters in memory that nobody else reads if `path` is None."""
-        size = _HEADER + len(layers) + 3 * len(layers) * (experts + _EXTRA)
+        size = _HEADER + len(layers) + 3 * len(layers) * (experts + EXTRA)
         if path is None:
             flat = np.zeros(size, dtype=np.int64)
             flat[: _HEADER + len(layers)] = [len(layers), experts, *layers]
@@ -80,7 +76,7 @@ class ExpertCounters:
     @property
     def selections(self) -> IntArray:
         """Copy of the selections since start, (layers, experts)."""
-        return np.array(self.total[:, :-_EXTRA])
+        return np.array(self.total[:, :-EXTRA])
 
     @property
     def masked(self) -> IntArray:
@@ -90,7 +86,7 @@ class ExpertCounters:
     @property
     def window(self) -> IntArray:
         """Selections of the last one to two windows, (layers, experts)."""
-        return np.array((self.total - self._array[_PREVIOUS])[:, :-_EXTRA])
+        return np.array((self.total - self._array[_PREVIOUS])[:, :-EXTRA])
 
     @property
     def window_rows(self) -> IntArray:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from sluice.kernels.batch_budget import lynx_set, oea_set, xshare_set
+from sluice.kernels.batch_budget import LYNX, OEA, XSHARE, batch_budget
 from sluice.models.expert_policy import BudgetMethod, ExpertBudget
+
+_METHODS = {BudgetMethod.OEA: OEA, BudgetMethod.XSHARE: XSHARE, BudgetMethod.LYNX: LYNX}
 
 
 def shared_set(budget: ExpertBudget, choice: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -23,9 +25,6 @@ def shared_set(budget: ExpertBudget, choice: torch.Tensor, scores: torch.Tensor)
     Returns:
         bool, (experts,).
     """
-    if budget.method is BudgetMethod.OEA:
-        assert budget.k0 is not None
-        return oea_set(choice, budget.k0)
-    assert budget.experts is not None
-    chosen = xshare_set if budget.method is BudgetMethod.XSHARE else lynx_set
-    return chosen(choice, scores, budget.experts)
+    size = budget.k0 if budget.method is BudgetMethod.OEA else budget.experts
+    assert size is not None
+    return batch_budget(choice, scores, _METHODS[budget.method], size)

@@ -1,20 +1,20 @@
-"""What the routers of one step did, summed up after it.
+"""What the routers of one step did.
 
-A sum per layer would cost as much as routing does. The layers' selections are kept instead, leave
-for the host without anybody waiting, and are summed up in one pass when the next step begins or a
-record is asked for.
+The routing operations count on the device while they route. The sums leave for the host when the
+step ends, without anybody waiting, and are read when the next step begins or a record is asked for.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sluice.kernels.route_topk import Selection
-from sluice.models.expert_counters import MASKED, ROWS
+from sluice.kernels.route_columns import EXTRA, ROWS
+from sluice.kernels.route_rows import RouteCounts
 
 IntArray = NDArray[np.int64]
 
@@ -24,8 +24,7 @@ class StepSums:
     """Sums of one step.
 
     Attributes:
-        ran: int64, (tokens, 3), over layers: experts run, selections that a policy took away,
-            routings (`sluice.models.experts.record`).
+        ran: int64, (tokens, 3), over layers; columns as in `sluice.kernels.route_columns`.
         loaded: distinct experts run by a layer's rows, over layers.
         layers: how many layers routed.
     """
@@ -36,65 +35,42 @@ class StepSums:
 
 
 class StepLedger:
-    """Selections of a step, layer by layer."""
+    """Counts of a step.
 
-    def __init__(self, tokens: int) -> None:
-        """Open it for a step of `tokens` rows."""
-        self._total = tokens
-        self._places: list[int] = []
-        self._tokens: list[IntArray] = []
-        self._own: list[NDArray[np.bool_]] = []
-        self._chosen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    Attributes:
+        counts: where its routers count.
+    """
 
-    def write(self, place: int, tokens: IntArray, dropped: IntArray, chosen: Selection) -> None:
-        """Note one layer's selection.
+    def __init__(self, tokens: int, layers: int, experts: int, device: torch.device) -> None:
+        """Open it for a step of `tokens` rows and a model's layers with experts."""
+        self.counts = RouteCounts(
+            torch.zeros((layers, experts + EXTRA), dtype=torch.int64, device=device),
+            torch.zeros((tokens, 3), dtype=torch.int64, device=device),
+        )
+        self._host: list[torch.Tensor] = list(self.counts)
+        self._arrived: Any = None
+
+    def leave(self) -> None:
+        """Send the counts to the host: the step has been launched."""
+        if self.counts.histogram.device.type == "cpu":
+            return
+        self._host = [
+            torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
+            for part in self.counts
+        ]
+        cuda: Any = torch.cuda  # Its classes have no types.
+        self._arrived = cuda.Event()
+        self._arrived.record()
+
+    def close(self, total: IntArray) -> StepSums:
+        """Add the histogram up; once.
 
         Args:
-            place: of the layer among those with experts.
-            tokens: rows of the step that it is about, int64, (rows,).
-            dropped: places of rows whose output is dropped: they do not count as the tokens' own.
-            chosen: for these rows.
+            total: `ExpertCounters.total`, (layers, experts + 2), added to.
         """
-        own = np.ones(len(tokens), dtype=np.bool_)
-        own[dropped] = False
-        self._own.append(own)
-        self._places.append(place)
-        self._tokens.append(tokens)
-        self._chosen.append((_leaving(chosen.ids), _leaving(chosen.active), _leaving(chosen.taken)))
-
-    def close(self, counts: IntArray) -> StepSums:
-        """Add everything up.
-
-        Args:
-            counts: `ExpertCounters.total`, (layers, experts + 2), added to.
-        """
-        ran = np.zeros((self._total, 3), dtype=np.int64)
-        if not self._chosen:
-            return StepSums(ran, 0, 0)
-        if self._chosen[0][0].is_pinned():
-            torch.cuda.synchronize()
-        parts = [[tensor.numpy() for tensor in chosen] for chosen in self._chosen]
-        active, taken = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
-        lengths = [len(own) for own in self._tokens]
-        widths = np.repeat([part[0].shape[1] for part in parts], lengths)
-        starts = np.repeat(np.array(self._places) * counts.shape[1], lengths)
-        ids = np.concatenate([part[0].ravel() for part in parts]) + np.repeat(starts, widths)
-        slots = np.arange(len(ids)) - np.repeat(np.cumsum(widths) - widths, widths)
-        selected = np.bincount(ids[slots < np.repeat(active, widths)], minlength=counts.size)
-        counts += selected.reshape(counts.shape)
-        # A layer runs once a step, so no place is named twice.
-        counts[self._places, ROWS] += lengths
-        counts[self._places, MASKED] += [part[2].sum() for part in parts]
-        own = np.concatenate(self._own)
-        tokens = np.concatenate(self._tokens)[own]
-        for column, amounts in enumerate((active[own], taken[own], None)):
-            ran[:, column] = np.bincount(tokens, amounts, minlength=self._total)
-        return StepSums(ran, int(np.count_nonzero(selected)), len(self._places))
-
-
-def _leaving(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the host, or a copy of it on its way there."""
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        histogram, ran = (part.numpy() for part in self._host)
+        total += histogram
+        loaded = int(np.count_nonzero(histogram[:, :-EXTRA]))
+        return StepSums(ran, loaded, int(np.count_nonzero(histogram[:, ROWS])))

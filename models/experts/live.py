@@ -52,6 +52,7 @@ class LiveExperts:
     """Expert controls by vLLM's request id; one instance per model runner."""
 
     def __init__(self, shape: ExpertShape, profile: Profile | None, device: torch.device) -> None:
+        self._shape = shape
         self._table = ExpertTable(shape, profile.super_experts if profile else (), device)
         self._device = device
         self._live: dict[str, RequestExperts] = {}
@@ -92,10 +93,6 @@ class LiveExperts:
             self._table.release(request.row)
             if request.weak_row != STOCK_ROW:
                 self._table.release(request.weak_row)
-
-    def of(self, request_id: str) -> RequestExperts | None:
-        """Controls of a live request, or None if it has none."""
-        return self._live.get(request_id)
 
     def contrasts(self, ids: Sequence[str]) -> dict[int, Contrast]:
         """Contrasts of a step's requests by batch index. `ids`: in batch order."""
@@ -154,6 +151,8 @@ class LiveExperts:
                 remixes.append((request.pathway, _joined(own)))
         return StepExperts(
             self._table,
+            self._shape,
+            self._device,
             np.repeat(rows, lengths),
             {budget: _joined(own) for budget, own in budgets.items() if own},
             remixes,

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sluice.models.expert_counters import ROWS, ExpertCounters
+from sluice.kernels.count_selections import count_selections
+from sluice.kernels.route_rows import RouteCounts
+from sluice.models.expert_counters import ExpertCounters
 
 
 class LiveCounts:
@@ -19,15 +21,17 @@ class LiveCounts:
 
     def __init__(self, counters: ExpertCounters, device: torch.device) -> None:
         self._counters = counters
-        self._counts = torch.from_numpy(counters.total)
+        total = torch.from_numpy(counters.total)
         self._host: torch.Tensor | None = None
         if device.type != "cpu":
-            self._counts = self._counts.to(device)
-            self._host = torch.zeros_like(self._counts, device="cpu", pin_memory=True)
+            total = total.to(device)
+            self._host = torch.zeros_like(total, device="cpu", pin_memory=True)
             cuda: Any = torch.cuda  # Its classes have no types.
             self._arrived = cuda.Event()
             self._added = np.zeros_like(counters.total)
-        self._ones = torch.ones(0, dtype=torch.int64, device=device)
+        # Nothing is counted by token.
+        self._counts = RouteCounts(total, total.new_empty((0, 3)))
+        self._owners = total.new_empty(0)
 
     def add(self, place: int, ids: torch.Tensor) -> None:
         """Count selections.
@@ -36,12 +40,7 @@ class LiveCounts:
             place: of the layer among those with experts.
             ids: int32, (rows, k).
         """
-        flat = ids.reshape(-1)
-        if len(self._ones) < len(flat):
-            self._ones = torch.ones(len(flat), dtype=torch.int64, device=flat.device)
-        counts = self._counts[place]
-        counts.index_add_(0, flat, self._ones[: len(flat)])
-        counts[ROWS] += len(ids)
+        count_selections(ids, self._owners, self._counts, place)
 
     def publish(self) -> None:
         """Bring the file up to date with what has arrived; called once a step."""
@@ -50,5 +49,5 @@ class LiveCounts:
         arrived = self._host.numpy()
         self._counters.total += arrived - self._added
         self._added[:] = arrived
-        self._host.copy_(self._counts, non_blocking=True)
+        self._host.copy_(self._counts.histogram, non_blocking=True)
         self._arrived.record()

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sluice.kernels.route_columns import ACTIVE, ROUTED
 from sluice.models.depth.skip import DECODE, PHASES
 from sluice.models.expert_shape import ExpertShape
 from sluice.models.plan import Segment
 
 if TYPE_CHECKING:
     from sluice.models.telemetry import ModuleCost
-
-ACTIVE, TAKEN, ROUTED = range(3)
-"""Columns of `ran`: experts run, selections that the policy took away, routings."""
 
 IntArray = NDArray[np.int64]
 
@@ -28,7 +26,8 @@ class ExpertRecord:
 
     Attributes:
         neighbour_dependent: a budget made the request share experts with others.
-        ran: int64, (2 phases, 3): of the tokens, each layer counted; see `ACTIVE`.
+        ran: int64, (2 phases, 3): of the tokens, each layer counted; columns as in
+            `sluice.kernels.route_columns`.
         loaded: distinct experts run by a layer's rows, over the layers and steps that the request
             was in.
         layers: how many layers of steps these were.
@@ -68,7 +67,7 @@ def by_request(ran: IntArray, segments: Sequence[Segment], requests: int) -> Int
     """What the tokens of each request ran, int64, (requests, 2 phases, 3).
 
     Args:
-        ran: of each token, (tokens, 3); see `ACTIVE`.
+        ran: of each token, (tokens, 3), columns as above.
         segments: of the step.
         requests: in it, weak passes among them.
     """

@@ -7,26 +7,25 @@ vLLM's own routine gives, bit for bit; in a step without any, nothing else runs 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from sluice.kernels.remix_scores import remix_scores
-from sluice.kernels.route_topk import (
-    RouterSpec,
-    Selection,
-    score,
-    select,
-    select_rank,
-    selection_scores,
-)
+from sluice.kernels.count_selections import count_selections
+from sluice.kernels.route_columns import EXTRA
+from sluice.kernels.route_rows import PolicyTable, Shared
+from sluice.kernels.route_topk import route_topk
+from sluice.kernels.router_scores import plain_scores, router_scores
+from sluice.kernels.router_spec import RouterSpec
 from sluice.models.expert_counters import ExpertCounters
 from sluice.models.experts.budget import shared_set
 from sluice.models.experts.ledger import StepSums
 from sluice.models.experts.live_counts import LiveCounts
-from sluice.models.experts.remix import Pathway
-from sluice.models.experts.selection import CallRows, IntArray, LayerRows, StepExperts
+from sluice.models.experts.selection import CallRows, LayerRows, StepExperts
+from sluice.models.experts.warm_up import nothing_shared
+
+IntArray = NDArray[np.int64]
 
 Routed = tuple[torch.Tensor, torch.Tensor]
 """Weights, fp32, and ids, int32, (rows, width) each."""
@@ -47,13 +46,15 @@ class ExpertRouter:
             counters: of the same layers.
             device: of the model.
         """
-        self._specs = tuple(specs)
+        self._specs = [(spec, spec.numbers, spec.corrections.to(device)) for spec in specs]
         self._counters = counters
         self._counts = LiveCounts(counters, device)
         self._layers = counters.layers
+        # vLLM's CPU kernel runs whatever id a slot has; the others leave out what is no expert.
+        self._repeat = device.type == "cpu"
+        self._nothing = nothing_shared(counters.total.shape[1] - EXTRA, device)
         self._step: StepExperts | None = None
         self._call: CallRows | None = None
-        self._dropped = _NONE
 
     def begin(self, step: StepExperts) -> None:
         """Serve a step with controls."""
@@ -67,11 +68,12 @@ class ExpertRouter:
             dropped: places of those whose output is dropped, int64.
         """
         if self._step is not None:
-            self._call = self._step.call(tokens)
-            self._dropped = dropped
+            self._call = self._step.call(tokens, dropped)
 
     def end(self) -> None:
         """Leave what follows to vLLM."""
+        if self._step is not None:
+            self._step.ledger.leave()
         self._step = self._call = None
 
     def roll(self) -> None:
@@ -96,91 +98,47 @@ class ExpertRouter:
             weights, ids = stock()
             self._counts.add(place, ids)
             return weights, ids
-        rows = call.controlled(place, self._layers[place])
-        if rows is not None and rows.everything:
-            chosen = self._select(place, logits, rows)
-        else:
-            chosen = _untouched(*stock())
-        if rows is not None and not rows.everything:
-            index = torch.from_numpy(rows.rows).to(logits.device)
-            chosen = _overridden(chosen, index, self._select(place, logits[index], rows))
-        step.ledger.write(place, call.tokens, self._dropped, chosen)
-        return chosen.weights, chosen.ids
+        counts = step.ledger.counts
+        asked = call.controlled(place, self._layers[place])
+        if asked is None:
+            weights, ids = stock()
+            count_selections(ids, call.owners, counts, place)
+            return weights, ids
+        _, numbers, correction = self._specs[place]
+        table = step.table.layer(place)
+        return route_topk(
+            logits,
+            list(stock()) if asked.left else [],
+            asked.rows,
+            self._shared(place, logits, asked, table),
+            table,
+            counts,
+            correction,
+            place,
+            *numbers,
+            asked.width,
+            self._repeat,
+        )
 
-    def _select(self, place: int, logits: torch.Tensor, rows: LayerRows) -> Selection:
-        assert self._step is not None
-        table, spec = self._step.table, self._specs[place]
-        controls = table.controls(rows.table_rows, place)
-        stock_scores = scores = score(logits, spec)
-        for pathway, own in rows.remixes:
-            scores = _remixed(scores, own.to(logits.device), pathway, self._layers[place])
-        changed = controls.bias is not None or controls.forced is not None
-        stock_choice = choice = selection_scores(stock_scores, spec)
-        if changed or rows.remixes:
-            choice = selection_scores(scores, spec, controls)
-        for budget, own in rows.budgets:
-            own = own.to(logits.device)
-            # A forced expert is nobody's choice: it serves beside the set.
-            plain = selection_scores(scores, spec, replace(controls, forced=None))
-            plain = torch.where(choice == float("inf"), plain, choice)
-            members = shared_set(budget, plain[own], scores[own])
-            if controls.protected is not None:
-                stock = stock_choice[own].topk(spec.top_k, dim=-1).indices
-                selected = torch.zeros_like(choice[own], dtype=torch.bool).scatter_(1, stock, True)
-                members = members | (selected & controls.protected.expand(len(choice), -1)[own])
-            choice = _within(choice, own, members)
-        starving = bool(rows.budgets)
-        chosen = select(scores, choice, stock_choice, spec, controls, starving=starving)
-        if rows.weak:
-            ranks = table.weak_ranks(rows.table_rows)
-            weak = np.flatnonzero(ranks >= 0)
-            own = torch.from_numpy(weak).to(logits.device)
-            of_weak = torch.from_numpy(ranks[weak]).to(logits.device)
-            chosen = _overridden(chosen, own, select_rank(choice[own], of_weak, spec))
-        return chosen
-
-
-def _untouched(weights: torch.Tensor, ids: torch.Tensor) -> Selection:
-    active = torch.full((len(ids),), ids.shape[1], device=ids.device)
-    return Selection(weights, ids, active, torch.zeros_like(active))
-
-
-def _remixed(scores: torch.Tensor, own: torch.Tensor, pathway: Pathway, layer: int) -> torch.Tensor:
-    """Scores with the rows `own` pulled towards their reference."""
-    rows = scores[own]
-    remix = pathway.remix
-    reference = pathway.reference(layer, rows).expand_as(rows)
-    alpha = torch.full((len(rows),), remix.alpha, device=rows.device)
-    top = torch.full((len(rows),), remix.top, device=rows.device)
-    return scores.index_copy(0, own, remix_scores(rows, reference, alpha, top))
-
-
-def _within(choice: torch.Tensor, own: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """Selection scores of rows limited to a set; what is forced stays at +inf.
-
-    Args:
-        choice: (all rows, experts).
-        own: the rows, int64, (rows,).
-        members: bool, (experts,) or (rows, experts).
-    """
-    rows = choice[own]
-    outside = ~members & (rows < float("inf"))
-    return choice.index_copy(0, own, rows.masked_fill(outside, float("-inf")))
-
-
-def _overridden(base: Selection, index: torch.Tensor, own: Selection) -> Selection:
-    """`base` with the rows at `index` replaced; short rows repeat their first expert."""
-    width = max(base.ids.shape[1], own.ids.shape[1])
-    ids, weights = _widened(base, width)
-    ids[index], weights[index] = _widened(own, width)
-    active, taken = base.active.clone(), base.taken.clone()
-    active[index], taken[index] = own.active, own.taken
-    return Selection(weights, ids, active, taken)
-
-
-def _widened(selection: Selection, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    more = width - selection.ids.shape[1]
-    if not more:
-        return selection.ids, selection.weights
-    ids = torch.cat([selection.ids, selection.ids[:, :1].expand(-1, more)], 1)
-    return ids, torch.nn.functional.pad(selection.weights, (0, more))
+    def _shared(
+        self, place: int, logits: torch.Tensor, asked: LayerRows, table: PolicyTable
+    ) -> Shared:
+        """References of the re-mixed rows, and the sets of the budgets."""
+        if not asked.remixes and not asked.budgets:
+            return self._nothing
+        spec, _, correction = self._specs[place]
+        shared = self._nothing
+        if asked.remixes:
+            references = []
+            for pathway, own in asked.remixes:
+                scores = plain_scores(logits[own], spec.sigmoid)
+                reference = pathway.reference(self._layers[place], scores)
+                references.append(reference.expand_as(scores))
+            joined = torch.cat(references).float()
+            shared = Shared(joined, asked.alpha, asked.top, self._nothing.within)
+        if asked.budgets:
+            numbers = (spec.sigmoid, spec.groups, spec.topk_group)
+            scores, choice = router_scores(logits, asked.rows, shared, table, correction, *numbers)
+            sets = [shared_set(each, choice[own], scores[own]) for each, own in asked.budgets]
+            shared = Shared(*shared[:3], torch.stack(sets))
+        return shared

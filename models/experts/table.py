@@ -6,19 +6,20 @@ policies; a token carries a row number. Row 0 is vLLM's own choice and is never 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sluice.kernels.route_topk import RowControls
+from sluice.kernels.route_columns import DROPPED, FORCED, PROTECTED
+from sluice.kernels.route_rows import PolicyTable
 from sluice.models.expert_policy import STOCK_EXPERTS, ExpertId, ExpertPolicy
 from sluice.models.expert_shape import ExpertShape
 from sluice.models.experts.controls import LayerControls
 
 STOCK_ROW = 0
-_MAX_CACHED = 64
 
 IntArray = NDArray[np.int64]
 
@@ -40,7 +41,7 @@ class ExpertTable:
         self._rows: list[LayerControls] = [stock]
         self._users = [1]
         self._row_of: dict[tuple[ExpertPolicy, bool], int] = {}
-        self._cache: dict[tuple[bytes, int], RowControls] = {}
+        self._layers: list[PolicyTable] | None = None
         self.active = stock.active[np.newaxis].copy()
 
     def acquire(self, policy: ExpertPolicy, *, weak: bool = False) -> int:
@@ -56,7 +57,7 @@ class ExpertTable:
                 self.active = np.concatenate([self.active, controls.active[np.newaxis]])
             self._rows[row], self.active[row] = controls, controls.active
             self._row_of[key] = row
-            self._cache.clear()
+            self._layers = None
         self._users[row] += 1
         return row
 
@@ -66,50 +67,38 @@ class ExpertTable:
         if self._users[row] == 0:
             self._row_of = {key: r for key, r in self._row_of.items() if r != row}
 
-    def weak_ranks(self, rows: IntArray) -> IntArray:
-        """Rank of the weak pass's expert by table row, -1 for others."""
-        return np.array([self._rows[row].weak_rank for row in rows.tolist()], dtype=np.int64)
+    def layer(self, place: int) -> PolicyTable:
+        """All rows' controls in one layer. `place`: among the layers with experts."""
+        if self._layers is None:
+            self._layers = _packed(self._rows, len(self._shape.layers), self._device)
+        return self._layers[place]
 
-    def controls(self, rows: IntArray, layer: int) -> RowControls:
-        """Controls of token rows in one layer.
+    def widths(self, rows: IntArray) -> list[int]:
+        """Most experts that a token with one of `rows` can have, by layer with experts."""
+        used = [self._rows[row] for row in np.unique(rows).tolist()]
+        most = np.max([controls.k for controls in used], axis=0)
+        put_back = np.any([controls.protected.any(axis=1) for controls in used], axis=0)
+        widths: list[int] = (most + put_back * self._shape.top_k).tolist()
+        return widths
 
-        Args:
-            rows: table rows, int64, (tokens,).
-            layer: place among the layers with experts.
-        """
-        key = (rows.tobytes(), layer)
-        found = self._cache.get(key)
-        if found is None:
-            if len(self._cache) >= _MAX_CACHED * len(self._shape.layers):
-                self._cache.clear()
-            found = self._cache[key] = self._build(rows, layer)
-        return found
 
-    def _build(self, rows: IntArray, layer: int) -> RowControls:
-        unique, inverse = np.unique(rows, return_inverse=True)
-        used = [self._rows[row] for row in unique.tolist()]
+def _packed(rows: Sequence[LayerControls], layers: int, device: torch.device) -> list[PolicyTable]:
+    """The table of each layer."""
 
-        def gathered(name: str) -> torch.Tensor:
-            stacked = np.stack([getattr(controls, name)[layer] for controls in used])
-            # One distinct policy is broadcast over its rows.
-            spread = stacked if len(used) == 1 else stacked[inverse]
-            return torch.from_numpy(spread).to(self._device).view(len(spread), -1)
+    def stacked(name: str) -> NDArray[Any]:
+        return np.stack([getattr(controls, name) for controls in rows], axis=1)
 
-        def some(name: str, neutral: float) -> torch.Tensor | None:
-            asked = any((getattr(c, name)[layer] != neutral).any() for c in used)
-            return gathered(name) if asked else None
-
-        forced = some("forced", False)
-        most = [int(controls.k[layer]) for controls in used]
-        return RowControls(
-            k=gathered("k"),
-            most=max(most),
-            uniform=min(most) == max(most),
-            bias=some("bias", 0.0),
-            dropped=some("dropped", False),
-            forced=forced,
-            forced_weight=None if forced is None else gathered("forced_weight"),
-            ratio=some("ratio", 0.0),
-            top_p=some("top_p", np.inf),
-            protected=some("protected", False),
-        )
+    bias = stacked("bias")
+    marks = DROPPED * stacked("dropped") | FORCED * stacked("forced")
+    marks = (marks | PROTECTED * stacked("protected")).astype(np.uint8)
+    ranks = np.broadcast_to([controls.weak_rank for controls in rows], (layers, len(rows)))
+    changes = (bias != 0).any(-1) | (marks != 0).any(-1)
+    arrays = (
+        np.stack([stacked("k"), ranks, changes], -1).astype(np.int32),
+        np.stack([stacked("ratio"), stacked("top_p")], -1),
+        bias,
+        marks,
+        stacked("forced_weight"),
+    )
+    parts = [torch.from_numpy(array).to(device) for array in arrays]
+    return [PolicyTable(*(part[place] for part in parts)) for place in range(layers)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sluice.kernels.route_topk import RouterSpec
+from sluice.kernels.router_spec import RouterSpec
 from sluice.models.expert_shape import ExpertShape
 from sluice.models.experts.router import ExpertRouter, Routed
 from sluice.models.stack import DecoderStack, SeamMovedError

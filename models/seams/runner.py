@@ -21,6 +21,7 @@ from sluice.models.experts.contrast import BlockIds
 from sluice.models.experts.live import LiveExperts
 from sluice.models.experts.record import ExpertRecord, by_request
 from sluice.models.experts.router import ExpertRouter
+from sluice.models.experts.warm_up import warm_up
 from sluice.models.families import family_of
 from sluice.models.loop import LayerLoop
 from sluice.models.plan import IntArray, count_outcomes
@@ -123,6 +124,7 @@ class RoutedModelRunner(_Runner):
         counters = ExpertCounters.create(path, shape.layers, shape.experts)
         self._router = ExpertRouter(specs, counters, self.device)
         attach(stack, self._router)
+        warm_up(specs[0], shape, self.device)
         self._live.experts = LiveExperts(shape, self._profile, self.device)
         self.expert_answer = {"shape": shape.to_dict(), "refusal": None}
 

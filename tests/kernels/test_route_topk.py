@@ -2,61 +2,40 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routings import Routing, routings
+from references.routes import Asked, choice_scores
+from routings import Pull, Routing, Selected, dispatched, routings
 
-from sluice.kernels.route_topk import (
-    RouterSpec,
-    RowControls,
-    Selection,
-    score,
-    select,
-    select_rank,
-    selection_scores,
-)
+from sluice.kernels.dispatch import AUTO, REFERENCE
+from sluice.kernels.router_spec import RouterSpec
 
 TIE = 2e-6
 MANY = settings(max_examples=200, deadline=None)
+implementations = pytest.mark.parametrize("choice", [AUTO, REFERENCE])
 
 
-def dispatched(selection: Selection) -> list[dict[int, float]]:
-    """Weights by expert of every row, unused slots checked on the way."""
-    rows = []
-    # vLLM's kernels of the experts read memory, not strides.
-    assert selection.ids.is_contiguous()
-    assert selection.weights.is_contiguous()
-    parts = (selection.ids, selection.weights, selection.active)
-    for ids, weights, active in zip(*(part.tolist() for part in parts), strict=True):
-        assert 1 <= active <= len(ids)
-        chosen = dict(zip(ids[:active], weights[:active], strict=True))
-        assert len(chosen) == active, "an expert runs twice"
-        assert set(ids[active:]) <= chosen.keys(), "an unused slot loads another expert"
-        assert not any(weights[active:]), "an unused slot has a weight"
-        rows.append(chosen)
-    return rows
-
-
-def assert_sound(routing: Routing, selection: Selection) -> None:
-    rows, experts = routing.raw.shape
-    spec = routing.spec
-    assert selection.ids.dtype == torch.int32
-    assert selection.weights.dtype == torch.float32
-    assert selection.ids.shape == selection.weights.shape
-    assert len(selection.ids) == len(selection.active) == len(selection.taken) == rows
-    assert selection.ids.shape[1] == int(selection.active.max())
-    assert 0 <= int(selection.ids.min()) <= int(selection.ids.max()) < experts
-    assert not selection.weights.isnan().any()
-    taken = selection.taken.tolist()
-    for row, (chosen, usual) in enumerate(zip(dispatched(selection), routing.stock(), strict=True)):
+def assert_sound(routing: Routing, selected: Selected) -> None:
+    spec, scores = routing.spec, routing.scores
+    rows = dispatched(selected)
+    assert len(rows) == len(routing.logits)
+    for row, (chosen, usual) in enumerate(zip(rows, routing.stock(), strict=True)):
+        if row in routing.left:
+            # The router's own, whatever that is.
+            assert selected.weights[row, : spec.top_k].tolist() == [row + 1.0] * spec.top_k
+            assert selected.ids[row, : spec.top_k].tolist() == sorted(usual, reverse=True)
+            assert selected.taken[row] == 0
+            continue
         asked = routing.asked[row]
         protected = {*asked.protected} & usual
         assert not chosen.keys() & {*asked.masked, *asked.dropped}
         assert chosen.keys() >= {*asked.forced, *protected}
         assert len(chosen) <= (asked.top_k or spec.top_k) + len(protected)
-        assert taken[row] == len(usual - chosen.keys())
+        assert selected.taken[row] == len(usual - chosen.keys())
         if routing.shared is not None:
             assert chosen.keys() <= {*routing.shared, *asked.forced, *protected}
         total = sum(chosen.values())
@@ -64,139 +43,158 @@ def assert_sound(routing: Routing, selection: Selection) -> None:
             assert total == pytest.approx(spec.scale, rel=1e-5)
         else:
             for expert in chosen.keys() - asked.forced.keys():
-                assert chosen[expert] == pytest.approx(
-                    float(routing.scores[row, expert]) * spec.scale, rel=1e-6
-                )
+                expected = scores[row][expert] * spec.scale
+                assert chosen[expert] == pytest.approx(expected, rel=1e-5, abs=1e-30)
 
 
-def assert_as_reference(routing: Routing, selection: Selection) -> None:
-    for chosen, expected in zip(dispatched(selection), routing.expected(), strict=True):
-        if expected.margin > TIE:
+def assert_as_reference(routing: Routing, selected: Selected) -> None:
+    rows = zip(dispatched(selected), routing.expected(), strict=True)
+    for row, (chosen, expected) in enumerate(rows):
+        if expected.margin > TIE and row not in routing.left:
             assert chosen.keys() == expected.weights.keys()
             assert chosen == pytest.approx(expected.weights, abs=1e-5)
 
 
+@implementations
 @MANY
-@given(routings(), st.booleans())
-def test_controls(routing: Routing, explicit: bool) -> None:
-    selection = routing.selected(explicit=explicit)
-    assert_sound(routing, selection)
-    assert_as_reference(routing, selection)
+@given(routing=routings())
+def test_controls(choice: str, routing: Routing) -> None:
+    selected = routing.selected(choice)
+    assert_sound(routing, selected)
+    assert_as_reference(routing, selected)
 
 
+@implementations
 @MANY
-@given(routings(budget=True), st.booleans())
-def test_controls_within_a_shared_set(routing: Routing, explicit: bool) -> None:
-    selection = routing.selected(explicit=explicit)
-    assert_sound(routing, selection)
-    assert_as_reference(routing, selection)
+@given(routing=routings(budget=True))
+def test_controls_within_a_shared_set(choice: str, routing: Routing) -> None:
+    selected = routing.selected(choice)
+    assert_sound(routing, selected)
+    assert_as_reference(routing, selected)
 
 
+@implementations
 @settings(max_examples=60, deadline=None)
-@given(routings(remix=False))
-def test_rows_do_not_depend_on_each_other(routing: Routing) -> None:
-    together = dispatched(routing.selected())
+@given(routing=routings())
+def test_rows_do_not_depend_on_each_other(choice: str, routing: Routing) -> None:
+    together = dispatched(routing.selected(choice))
     for row, (chosen, expected) in enumerate(zip(together, routing.expected(), strict=True)):
-        if expected.margin <= TIE:
+        if expected.margin <= TIE or row in routing.left:
             continue
-        (alone,) = dispatched(routing.row(row).selected())
+        (alone,) = dispatched(routing.row(row).selected(choice))
         assert alone.keys() == chosen.keys()
         assert alone == pytest.approx(chosen, rel=1e-5, abs=1e-30)
 
 
-@MANY
-@given(routings(controls=False, remix=False), st.booleans())
-def test_neutral_controls_select_as_the_router_does(routing: Routing, explicit: bool) -> None:
-    selection = routing.selected(explicit=explicit)
-    assert [set(row) for row in dispatched(selection)] == routing.stock()
-    assert selection.active.tolist() == [routing.spec.top_k] * len(routing.raw)
-    assert not selection.taken.any()
-    assert_as_reference(routing, selection)
+@implementations
+@settings(max_examples=60, deadline=None)
+@given(routing=routings(), more=st.integers(1, 5), repeat=st.booleans())
+def test_slots_that_nobody_uses(choice: str, routing: Routing, more: int, repeat: bool) -> None:
+    wide = routing.selected(choice, more=more, repeat=repeat)
+    narrow = routing.selected(choice)
+    if repeat or choice == REFERENCE:
+        assert dispatched(wide, repeat=repeat) == dispatched(narrow)
+    if choice == AUTO:
+        # On a CPU nobody waits to know how wide the widest row is.
+        assert wide.ids.shape[1] == max(wide.active)
 
 
+@implementations
 @MANY
-@given(routings(controls=False, remix=False), st.data())
-def test_one_expert_by_rank(routing: Routing, data: st.DataObject) -> None:
-    spec, (rows, experts) = routing.spec, routing.raw.shape
+@given(routing=routings(controls=False, remix=False))
+def test_neutral_controls_select_as_the_router_does(choice: str, routing: Routing) -> None:
+    selected = routing.selected(choice)
+    assert_sound(routing, selected)
+    assert_as_reference(routing, selected)
+    assert selected.active == [routing.spec.top_k] * len(routing.logits)
+    assert not any(selected.taken)
+
+
+@implementations
+@MANY
+@given(routing=routings(controls=False, remix=False), data=st.data())
+def test_one_expert_by_rank(choice: str, routing: Routing, data: st.DataObject) -> None:
+    spec, (rows, experts) = routing.spec, routing.logits.shape
     reach = spec.topk_group * (experts // spec.groups)
     ranks = data.draw(st.lists(st.integers(0, reach - 1), min_size=rows, max_size=rows))
-    choice = selection_scores(routing.raw, spec)
-    selection = select_rank(choice, torch.tensor(ranks), spec)
-    assert selection.active.tolist() == [1] * rows
-    for row, (rank, usual) in enumerate(zip(ranks, routing.stock(), strict=True)):
-        values = choice[row].tolist()
-        (expert,) = selection.ids[row].tolist()
-        assert sum(value > values[expert] for value in values) <= rank
-        assert sum(value >= values[expert] for value in values) > rank
-        assert selection.weights[row].tolist() == [spec.scale]
+    weak = Routing(spec, routing.logits, routing.asked, ranks=tuple(ranks))
+    selected = weak.selected(choice)
+    assert selected.active == [1] * rows
+    for row, (chosen, usual) in enumerate(zip(dispatched(selected), weak.stock(), strict=True)):
+        values = choice_scores(weak.raw[row].tolist(), weak.router, Asked())
+        ((expert, weight),) = chosen.items()
+        assert sum(value > values[expert] for value in values) <= ranks[row]
+        assert sum(value >= values[expert] for value in values) > ranks[row]
+        assert weight == spec.scale
         if values.count(values[expert]) == 1:
-            assert int(selection.taken[row]) == len(usual - {expert})
+            assert selected.taken[row] == len(usual - {expert})
 
 
+@implementations
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_non_contiguous_logits(scoring: str, dtype: torch.dtype, groups: int) -> None:
+def test_non_contiguous_logits(choice: str, scoring: str, dtype: torch.dtype, groups: int) -> None:
     spec = RouterSpec(3, scoring, groups=groups, topk_group=min(groups, 2))
     logits = torch.randn(8, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
-    controls = RowControls(
-        k=torch.tensor([[2]]), most=2, uniform=True, bias=torch.zeros(1, 8).index_fill_(
-            1, torch.tensor([1]), -1.0
-        ),
-    )  # fmt: skip
-
-    def run(own: torch.Tensor) -> Selection:
-        scores = score(own, spec)
-        return select(
-            scores,
-            selection_scores(scores, spec, controls),
-            selection_scores(scores, spec),
-            spec,
-            controls,
-        )
-
-    strided, plain = run(logits.t()), run(logits.t().contiguous())
+    asked = (Asked(bias={1: -1.0}, top_k=2),) * 7
     assert not logits.t().is_contiguous()
-    assert score(logits.t(), spec).dtype == torch.float32
-    for name in ("ids", "weights", "active", "taken"):
-        assert torch.equal(getattr(strided, name), getattr(plain, name))
+    strided = Routing(spec, logits.t(), asked).selected(choice)
+    plain = Routing(spec, logits.t().contiguous(), asked).selected(choice)
+    assert torch.equal(strided.ids, plain.ids)
+    assert torch.equal(strided.weights, plain.weights)
 
 
-def test_a_row_beside_one_with_a_share_keeps_experts_of_vanishing_score() -> None:
+@implementations
+def test_logits_of_minus_infinity(choice: str) -> None:
+    """All experts but one ruled out by the model itself: their scores are 0, not NaN."""
+    logits = torch.full((3, 5), -math.inf)
+    logits[:, 3] = 0.5
+    routing = Routing(RouterSpec(1), logits, (Asked(top_k=1),) * 3)
+    assert dispatched(routing.selected(choice)) == [{3: 1.0}] * 3
+
+
+@implementations
+def test_all_experts_masked_but_one(choice: str) -> None:
+    logits = torch.randn(4, 13, generator=torch.Generator().manual_seed(3))
+    asked = Asked(masked=frozenset(range(13)) - {6}, top_k=1)
+    routing = Routing(RouterSpec(4), logits, (asked,) * 4)
+    assert dispatched(routing.selected(choice)) == [{6: 1.0}] * 4
+
+
+@implementations
+def test_a_row_beside_one_with_a_share_keeps_experts_of_vanishing_score(choice: str) -> None:
     """Rounding of the share's running sum must not cut a row that has none."""
     raw = torch.full((2, 8), 1e-9)
     raw[:, :4] = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    spec = RouterSpec(8, renormalize=False)
-    top_p = torch.tensor([[torch.inf], [0.5]])
-    controls = RowControls(k=torch.tensor([[8], [8]]), most=8, top_p=top_p)
-    selection = select(raw, raw, raw, spec, controls)
-    assert selection.active.tolist() == [8, 2]
+    routing = Routing(
+        RouterSpec(8, renormalize=False), raw.log(), (Asked(top_k=8), Asked(top_k=8, top_p=0.5))
+    )
+    assert routing.selected(choice).active == [8, 2]
 
 
+@implementations
 @pytest.mark.parametrize("experts", [8, 64, 128])
-def test_ties_fall_alike_alone_and_beside_wider_rows(experts: int) -> None:
+def test_ties_fall_alike_alone_and_beside_wider_rows(choice: str, experts: int) -> None:
     """bf16 logits tie often; how many experts a neighbour wants must not decide between them."""
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(64, experts, generator=generator).bfloat16()
-    spec = RouterSpec(4)
-    scores = score(logits, spec)
-    alone = RowControls(k=torch.tensor([[2]]), most=2, uniform=True)
-    k = torch.full((64, 1), 2)
-    k[0] = 8
-    beside = RowControls(k=k, most=8)
-    one = dispatched(select(scores[1:], scores[1:], scores[1:], spec, alone))
-    other = dispatched(select(scores, scores, scores, spec, beside))[1:]
+    narrow, wide = Asked(top_k=2), Asked(top_k=8)
+    alone = Routing(RouterSpec(4), logits[1:], (narrow,) * 63)
+    beside = Routing(RouterSpec(4), logits, (wide, *[narrow] * 63))
+    one = dispatched(alone.selected(choice))
+    other = dispatched(beside.selected(choice))[1:]
     assert [row.keys() for row in one] == [row.keys() for row in other]
+    # Of equals the first, as the reference has it.
+    wanted = [expected.weights.keys() for expected in alone.expected()]
+    assert [row.keys() for row in one] == wanted
 
 
-def test_experts_without_any_score_share_alike() -> None:
+@implementations
+def test_experts_without_any_score_share_alike(choice: str) -> None:
     """A re-mix may leave no score to any expert that the mask leaves."""
-    raw = torch.tensor([[0.5, 0.3, 0.2]])
-    remixed = torch.tensor([[1.0, 0.0, 0.0]])
-    controls = RowControls(
-        k=torch.tensor([[2]]), most=2, uniform=True, bias=torch.tensor([[float("-inf"), 0.0, 0.0]])
-    )
-    spec = RouterSpec(2)
-    choice = selection_scores(remixed, spec, controls)
-    selection = select(remixed, choice, selection_scores(raw, spec), spec, controls)
-    assert dispatched(selection) == [{1: 0.5, 2: 0.5}]
+    pull = Pull((1.0, 0.0, 0.0), 0.0, 3)
+    asked = Asked(masked=frozenset({0}), top_k=2)
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    routing = Routing(RouterSpec(2), logits, (asked,), (pull,))
+    assert dispatched(routing.selected(choice)) == [{1: 0.5, 2: 0.5}]

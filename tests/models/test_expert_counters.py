@@ -25,8 +25,9 @@ from expert_policies import (
 )
 from tiny import make_model
 
-from sluice.kernels.route_topk import score, selection_scores
-from sluice.models.expert_counters import MASKED, ROWS, ExpertCounters
+from sluice.kernels.route_columns import MASKED, ROWS
+from sluice.kernels.router_scores import plain_scores, selection_scores
+from sluice.models.expert_counters import ExpertCounters
 from sluice.models.expert_policy import ExpertPolicy
 from sluice.models.plan import LayerPlan, Rows, StepShape, Work, compact
 from sluice.models.policy import RoutingPolicy, SkipSet
@@ -55,8 +56,10 @@ class Seen:
 
     def route(self, stock: Any, place: int, logits: torch.Tensor, own: Any) -> Any:
         router = self._runner._router
-        spec = router._specs[place]
-        usual = selection_scores(score(logits, spec), spec).topk(spec.top_k, dim=-1).indices
+        spec, _, correction = router._specs[place]
+        scores = plain_scores(logits, spec.sigmoid)
+        choice = selection_scores(scores, correction, spec.groups, spec.topk_group)
+        usual = choice.topk(spec.top_k, dim=-1).indices
         weights, ids = stock(place, logits, own)
         rows = [set(row) for row in ids.tolist()]
         missing = [len(set(a) - b) for a, b in zip(usual.tolist(), rows, strict=True)]

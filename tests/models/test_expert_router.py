@@ -24,9 +24,11 @@ from references.routes import (
     weak_route,
 )
 
-from sluice.kernels.route_topk import RouterSpec, score, selection_scores
+from sluice.kernels.route_columns import ACTIVE, MASKED, ROUTED, ROWS, TAKEN
+from sluice.kernels.router_scores import plain_scores, selection_scores
+from sluice.kernels.router_spec import RouterSpec
 from sluice.models.depth.skip import DECODE, PREFILL
-from sluice.models.expert_counters import MASKED, ROWS, ExpertCounters
+from sluice.models.expert_counters import ExpertCounters
 from sluice.models.expert_policy import (
     BudgetMethod,
     Contrast,
@@ -39,7 +41,6 @@ from sluice.models.expert_policy import (
 )
 from sluice.models.expert_shape import ExpertShape
 from sluice.models.experts.live import LiveExperts
-from sluice.models.experts.record import ACTIVE, ROUTED, TAKEN
 from sluice.models.experts.router import ExpertRouter
 from sluice.models.plan import Segment
 
@@ -282,10 +283,11 @@ def test_steps_of_random_policies(seed: int) -> None:
             continue
         logits = torch.randn(len(tokens), shape.experts, generator=generator)
         spec = model.specs[place]
-        scores = score(logits, spec)
+        scores = plain_scores(logits, spec.sigmoid)
 
         def stock(scores: torch.Tensor = scores, spec: RouterSpec = spec) -> tuple:
-            ids = selection_scores(scores, spec).topk(spec.top_k, dim=-1).indices
+            choice = selection_scores(scores, spec.corrections, spec.groups, spec.topk_group)
+            ids = choice.topk(spec.top_k, dim=-1).indices
             weights = scores.gather(1, ids)
             if spec.renormalize:
                 weights = weights / weights.sum(-1, keepdim=True)

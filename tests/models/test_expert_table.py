@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from sluice.kernels.route_columns import DROPPED, FORCED, PROTECTED
 from sluice.models.expert_policy import Contrast, ExpertPolicy
 from sluice.models.expert_shape import ExpertShape
 from sluice.models.experts.controls import LayerControls
@@ -36,34 +37,25 @@ def assert_controls(table: ExpertTable, held: list[tuple[int, ExpertPolicy, bool
     stock = LayerControls.of(ExpertPolicy(), SHAPE, ())
     wanted = [stock, *(LayerControls.of(p, SHAPE, SUPERS, weak=weak) for _, p, weak in held)]
     rows = np.array([STOCK_ROW, *(row for row, _, _ in held)], dtype=np.int64)
-    neutral = {
-        "bias": 0.0,
-        "dropped": False,
-        "forced": False,
-        "ratio": 0.0,
-        "top_p": np.inf,
-        "protected": False,
-    }
-    for layer in range(len(SHAPE.layers)):
-        found = table.controls(rows, layer)
-        assert found.most == max(int(c.k[layer]) for c in wanted)
-        assert found.uniform == (len({int(c.k[layer]) for c in wanted}) == 1)
-        k = [int(c.k[layer]) for c in wanted]
-        assert found.k.expand(len(rows), -1).flatten().tolist() == k
-        for name, value in neutral.items():
-            own = np.stack([np.atleast_1d(getattr(c, name)[layer]) for c in wanted])
-            given = getattr(found, name)
-            if given is None:
-                assert (own == value).all(), name
-            else:
-                np.testing.assert_array_equal(given.expand(len(rows), -1).numpy(), own)
-        if found.forced is not None:
-            assert found.forced_weight is not None
-            weights = np.stack([c.forced_weight[layer] for c in wanted])
-            np.testing.assert_array_equal(found.forced_weight.numpy(), weights)
-        active = [bool(c.active[layer]) for c in wanted]
-        assert table.active[rows, layer].tolist() == active
-    assert table.weak_ranks(rows).tolist() == [c.weak_rank for c in wanted]
+    widths = table.widths(rows)
+    for place in range(len(SHAPE.layers)):
+        layer = table.layer(place)
+        for row, own in zip(rows.tolist(), wanted, strict=True):
+            says = own.bias[place].any() or own.dropped[place].any()
+            says |= own.forced[place].any() or own.protected[place].any()
+            assert layer.limits[row].tolist() == [own.k[place], own.weak_rank, says]
+            assert layer.cuts[row].tolist() == [own.ratio[place], own.top_p[place]]
+            assert layer.bias[row].tolist() == own.bias[place].tolist()
+            for bit, name in ((DROPPED, "dropped"), (FORCED, "forced"), (PROTECTED, "protected")):
+                found = (layer.marks[row] & bit) != 0
+                assert found.tolist() == getattr(own, name)[place].tolist(), name
+            weights = layer.forced_weight[row].numpy()
+            np.testing.assert_array_equal(weights, own.forced_weight[place])
+            assert table.active[row, place] == own.active[place]
+            assert widths[place] >= own.k[place] + own.protected[place].any() * SHAPE.top_k
+        assert all(part.is_contiguous() for part in layer)
+    used = max(int(own.k.max()) for own in wanted)
+    assert max(widths) <= used + SHAPE.top_k
 
 
 def test_rows_are_shared_and_reused() -> None:

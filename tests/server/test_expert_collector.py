@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from sluice.models.expert_counters import MASKED, ROWS, ExpertCounters
+from sluice.kernels.route_columns import MASKED, ROWS
+from sluice.models.expert_counters import ExpertCounters
 from sluice.models.telemetry import WINDOW_SECONDS, LayerCounters
 from sluice.server.telemetry.expert_metrics import ExpertCollector
 from sluice.server.telemetry.utilization import utilization

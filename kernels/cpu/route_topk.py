@@ -1,0 +1,391 @@
+"""`route_topk` and `router_scores` on a CPU; the rules and arguments are in `sluice.kernels`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from sluice.kernels.cpu.jit import Array, compiled
+from sluice.kernels.cpu.router_rows import best_of, choice_row, remix_row, score_row
+from sluice.kernels.route_columns import (
+    ACTIVE,
+    CHANGES,
+    DROPPED,
+    FORCED,
+    MASKED,
+    PROTECTED,
+    RANK,
+    RATIO,
+    ROUTED,
+    ROWS,
+    TAKEN,
+    TOP_P,
+    K,
+)
+
+Tensors = Any  # A list, or one of the groups of `sluice.kernels.route_rows`.
+
+_NOTHING = (np.empty((0, 0), dtype=np.float32), np.empty((0, 0), dtype=np.int32))
+_SMALLEST = np.float32(np.finfo(np.float32).tiny)
+
+
+def route_topk(
+    logits: torch.Tensor,
+    stock: Tensors,
+    rows: Tensors,
+    shared: Tensors,
+    table: Tensors,
+    counts: Tensors,
+    correction: torch.Tensor,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `sluice.kernels.route_topk.route_topk`; as wide as the fullest row needs."""
+    *numbers, width, _ = rest
+    weights = np.empty((len(logits), width), dtype=np.float32)
+    ids = np.empty((len(logits), width), dtype=np.int32)
+    used = _route(
+        plain(logits),
+        *(_arrays(stock) or _NOTHING),
+        *_arrays(rows),
+        *_arrays(shared),
+        *_arrays(table),
+        *_arrays(counts),
+        correction.numpy(),
+        *numbers,
+        weights,
+        ids,
+    )
+    if used < width:
+        # vLLM's CPU kernel reads memory, not strides.
+        weights = np.ascontiguousarray(weights[:, :used])
+        ids = np.ascontiguousarray(ids[:, :used])
+    return torch.from_numpy(weights), torch.from_numpy(ids)
+
+
+def router_scores(
+    logits: torch.Tensor,
+    rows: Tensors,
+    shared: Tensors,
+    table: Tensors,
+    correction: torch.Tensor,
+    *numbers: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `sluice.kernels.router_scores.router_scores`."""
+    scores = np.empty(logits.shape, dtype=np.float32)
+    choice = np.empty(logits.shape, dtype=np.float32)
+    _scores(
+        plain(logits),
+        *_arrays(rows),
+        *_arrays(shared),
+        *_arrays(table),
+        correction.numpy(),
+        *numbers,
+        scores,
+        choice,
+    )
+    return torch.from_numpy(scores), torch.from_numpy(choice)
+
+
+def count_selections(ids: torch.Tensor, owners: torch.Tensor, counts: Tensors, place: int) -> None:
+    """See `sluice.kernels.count_selections.count_selections`."""
+    _count(ids.contiguous().numpy(), owners.numpy(), *_arrays(counts), place)
+
+
+def plain(logits: torch.Tensor) -> Any:
+    """Logits as a contiguous fp32 array; no copy if they are that."""
+    return logits.float().contiguous().numpy()
+
+
+def _arrays(group: Tensors) -> tuple[Any, ...]:
+    """Arrays of a group; `stock`, and any group of a compiled graph, is a plain list."""
+    if isinstance(group, list):
+        return tuple(tensor.numpy() for tensor in group)
+    arrays: tuple[Any, ...] = group.arrays
+    return arrays
+
+
+@compiled
+def _route(
+    logits: Array,
+    stock_weights: Array,
+    stock_ids: Array,
+    policies: Array,
+    owners: Array,
+    pulls: Array,
+    sets: Array,
+    references: Array,
+    alpha: Array,
+    top: Array,
+    within: Array,
+    limits: Array,
+    cuts: Array,
+    bias: Array,
+    marks: Array,
+    forced_weight: Array,
+    counts: Array,
+    ran: Array,
+    correction: Array,
+    place: int,
+    top_k: int,
+    sigmoid: bool,
+    renormalize: bool,
+    scale: float,
+    groups: int,
+    topk_group: int,
+    weights: Array,
+    ids: Array,
+) -> int:
+    """Write `weights` and `ids`, add to `counts` and `ran`; how much the fullest row has."""
+    rows, experts = logits.shape
+    histogram = counts[place]
+    raw = np.empty(experts, dtype=np.float32)
+    mixed = np.empty(experts, dtype=np.float32)
+    usual = np.empty(experts, dtype=np.float32)
+    choice = np.empty(experts, dtype=np.float32)
+    scratch = np.empty(experts, dtype=np.int64)
+    own = np.empty(top_k, dtype=np.int64)
+    slots = np.empty(experts + top_k, dtype=np.int64)
+    held = np.empty(experts + top_k, dtype=np.float32)
+    widest = 0
+    for r in range(rows):
+        p = policies[r]
+        pull = pulls[r] if len(pulls) else -1
+        shared = sets[r] if len(sets) else -1
+        if p == 0 and pull < 0 and shared < 0 and len(stock_ids):
+            active, taken = top_k, 0
+            for slot in range(top_k):
+                ids[r, slot] = stock_ids[r, slot]
+                weights[r, slot] = stock_weights[r, slot]
+        else:
+            score_row(logits[r], sigmoid, raw)
+            choice_row(raw, correction, bias[0], marks[0], groups, topk_group, scratch, usual)
+            changes = limits[p, CHANGES] != 0
+            scores = raw
+            if pull >= 0:
+                remix_row(raw, references[pull], alpha[pull], top[pull], scratch, mixed)
+                scores = mixed
+            if changes or pull >= 0:
+                choice_row(
+                    scores, correction, bias[p], marks[p], groups, topk_group, scratch, choice
+                )
+                for e in range(experts):
+                    if marks[p, e] & FORCED:
+                        choice[e] = np.inf
+            else:
+                choice[:] = usual
+            # What the router selects on its own matters only to rows that may select otherwise.
+            differs = changes or pull >= 0 or shared >= 0 or limits[p, K] > top_k
+            if differs:
+                best_of(usual, top_k, own)
+            if shared >= 0:
+                _keep_within(within[shared], marks[p], own, choice)
+            if limits[p, RANK] >= 0:
+                rank = limits[p, RANK]
+                best_of(choice, rank + 1, slots)
+                ids[r, 0] = slots[rank]
+                weights[r, 0] = scale
+                active = 1
+                taken = top_k - 1 if rank < top_k else top_k
+            else:
+                active = _select(
+                    scores,
+                    choice,
+                    marks[p],
+                    limits[p, K],
+                    cuts[p, RATIO],
+                    cuts[p, TOP_P],
+                    sigmoid,
+                    slots,
+                    held,
+                    scratch,
+                )
+                taken = top_k - active
+                if differs:
+                    active, taken = _put_back(scores, marks[p], own, slots, held, active)
+                if changes:
+                    _weigh_forced(marks[p], forced_weight[p], slots, held, active)
+                total = np.float32(1.0)
+                if renormalize:
+                    total = np.float32(0.0)
+                    for slot in range(active):
+                        # A mask may leave only scores too small for fp32; they share alike.
+                        held[slot] = max(held[slot], _SMALLEST)
+                        total += held[slot]
+                for slot in range(active):
+                    ids[r, slot] = slots[slot]
+                    weights[r, slot] = held[slot] / total * scale
+        for slot in range(active, ids.shape[1]):
+            ids[r, slot] = ids[r, 0]
+            weights[r, slot] = 0.0
+        for slot in range(active):
+            histogram[ids[r, slot]] += 1
+        histogram[MASKED] += taken
+        if len(ran) and owners[r] >= 0:
+            ran[owners[r], ACTIVE] += active
+            ran[owners[r], TAKEN] += taken
+            ran[owners[r], ROUTED] += 1
+        widest = max(widest, active)
+    histogram[ROWS] += rows
+    return widest
+
+
+@compiled
+def _keep_within(within: Array, marks: Array, own: Array, choice: Array) -> None:
+    """Leave the row its set, what is always selected, and protected experts it would have."""
+    for e in range(len(choice)):
+        if within[e] or choice[e] == np.inf:
+            continue
+        spared = False
+        if marks[e] & PROTECTED:
+            for slot in range(len(own)):
+                spared |= own[slot] == e
+        if not spared:
+            choice[e] = -np.inf
+
+
+@compiled
+def _select(
+    scores: Array,
+    choice: Array,
+    marks: Array,
+    k: int,
+    ratio: Any,
+    top_p: Any,
+    sigmoid: bool,
+    slots: Array,
+    held: Array,
+    order: Array,
+) -> int:
+    """Write the row's experts to `slots` and their scores to `held`; how many there are."""
+    best_of(choice, k, slots)
+    count = 0
+    first = np.float32(0.0)
+    for slot in range(k):
+        e = slots[slot]
+        if choice[e] > -np.inf and not marks[e] & DROPPED:
+            slots[count], held[count] = e, scores[e]
+            first = max(first, scores[e])
+            count += 1
+    if ratio > 0:
+        kept = 0
+        for slot in range(count):
+            if held[slot] >= ratio * first or marks[slots[slot]] & FORCED:
+                slots[kept], held[kept] = slots[slot], held[slot]
+                kept += 1
+        count = kept
+    if top_p < np.inf:
+        most = top_p
+        if sigmoid:
+            total = np.float32(0.0)
+            for e in range(len(scores)):
+                total += scores[e]
+            most = top_p * total
+        # By score: a bias or a correction ranks otherwise.
+        best_of(held[:count], count, order)
+        before = np.float32(0.0)
+        for rank in range(count):
+            slot = order[rank]
+            stays = before <= most or marks[slots[slot]] & FORCED
+            before += held[slot]
+            if not stays:
+                slots[slot] = -1
+        kept = 0
+        for slot in range(count):
+            if slots[slot] >= 0:
+                slots[kept], held[kept] = slots[slot], held[slot]
+                kept += 1
+        count = kept
+    return count
+
+
+@compiled
+def _put_back(
+    scores: Array, marks: Array, own: Array, slots: Array, held: Array, active: int
+) -> tuple[int, int]:
+    """Append protected experts of the router's own choice; experts, and how many are missing."""
+    selected = active
+    taken = 0
+    for rank in range(len(own)):
+        found = False
+        for slot in range(selected):
+            found |= slots[slot] == own[rank]
+        if found:
+            continue
+        if marks[own[rank]] & PROTECTED:
+            slots[active], held[active] = own[rank], scores[own[rank]]
+            active += 1
+        else:
+            taken += 1
+    return active, taken
+
+
+@compiled
+def _weigh_forced(
+    marks: Array, forced_weight: Array, slots: Array, held: Array, active: int
+) -> None:
+    """Give what is always selected its weight in place of its score."""
+    total = np.float32(0.0)
+    others = 0
+    for slot in range(active):
+        if not marks[slots[slot]] & FORCED:
+            total += held[slot]
+            others += 1
+    for slot in range(active):
+        e = slots[slot]
+        if marks[e] & FORCED:
+            if not np.isnan(forced_weight[e]):
+                held[slot] = forced_weight[e]
+            elif others:
+                # Where everything is forced there is no mean, and experts weigh what they scored.
+                held[slot] = total / np.float32(others)
+
+
+@compiled
+def _scores(
+    logits: Array,
+    policies: Array,
+    owners: Array,
+    pulls: Array,
+    sets: Array,
+    references: Array,
+    alpha: Array,
+    top: Array,
+    within: Array,
+    limits: Array,
+    cuts: Array,
+    bias: Array,
+    marks: Array,
+    forced_weight: Array,
+    correction: Array,
+    sigmoid: bool,
+    groups: int,
+    topk_group: int,
+    scores: Array,
+    choice: Array,
+) -> None:
+    rows, experts = logits.shape
+    raw = np.empty(experts, dtype=np.float32)
+    scratch = np.empty(experts, dtype=np.int64)
+    for r in range(rows):
+        p = policies[r]
+        score_row(logits[r], sigmoid, raw)
+        scores[r] = raw
+        if len(pulls) and pulls[r] >= 0:
+            pull = pulls[r]
+            remix_row(raw, references[pull], alpha[pull], top[pull], scratch, scores[r])
+        choice_row(scores[r], correction, bias[p], marks[p], groups, topk_group, scratch, choice[r])
+
+
+@compiled
+def _count(ids: Array, owners: Array, counts: Array, ran: Array, place: int) -> None:
+    rows, slots = ids.shape
+    histogram = counts[place]
+    for r in range(rows):
+        for slot in range(slots):
+            histogram[ids[r, slot]] += 1
+        if len(ran) and owners[r] >= 0:
+            ran[owners[r], ACTIVE] += slots
+            ran[owners[r], ROUTED] += 1
+    histogram[ROWS] += rows
