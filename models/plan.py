@@ -275,19 +275,23 @@ def count_outcomes(
             a row that ran nothing at all counts for the first.
     """
     layers = skip.shape[1]
-    outcomes = np.zeros((requests, len(PHASES), layers, len(MODULES), len(OUTCOMES)), np.int64)
+    # One pass over all segments: a step has as many as a batch has requests, and it waits for this.
+    columns = np.array(segments, dtype=np.int64).reshape(-1, len(Segment._fields)).T
+    owners, phases, masks, lengths, pending, weak = columns
+    skipped, fresh = skip[masks], pending == 0
+    filled = fill[masks] & fresh[:, np.newaxis]
+    each = np.zeros((len(owners), layers, len(MODULES), len(OUTCOMES)), np.int64)
+    each[..., EXECUTED] = ~skipped
+    # Lower layers of a pending row, and that it left, were counted when it ran them.
+    each[..., SKIPPED] = skipped & fresh[:, np.newaxis, np.newaxis]
+    each[:, :, ATTENTION, SKIPPED] -= filled
+    each[:, :, ATTENTION, FILLED] = filled
+    each *= lengths[:, np.newaxis, np.newaxis, np.newaxis]
+    outcomes = np.zeros((requests, len(PHASES), *each.shape[1:]), np.int64)
+    np.add.at(outcomes, (owners, phases), each)
+    ran = ~skipped.all(axis=2)
+    last = np.where(ran.any(axis=1), layers - 1 - ran[:, ::-1].argmax(axis=1), 0)
+    generated = fresh & (phases == DECODE) & (weak == 0)
     exits = np.zeros((requests, layers), np.int64)
-    for request, phase, mask, length, pending, weak in segments:
-        skipped, filled = skip[mask], fill[mask]
-        counted = outcomes[request, phase]
-        counted[..., EXECUTED] += length * ~skipped
-        if pending:
-            # Its lower layers, and that it left, were counted when it ran them.
-            continue
-        counted[..., SKIPPED] += length * skipped
-        counted[:, ATTENTION, SKIPPED] -= length * filled
-        counted[:, ATTENTION, FILLED] += length * filled
-        if phase == DECODE and not weak:
-            ran = np.flatnonzero(~skipped.all(axis=1))
-            exits[request, ran[-1] if len(ran) else 0] += length
+    np.add.at(exits, (owners, last), lengths * generated)
     return outcomes, exits

@@ -17,6 +17,9 @@ os.environ["SLUICE_POISON_KV"] = "1"
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 
+# Triton kernels are checked through its interpreter, which must be chosen before the import.
+os.environ["TRITON_INTERPRET"] = "1"
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 

@@ -273,8 +273,7 @@ def policy_table(
 def some_router(rng: random.Random) -> tuple[RouterSpec, int]:
     """A router and its number of experts."""
     experts = rng.choice(EXPERTS)
-    groups = rng.choice([g for g in (1, 1, 2, 3, 4, 8) if experts % g == 0 and experts // g > 1]
-                        or [1])  # fmt: skip
+    groups = rng.choice([g for g in (1, 1, 2, 3, 4, 8) if experts % g == 0])
     topk_group = rng.randint(1, groups)
     reach = topk_group * (experts // groups)
     corrected = groups > 1 and rng.random() < 0.5

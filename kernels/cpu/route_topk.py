@@ -9,13 +9,12 @@ import torch
 
 from sluice.kernels.cpu.jit import Array, compiled
 from sluice.kernels.cpu.router_rows import best_of, choice_row, remix_row, score_row
+from sluice.kernels.cpu.selected_row import keep_within, put_back, select_row, weigh_forced
 from sluice.kernels.route_columns import (
     ACTIVE,
     CHANGES,
-    DROPPED,
     FORCED,
     MASKED,
-    PROTECTED,
     RANK,
     RATIO,
     ROUTED,
@@ -180,7 +179,7 @@ def _route(
             if differs:
                 best_of(usual, top_k, own)
             if shared >= 0:
-                _keep_within(within[shared], marks[p], own, choice)
+                keep_within(within[shared], marks[p], own, choice)
             if limits[p, RANK] >= 0:
                 rank = limits[p, RANK]
                 best_of(choice, rank + 1, slots)
@@ -189,7 +188,7 @@ def _route(
                 active = 1
                 taken = top_k - 1 if rank < top_k else top_k
             else:
-                active = _select(
+                active = select_row(
                     scores,
                     choice,
                     marks[p],
@@ -203,9 +202,9 @@ def _route(
                 )
                 taken = top_k - active
                 if differs:
-                    active, taken = _put_back(scores, marks[p], own, slots, held, active)
+                    active, taken = put_back(scores, marks[p], own, slots, held, active)
                 if changes:
-                    _weigh_forced(marks[p], forced_weight[p], slots, held, active)
+                    weigh_forced(marks[p], forced_weight[p], slots, held, active)
                 total = np.float32(1.0)
                 if renormalize:
                     total = np.float32(0.0)
@@ -229,117 +228,6 @@ def _route(
         widest = max(widest, active)
     histogram[ROWS] += rows
     return widest
-
-
-@compiled
-def _keep_within(within: Array, marks: Array, own: Array, choice: Array) -> None:
-    """Leave the row its set, what is always selected, and protected experts it would have."""
-    for e in range(len(choice)):
-        if within[e] or choice[e] == np.inf:
-            continue
-        spared = False
-        if marks[e] & PROTECTED:
-            for slot in range(len(own)):
-                spared |= own[slot] == e
-        if not spared:
-            choice[e] = -np.inf
-
-
-@compiled
-def _select(
-    scores: Array,
-    choice: Array,
-    marks: Array,
-    k: int,
-    ratio: Any,
-    top_p: Any,
-    sigmoid: bool,
-    slots: Array,
-    held: Array,
-    order: Array,
-) -> int:
-    """Write the row's experts to `slots` and their scores to `held`; how many there are."""
-    best_of(choice, k, slots)
-    count = 0
-    first = np.float32(0.0)
-    for slot in range(k):
-        e = slots[slot]
-        if choice[e] > -np.inf and not marks[e] & DROPPED:
-            slots[count], held[count] = e, scores[e]
-            first = max(first, scores[e])
-            count += 1
-    if ratio > 0:
-        kept = 0
-        for slot in range(count):
-            if held[slot] >= ratio * first or marks[slots[slot]] & FORCED:
-                slots[kept], held[kept] = slots[slot], held[slot]
-                kept += 1
-        count = kept
-    if top_p < np.inf:
-        most = top_p
-        if sigmoid:
-            total = np.float32(0.0)
-            for e in range(len(scores)):
-                total += scores[e]
-            most = top_p * total
-        # By score: a bias or a correction ranks otherwise.
-        best_of(held[:count], count, order)
-        before = np.float32(0.0)
-        for rank in range(count):
-            slot = order[rank]
-            stays = before <= most or marks[slots[slot]] & FORCED
-            before += held[slot]
-            if not stays:
-                slots[slot] = -1
-        kept = 0
-        for slot in range(count):
-            if slots[slot] >= 0:
-                slots[kept], held[kept] = slots[slot], held[slot]
-                kept += 1
-        count = kept
-    return count
-
-
-@compiled
-def _put_back(
-    scores: Array, marks: Array, own: Array, slots: Array, held: Array, active: int
-) -> tuple[int, int]:
-    """Append protected experts of the router's own choice; experts, and how many are missing."""
-    selected = active
-    taken = 0
-    for rank in range(len(own)):
-        found = False
-        for slot in range(selected):
-            found |= slots[slot] == own[rank]
-        if found:
-            continue
-        if marks[own[rank]] & PROTECTED:
-            slots[active], held[active] = own[rank], scores[own[rank]]
-            active += 1
-        else:
-            taken += 1
-    return active, taken
-
-
-@compiled
-def _weigh_forced(
-    marks: Array, forced_weight: Array, slots: Array, held: Array, active: int
-) -> None:
-    """Give what is always selected its weight in place of its score."""
-    total = np.float32(0.0)
-    others = 0
-    for slot in range(active):
-        if not marks[slots[slot]] & FORCED:
-            total += held[slot]
-            others += 1
-    for slot in range(active):
-        e = slots[slot]
-        if marks[e] & FORCED:
-            if not np.isnan(forced_weight[e]):
-                held[slot] = forced_weight[e]
-            elif others:
-                # Where everything is forced there is no mean, and experts weigh what they scored.
-                held[slot] = total / np.float32(others)
 
 
 @compiled

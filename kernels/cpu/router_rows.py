@@ -119,7 +119,7 @@ def choice_row(
                     second = choice[e]
                 opened |= (marks[e] & FORCED) != 0
             # DeepSeek-V3 rates a group by its two best, DeepSeek-V2 by its best.
-            reach[g] = first + second if len(correction) else first
+            reach[g] = first + second if len(correction) and size > 1 else first
             if opened:
                 reach[g] = np.inf
         best_of(reach, topk_group, ids)

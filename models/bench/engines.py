@@ -40,6 +40,11 @@ class BenchEngine:
         """End the engine's processes."""
         self._llm.llm_engine.engine_core.shutdown()
 
+    @property
+    def runner(self) -> Any:
+        """The model runner, of an engine in this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`)."""
+        return self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
     def seconds(self, row: Row, seed: int, routed: bool) -> float:
         """Time of one batch of `row`, seconds.
 

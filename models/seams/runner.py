@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sluice.models.depth.skip import DECODE, MODULES
+from sluice.kernels.dispatch import chosen
+from sluice.models.depth.skip import DECODE, MODULES, PHASES
 from sluice.models.expert_counters import SUFFIX, ExpertCounters
 from sluice.models.expert_shape import ExpertShape
 from sluice.models.experts.contrast import BlockIds
@@ -61,6 +62,7 @@ class RoutedModelRunner(_Runner):
         for hook in _HOOKS:
             if not hasattr(super(), hook):
                 raise SeamMovedError(f"`{hook}` on the V1 model runner")
+        chosen()  # A name that is none stops the start and not the first request.
         num_layers = self.model_config.get_num_layers(self.parallel_config)
         folder = os.environ.get(PROFILE_ENV)
         self._profile = Profile.load(Path(folder)) if folder else None
@@ -199,6 +201,10 @@ class RoutedModelRunner(_Runner):
             return
         sums = self._router.sums(step.experts)
         ran = by_request(sums.ran, step.segments, step.passes)
+        weak = np.zeros((len(step.requests.ids), len(PHASES)), dtype=np.int64)
+        for segment in step.segments:
+            if segment.weak:
+                weak[step.owner(segment.request), segment.phase] += segment.length
         for index, path in step.paths.items():
             policy = path.ticket.policy.experts
             if policy.empty:
@@ -209,9 +215,7 @@ class RoutedModelRunner(_Runner):
             record.experts.ran += ran[index]
             record.experts.loaded += sums.loaded
             record.experts.layers += sums.layers
-            for segment in step.segments:
-                if segment.weak and step.owner(segment.request) == index:
-                    record.experts.weak[segment.phase] += segment.length
+            record.experts.weak += weak[index]
 
     def _model_forward(
         self,

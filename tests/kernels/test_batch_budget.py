@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from references.experts import ExpertReference
 from references.routes import NOTHING, choice_scores
 from tiny import VOCABULARY, make_model
 
-from sluice.kernels.batch_budget import lynx_set, oea_set, xshare_set
+from sluice.kernels.batch_budget import LYNX, OEA, XSHARE, batch_budget
+from sluice.kernels.dispatch import AUTO, REFERENCE, TRITON
 from sluice.models.expert_policy import BudgetMethod, ExpertBudget, ExpertPolicy
 from sluice.models.experts.budget import shared_set
 
@@ -30,13 +32,25 @@ def members(mask: torch.Tensor) -> set[int]:
     return set(torch.nonzero(mask).flatten().tolist())
 
 
-def assert_as_defined(scores: torch.Tensor, choice: torch.Tensor, size: int) -> None:
+def shares(scores: torch.Tensor, choice: torch.Tensor, size: int, kind: str) -> list[set[int]]:
+    """The sets of all methods at one size, from one implementation."""
+    share = batch_budget.implementation("cpu", kind)
+    sizes = {OEA: min(size, 4), XSHARE: size, LYNX: size}
+    return [members(share(choice, scores, method, each)) for method, each in sizes.items()]
+
+
+def assert_as_defined(
+    scores: torch.Tensor, choice: torch.Tensor, size: int, kinds: Sequence[str] = (AUTO, REFERENCE)
+) -> None:
     """All methods, at one size."""
     rows, choices = scores.tolist(), choice.tolist()
-    k0 = min(size, 4)
-    assert members(oea_set(choice, k0)) == budgets.oea(choices, k0)
-    assert members(xshare_set(choice, scores, size)) == budgets.xshare(rows, choices, size)
-    assert members(lynx_set(choice, scores, size)) == budgets.lynx(rows, choices, size)
+    wanted = [
+        budgets.oea(choices, min(size, 4)),
+        budgets.xshare(rows, choices, size),
+        budgets.lynx(rows, choices, size),
+    ]
+    for kind in kinds:
+        assert shares(scores, choice, size, kind) == wanted, kind
 
 
 @st.composite
@@ -62,6 +76,15 @@ def batches(draw: st.DrawFn, *, grid: bool) -> tuple[torch.Tensor, torch.Tensor,
 def test_random_scores(batch: tuple[torch.Tensor, torch.Tensor, int]) -> None:
     scores, choice, size = batch
     assert_as_defined(scores, choice, size)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.booleans().flatmap(lambda grid: batches(grid=grid)))
+def test_triton(batch: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+    scores, choice, size = batch
+    # Among a row's own best, ties are top-k's to break: none there.
+    choice = choice + torch.arange(choice.shape[1], 0, -1) * 1e-4
+    assert_as_defined(scores, choice, size, [TRITON])
 
 
 @settings(max_examples=150, deadline=None)
@@ -93,19 +116,22 @@ def test_every_row_keeps_its_best(batch: tuple[torch.Tensor, torch.Tensor, int])
     scores, choice, size = batch
     best = set(choice.argmax(-1).tolist())
     reach = members((choice > -math.inf).any(0))
-    assert members(oea_set(choice, 1)) == best
-    assert members(oea_set(choice, choice.shape[1])) == reach
-    for found in (xshare_set(choice, scores, size), lynx_set(choice, scores, size)):
-        assert best <= members(found) <= reach
-        assert len(members(found)) == min(max(size, len(best)), len(reach))
+    for kind in (AUTO, REFERENCE):
+        share = batch_budget.implementation("cpu", kind)
+        assert members(share(choice, scores, OEA, 1)) == best
+        assert members(share(choice, scores, OEA, choice.shape[1])) == reach
+        for found in shares(scores, choice, size, kind)[1:]:
+            assert best <= found <= reach
+            assert len(found) == min(max(size, len(best)), len(reach))
 
 
-def test_experts_without_merit_fill_what_is_left() -> None:
+@pytest.mark.parametrize("kind", [AUTO, REFERENCE, TRITON])
+def test_experts_without_merit_fill_what_is_left(kind: str) -> None:
     """An expert that no row can reach takes nobody's place, nothing having any score."""
     scores = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     choice = torch.tensor([[1.0, -math.inf, 0.0, 0.0]])
-    assert members(xshare_set(choice, scores, 2)) == {0, 2}
-    assert members(xshare_set(choice, scores, 3)) == {0, 2, 3}
+    assert shares(scores, choice, 2, kind)[1] == {0, 2}
+    assert shares(scores, choice, 3, kind)[1] == {0, 2, 3}
 
 
 def test_budgets_name_their_methods() -> None:
@@ -115,9 +141,9 @@ def test_budgets_name_their_methods() -> None:
     oea = shared_set(ExpertBudget(BudgetMethod.OEA, k0=2), *args)
     xshare = shared_set(ExpertBudget(BudgetMethod.XSHARE, experts=9), *args)
     lynx = shared_set(ExpertBudget(BudgetMethod.LYNX, experts=9), *args)
-    assert torch.equal(oea, oea_set(scores, 2))
-    assert torch.equal(xshare, xshare_set(scores, scores, 9))
-    assert torch.equal(lynx, lynx_set(scores, scores, 9))
+    assert torch.equal(oea, batch_budget.reference(scores, scores, OEA, 2))
+    assert torch.equal(xshare, batch_budget.reference(scores, scores, XSHARE, 9))
+    assert torch.equal(lynx, batch_budget.reference(scores, scores, LYNX, 9))
     assert not torch.equal(xshare, lynx)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from hypothesis import strategies as st
 from references.routes import Asked, choice_scores
 from routings import Pull, Routing, Selected, dispatched, routings
 
-from sluice.kernels.dispatch import AUTO, REFERENCE
+from sluice.kernels.dispatch import AUTO, REFERENCE, TRITON
 from sluice.kernels.router_spec import RouterSpec
 
 TIE = 2e-6
 MANY = settings(max_examples=200, deadline=None)
-implementations = pytest.mark.parametrize("choice", [AUTO, REFERENCE])
+FEW = settings(max_examples=40, deadline=None)
+"""Triton's interpreter is slow."""
+quick = pytest.mark.parametrize("choice", [AUTO, REFERENCE])
+implementations = pytest.mark.parametrize("choice", [AUTO, REFERENCE, TRITON])
 
 
 def assert_sound(routing: Routing, selected: Selected) -> None:
@@ -55,7 +59,7 @@ def assert_as_reference(routing: Routing, selected: Selected) -> None:
             assert chosen == pytest.approx(expected.weights, abs=1e-5)
 
 
-@implementations
+@quick
 @MANY
 @given(routing=routings())
 def test_controls(choice: str, routing: Routing) -> None:
@@ -64,7 +68,7 @@ def test_controls(choice: str, routing: Routing) -> None:
     assert_as_reference(routing, selected)
 
 
-@implementations
+@quick
 @MANY
 @given(routing=routings(budget=True))
 def test_controls_within_a_shared_set(choice: str, routing: Routing) -> None:
@@ -73,7 +77,7 @@ def test_controls_within_a_shared_set(choice: str, routing: Routing) -> None:
     assert_as_reference(routing, selected)
 
 
-@implementations
+@quick
 @settings(max_examples=60, deadline=None)
 @given(routing=routings())
 def test_rows_do_not_depend_on_each_other(choice: str, routing: Routing) -> None:
@@ -86,7 +90,7 @@ def test_rows_do_not_depend_on_each_other(choice: str, routing: Routing) -> None
         assert alone == pytest.approx(chosen, rel=1e-5, abs=1e-30)
 
 
-@implementations
+@quick
 @settings(max_examples=60, deadline=None)
 @given(routing=routings(), more=st.integers(1, 5), repeat=st.booleans())
 def test_slots_that_nobody_uses(choice: str, routing: Routing, more: int, repeat: bool) -> None:
@@ -99,7 +103,7 @@ def test_slots_that_nobody_uses(choice: str, routing: Routing, more: int, repeat
         assert wide.ids.shape[1] == max(wide.active)
 
 
-@implementations
+@quick
 @MANY
 @given(routing=routings(controls=False, remix=False))
 def test_neutral_controls_select_as_the_router_does(choice: str, routing: Routing) -> None:
@@ -110,7 +114,7 @@ def test_neutral_controls_select_as_the_router_does(choice: str, routing: Routin
     assert not any(selected.taken)
 
 
-@implementations
+@quick
 @MANY
 @given(routing=routings(controls=False, remix=False), data=st.data())
 def test_one_expert_by_rank(choice: str, routing: Routing, data: st.DataObject) -> None:
@@ -128,6 +132,32 @@ def test_one_expert_by_rank(choice: str, routing: Routing, data: st.DataObject) 
         assert weight == spec.scale
         if values.count(values[expert]) == 1:
             assert selected.taken[row] == len(usual - {expert})
+
+
+@FEW
+@given(routing=routings() | routings(budget=True))
+def test_triton_controls(routing: Routing) -> None:
+    selected = routing.selected(TRITON)
+    assert_sound(routing, selected)
+    assert_as_reference(routing, selected)
+
+
+@FEW
+@given(routing=routings(), more=st.integers(1, 5), repeat=st.booleans())
+def test_triton_slots_that_nobody_uses(routing: Routing, more: int, repeat: bool) -> None:
+    wide = routing.selected(TRITON, more=more, repeat=repeat)
+    assert wide.ids.shape[1] > max(wide.active)
+    assert dispatched(wide, repeat=repeat) == dispatched(routing.selected(TRITON))
+
+
+@FEW
+@given(routing=routings(controls=False, remix=False), data=st.data())
+def test_triton_one_expert_by_rank(routing: Routing, data: st.DataObject) -> None:
+    reach = routing.spec.topk_group * (routing.logits.shape[1] // routing.spec.groups)
+    rows = len(routing.logits)
+    drawn = st.lists(st.none() | st.integers(0, reach - 1), min_size=rows, max_size=rows)
+    weak = replace(routing, ranks=tuple(data.draw(drawn)))
+    assert_as_reference(weak, weak.selected(TRITON))
 
 
 @implementations

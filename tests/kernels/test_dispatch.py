@@ -1,0 +1,150 @@
+"""Which implementation runs, and that a compiled graph can hold every operation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from references.routes import Asked
+from routings import Pull, Routing, policy_table
+
+from sluice.kernels import dispatch
+from sluice.kernels.batch_budget import XSHARE, batch_budget
+from sluice.kernels.count_selections import count_selections
+from sluice.kernels.dispatch import (
+    AUTO,
+    CHOICES,
+    REFERENCE,
+    TRITON,
+    VARIABLE,
+    KernelChoiceError,
+    Operation,
+)
+from sluice.kernels.route_rows import RouteCounts, RouteRows, Shared
+from sluice.kernels.route_topk import route_topk
+from sluice.kernels.router_scores import router_scores
+from sluice.kernels.router_spec import RouterSpec
+
+EXPERTS = 7
+SPEC = RouterSpec(2)
+
+
+def integers(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def arguments() -> dict[str, tuple[Operation, tuple]]:
+    """Every routing operation with what a step would give it."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, EXPERTS, generator=generator)
+    asked = [Asked(top_k=3), Asked(masked={1})]
+    table = policy_table(asked, (), SPEC, EXPERTS)
+    rows = RouteRows(
+        integers(1, 0, 2), integers(0, 1, 2, dtype=torch.int64), integers(-1, -1, 0),
+        integers(0, -1, -1),
+    )  # fmt: skip
+    within = torch.tensor([[True] * 6 + [False]])
+    shared = Shared(
+        torch.rand(1, EXPERTS, generator=generator), torch.tensor([0.5]), integers(4), within
+    )
+    counts = RouteCounts(
+        torch.zeros((2, EXPERTS + 2), dtype=torch.int64), torch.zeros((3, 3), dtype=torch.int64)
+    )
+    stock = [torch.ones(3, 2), integers(0, 1, 0, 1, 0, 1).view(3, 2)]
+    correction = torch.zeros(EXPERTS)
+    # On a CPU the width that comes back is data, as no graph can know: a row uses all of it here.
+    groups = (list(rows), list(shared), list(table))
+    numbers = (*SPEC.numbers, 3, True)
+    scores = logits.softmax(-1)
+    return {
+        "route_topk": (route_topk, (logits, stock, *groups, list(counts), correction, 1, *numbers)),
+        "router_scores": (router_scores, (logits, *groups, correction, False, 1, 1)),
+        "count_selections": (count_selections, (stock[1], rows.owners, list(counts), 0)),
+        "batch_budget": (batch_budget, (scores, scores, XSHARE, 4)),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(arguments()))
+def test_a_graph_can_hold_it(name: str) -> None:
+    operation, args = arguments()[name]
+    torch.library.opcheck(operation.op.default, args)
+
+
+@pytest.mark.parametrize("name", sorted(arguments()))
+def test_a_compiled_call_is_the_eager_one(name: str) -> None:
+    operation, args = arguments()[name]
+    _, same = arguments()[name]
+    eager = operation(*args)
+    compiled = torch.compile(operation.__call__, fullgraph=True, backend="aot_eager")(*same)
+    for one, other in zip(flat(eager), flat(compiled), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    for one, other in zip(flat(args), flat(same), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def flat(value: object) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [each for part in value for each in flat(part)]
+    return []
+
+
+@pytest.fixture
+def choosing(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    dispatch.chosen.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    dispatch.chosen.cache_clear()
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_variable_chooses(choosing: pytest.MonkeyPatch, choice: str) -> None:
+    choosing.setenv(VARIABLE, choice)
+    run: list[str] = []
+
+    def implementation(device: str, kind: str) -> object:
+        return lambda *args: run.append(f"{device} {kind}")
+
+    choosing.setattr(NOOP, "implementation", implementation)
+    NOOP(torch.zeros(1))
+    assert run == [f"cpu {choice}"]
+
+
+def noop(tensor: torch.Tensor) -> None:
+    return None
+
+
+NOOP = Operation(noop, fake=noop)
+
+
+def test_implementations_of_each_choice() -> None:
+    assert route_topk.implementation("cpu", REFERENCE) is route_topk.reference
+    assert route_topk.implementation("cuda", REFERENCE) is route_topk.reference
+    assert route_topk.implementation("cpu", AUTO).__module__ == "sluice.kernels.cpu.route_topk"
+    for device, choice in (("cuda", AUTO), ("cuda", TRITON), ("cpu", TRITON)):
+        found = route_topk.implementation(device, choice)
+        assert found.__module__ == "sluice.kernels.gpu.route_topk"
+    # Nothing better is known there.
+    assert count_selections.implementation("cuda", AUTO) is count_selections.reference
+
+
+def test_unset_is_auto(choosing: pytest.MonkeyPatch) -> None:
+    choosing.delenv(VARIABLE, raising=False)
+    assert dispatch.chosen() == AUTO
+
+
+def test_an_unknown_choice_is_refused(choosing: pytest.MonkeyPatch) -> None:
+    choosing.setenv(VARIABLE, "fastest")
+    with pytest.raises(KernelChoiceError, match=r"SLUICE_KERNELS='fastest': must be one of auto"):
+        dispatch.chosen()
+
+
+def test_a_re_mix_and_a_plain_row_side_by_side() -> None:
+    """The same routing through the operator and through its implementations."""
+    logits = torch.randn(2, EXPERTS, generator=torch.Generator().manual_seed(2))
+    pull = Pull(tuple([1.0] + [0.0] * (EXPERTS - 1)), 0.0, EXPERTS)
+    routing = Routing(SPEC, logits, (Asked(), Asked()), (None, pull))
+    for choice in CHOICES:
+        assert set(routing.selected(choice).ids[1, :1].tolist()) == {0}
