@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from sluice.kernels.batch_budget import LYNX, LYNX_LEVELS, LYNX_SCALE, OEA
-from sluice.kernels.gpu.router_rows import Block, first_of
+from sluice.kernels.gpu.router_rows import first_of
 
 _SCALE = tl.constexpr(LYNX_SCALE)
 _LEVELS = tl.constexpr(LYNX_LEVELS)
@@ -15,9 +15,9 @@ _LEVELS = tl.constexpr(LYNX_LEVELS)
 
 @triton.jit
 def _share(
-    choices: Block,
-    scores: Block,
-    members_out: Block,
+    choices: tl.tensor,
+    scores: tl.tensor,
+    members_out: tl.tensor,
     rows: int,
     size: int,
     IS_OEA: tl.constexpr,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sluice.kernels.gpu.router_rows import Block, choices, first_of, remixed, scored
+from sluice.kernels.gpu.router_rows import choices, first_of, remixed, scored
 
 _DROPPED = tl.constexpr(1)
 _FORCED = tl.constexpr(2)
@@ -20,36 +20,36 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _picked(chosen: Block, block: Block) -> Block:
+def _picked(chosen: tl.tensor, block: tl.tensor) -> tl.tensor:
     """The entry of `block` at the one place of each row where `chosen`."""
     return tl.sum(tl.where(chosen, block, 0), axis=1)
 
 
 @triton.jit
 def _route(
-    logits: Block,
-    row_stride: int,
-    column_stride: int,
-    stock_weights: Block,
-    stock_ids: Block,
-    policies: Block,
-    owners: Block,
-    pulls: Block,
-    sets: Block,
-    references: Block,
-    alphas: Block,
-    tops: Block,
-    within: Block,
-    limits: Block,
-    cuts: Block,
-    biases: Block,
-    marks: Block,
-    forced_weights: Block,
-    histogram: Block,
-    ran: Block,
-    corrections: Block,
-    weights_out: Block,
-    ids_out: Block,
+    logits: tl.tensor,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
+    stock_weights: tl.tensor,
+    stock_ids: tl.tensor,
+    policies: tl.tensor,
+    owners: tl.tensor,
+    pulls: tl.tensor,
+    sets: tl.tensor,
+    references: tl.tensor,
+    alphas: tl.tensor,
+    tops: tl.tensor,
+    within: tl.tensor,
+    limits: tl.tensor,
+    cuts: tl.tensor,
+    biases: tl.tensor,
+    marks: tl.tensor,
+    forced_weights: tl.tensor,
+    histogram: tl.tensor,
+    ran: tl.tensor,
+    corrections: tl.tensor,
+    weights_out: tl.tensor,
+    ids_out: tl.tensor,
     rows: int,
     scale: float,
     width: int,
@@ -297,19 +297,19 @@ def route_topk(
 
 @triton.jit
 def _score(
-    logits: Block,
-    row_stride: int,
-    column_stride: int,
-    policies: Block,
-    pulls: Block,
-    references: Block,
-    alphas: Block,
-    tops: Block,
-    biases: Block,
-    marks: Block,
-    corrections: Block,
-    scores_out: Block,
-    choice_out: Block,
+    logits: tl.tensor,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
+    policies: tl.tensor,
+    pulls: tl.tensor,
+    references: tl.tensor,
+    alphas: tl.tensor,
+    tops: tl.tensor,
+    biases: tl.tensor,
+    marks: tl.tensor,
+    corrections: tl.tensor,
+    scores_out: tl.tensor,
+    choice_out: tl.tensor,
     rows: int,
     SIGMOID: tl.constexpr,
     GROUPS: tl.constexpr,

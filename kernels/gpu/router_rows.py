@@ -6,19 +6,15 @@ Blocks are (rows, experts), experts padded to a power of two; the rules are thos
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 FORCED = tl.constexpr(2)
 """As in `sluice.kernels.route_columns`: kernels see only constants of their own module."""
 
-Block = Any
-
 
 @triton.jit
-def first_of(values: Block, places: Block) -> Block:
+def first_of(values: tl.tensor, places: tl.tensor) -> tl.tensor:
     """Largest value of each row and its place; of equals the first."""
     best = tl.max(values, axis=1)
     nowhere = values.shape[1]
@@ -27,7 +23,7 @@ def first_of(values: Block, places: Block) -> Block:
 
 
 @triton.jit
-def scored(logits: Block, inside: Block, SIGMOID: tl.constexpr) -> Block:
+def scored(logits: tl.tensor, inside: tl.tensor, SIGMOID: tl.constexpr) -> tl.tensor:
     """Scores, fp32; 0 where there is no expert."""
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-logits))
@@ -40,15 +36,15 @@ def scored(logits: Block, inside: Block, SIGMOID: tl.constexpr) -> Block:
 
 @triton.jit
 def remixed(
-    scores: Block,
-    places: Block,
-    inside: Block,
-    pulls: Block,
-    references: Block,
-    alphas: Block,
-    tops: Block,
+    scores: tl.tensor,
+    places: tl.tensor,
+    inside: tl.tensor,
+    pulls: tl.tensor,
+    references: tl.tensor,
+    alphas: tl.tensor,
+    tops: tl.tensor,
     EXPERTS: tl.constexpr,
-) -> Block:
+) -> tl.tensor:
     """Scores with the rows whose `pulls` >= 0 pulled towards their reference."""
     asks = pulls >= 0
     alpha = tl.load(alphas + pulls, mask=asks, other=1.0)[:, None]
@@ -71,17 +67,17 @@ def remixed(
 
 @triton.jit
 def choices(
-    scores: Block,
-    correction: Block,
-    bias: Block,
-    forced: Block,
-    places: Block,
-    inside: Block,
+    scores: tl.tensor,
+    correction: tl.tensor,
+    bias: tl.tensor,
+    forced: tl.tensor,
+    places: tl.tensor,
+    inside: tl.tensor,
     CORRECTED: tl.constexpr,
     GROUPS: tl.constexpr,
     TOPK_GROUP: tl.constexpr,
     EXPERTS: tl.constexpr,
-) -> Block:
+) -> tl.tensor:
     """Selection scores: corrected, biased and limited to groups.
 
     Experts that are always selected have their own score here, and their group is in reach.
