@@ -1,32 +1,70 @@
-"""Stable compaction of token rows and the way back.
+"""Stable compaction of token rows and the way back, for both halves of the residual stream at once.
 
-Plain PyTorch; also the CPU path.
+vLLM carries a hidden state as a pair `(delta, residual)` whose sum it is; rows of both go together.
+On a CPU PyTorch's own row copies are the vectorised path.
 """
 
 from __future__ import annotations
 
 import torch
 
+from sluice.kernels.dispatch import operation
 
-def row_compact(state: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Copy the chosen rows, in order.
+
+def _fake_compact(
+    delta: torch.Tensor, residual: torch.Tensor, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (index.shape[0], delta.shape[1])
+    return delta.new_empty(shape), residual.new_empty(shape)
+
+
+@operation(fake=_fake_compact, triton="sluice.kernels.gpu.row_compact:row_compact")
+def row_compact(
+    delta: torch.Tensor, residual: torch.Tensor, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy the chosen rows of a pair, in order.
 
     Args:
-        state: (tokens, hidden), any dtype.
-        index: (rows,), int64, ascending, on the device of `state`.
+        delta: (tokens, hidden), any dtype, any strides.
+        residual: (tokens, hidden), any dtype, any strides.
+        index: (rows,), int64, in [0, tokens), on the device of the pair.
 
     Returns:
-        (rows, hidden), contiguous, never a view of `state`.
+        Their `delta` and `residual`, (rows, hidden), contiguous, never a view.
     """
-    return state.index_select(0, index)
+    return delta.index_select(0, index), residual.index_select(0, index)
 
 
-def row_scatter(state: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
-    """Write compacted rows back in place; the inverse of `row_compact`.
+def _fake_scatter(
+    delta: torch.Tensor,
+    residual: torch.Tensor,
+    index: torch.Tensor,
+    delta_rows: torch.Tensor,
+    residual_rows: torch.Tensor,
+) -> None:
+    return None
+
+
+@operation(
+    fake=_fake_scatter,
+    mutates=("delta", "residual"),
+    triton="sluice.kernels.gpu.row_compact:row_scatter",
+)
+def row_scatter(
+    delta: torch.Tensor,
+    residual: torch.Tensor,
+    index: torch.Tensor,
+    delta_rows: torch.Tensor,
+    residual_rows: torch.Tensor,
+) -> None:
+    """Write the compacted rows of a pair back in place; the inverse of `row_compact`.
 
     Args:
-        state: (tokens, hidden), changed in place.
-        index: (rows,), int64, unique, on the device of `state`.
-        rows: (rows, hidden), dtype of `state`.
+        delta: (tokens, hidden), any strides, changed in place.
+        residual: (tokens, hidden), any strides, changed in place.
+        index: (rows,), int64, in [0, tokens), without repeats, on the device of the pair.
+        delta_rows: (rows, hidden), dtype of `delta`, any strides.
+        residual_rows: (rows, hidden), dtype of `residual`, any strides.
     """
-    state.index_copy_(0, index, rows)
+    delta.index_copy_(0, index, delta_rows)
+    residual.index_copy_(0, index, residual_rows)

@@ -127,11 +127,11 @@ def _parts(layer: DecoderLayer, rows: torch.Tensor) -> list[Callable[[torch.Tens
 
         return run
 
-    def move(rows: torch.Tensor) -> None:
-        # Twice, for the two tensors of the pair.
-        index = torch.arange(len(rows), device=rows.device)
-        row_scatter(rows, index, row_compact(rows, index))
-        row_scatter(rows, index, row_compact(rows, index))
+    residual = torch.zeros_like(rows)
+
+    def move(delta: torch.Tensor) -> None:
+        index = torch.arange(len(delta), device=delta.device)
+        row_scatter(delta, residual, index, *row_compact(delta, residual, index))
 
     return [project(layer.projections), project(layer.fill_projections), layer.mlp, move]
 

@@ -289,7 +289,7 @@ def count_outcomes(
     each *= lengths[:, np.newaxis, np.newaxis, np.newaxis]
     outcomes = np.zeros((requests, len(PHASES), *each.shape[1:]), np.int64)
     np.add.at(outcomes, (owners, phases), each)
-    ran = ~skipped.all(axis=2)
+    ran: BoolArray = np.any(~skipped, axis=2)
     last = np.where(ran.any(axis=1), layers - 1 - ran[:, ::-1].argmax(axis=1), 0)
     generated = fresh & (phases == DECODE) & (weak == 0)
     exits = np.zeros((requests, layers), np.int64)

@@ -23,10 +23,7 @@ class ResidualStream:
             self.expand()
             if wanted is not None:
                 index = wanted.index(self._all[0].device)
-                self._view = (
-                    row_compact(self._all[0], index),
-                    row_compact(self._all[1], index),
-                )
+                self._view = row_compact(*self._all, index)
             self._rows = wanted
         return self._view
 
@@ -40,8 +37,7 @@ class ResidualStream:
         """The pair of all rows."""
         if self._rows is not None:
             index = self._rows.index(self._all[0].device)
-            for state, view in zip(self._all, self._view, strict=True):
-                row_scatter(state, index, view)
+            row_scatter(*self._all, index, *self._view)
             self._rows, self._view = None, self._all
         return self._all
 
@@ -51,11 +47,11 @@ class ResidualStream:
         if len(tokens) == len(delta):
             return delta + residual
         index = torch.from_numpy(tokens).to(delta.device)
-        return row_compact(delta, index) + row_compact(residual, index)
+        delta, residual = row_compact(delta, residual, index)
+        return delta + residual
 
     def assign(self, tokens: IntArray, hidden: torch.Tensor) -> None:
         """Set the hidden states of rows. `hidden`: (rows, hidden)."""
         delta, residual = self.expand()
         index = torch.from_numpy(tokens).to(delta.device)
-        row_scatter(delta, index, torch.zeros_like(hidden))
-        row_scatter(residual, index, hidden)
+        row_scatter(delta, residual, index, torch.zeros_like(hidden), hidden)

@@ -11,21 +11,11 @@ import torch
 from torch import nn
 
 from sluice.models.families import DecoderFamily
+from sluice.models.seams.key_values import KeyValues
+from sluice.models.seams.moved import SeamMovedError
 from sluice.models.telemetry import ModuleCost
 
 Norm = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-
-class SeamMovedError(RuntimeError):
-    """vLLM no longer has a part that Sluice calls; names the part and the vLLM version."""
-
-    def __init__(self, what: str) -> None:
-        import vllm
-
-        super().__init__(
-            f"vLLM {vllm.__version__} has no {what}: Sluice was written against 0.32.0 and its "
-            "seam has moved; use the pinned version."
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +30,11 @@ class DecoderLayer:
     projections: tuple[nn.Module, ...]
     """All projections of the attention."""
     fill_projections: tuple[nn.Module, ...]
-    """Those that K/V come from."""
+    """Those that K/V come from, without the rows of queries where `key_values` leaves them out."""
     latent: bool
     """The K/V cache holds latents; see `AttentionKind`."""
+    key_values: KeyValues | None
+    """The way to K/V alone; None where only the attention itself knows it."""
 
     @property
     def kv_name(self) -> str:
@@ -112,6 +104,8 @@ def _layer(module: nn.Module, family: DecoderFamily) -> DecoderLayer:
             raise ValueError(f"{family.name} checkpoints with {name} are not supported")
     attention = _part(module, family.attention)
     kind = family.attention_kind
+    key_values = None if kind.latent else KeyValues.of(attention)
+    fill = _projections(attention, kind.fill_projections)
     return DecoderLayer(
         attention_norm=_part(module, family.attention_norm),
         attention=attention,
@@ -119,8 +113,9 @@ def _layer(module: nn.Module, family: DecoderFamily) -> DecoderLayer:
         mlp_norm=_part(module, family.mlp_norm),
         mlp=_part(module, family.mlp),
         projections=_projections(attention, kind.projections),
-        fill_projections=_projections(attention, kind.fill_projections),
+        fill_projections=fill if key_values is None else (key_values.projection,),
         latent=kind.latent,
+        key_values=key_values,
     )
 
 

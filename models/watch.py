@@ -121,9 +121,9 @@ class ExitWatch(Watch):
         """See `Watch.after_layer`."""
         point = ExitPoint(
             layer=layer,
-            hidden=after.float(),
-            previous=None if before is None else before.float(),
-            logits=None if logits is None else logits.float(),
+            hidden=after,
+            previous=before,
+            logits=logits,
             threshold=self._thresholds.to(after.device),
             state=self._state,
             tensors=self._tensors,
@@ -171,8 +171,7 @@ class PromptWatch(Watch):
 
     def before_layer(self, layer: int, before: torch.Tensor, control: LoopControl) -> None:
         """With a masked prefill the whole prompt is here: decide the layer before it runs."""
-        states = before.float()
-        read = self._method.statistic(layer, states, states, self._tensors)
+        read = self._method.statistic(layer, before, before, self._tensors)
         self._path.statistics[layer] = float(agreed_between_ranks(read.double().mean()))
         skipped = self._method.skipped_blocks(self._path.statistics, self._rule)
         self._passed[layer] = skipped[layer]
@@ -191,7 +190,7 @@ class PromptWatch(Watch):
         if self.looks_ahead:
             return
         assert before is not None
-        read = self._method.statistic(layer, before.float(), after.float(), self._tensors)
+        read = self._method.statistic(layer, before, after, self._tensors)
         total = agreed_between_ranks(read.double().sum())
         if self._method.pool == "mean":
             self._path.statistics[layer] += float(total)
@@ -239,7 +238,7 @@ class VoidWatch(Watch):
     ) -> None:
         """Test the layer, and in `replace` undo it where it is void."""
         assert before is not None
-        void = agreed_between_ranks(self._range.void(norm_change(before.float(), after.float())))
+        void = agreed_between_ranks(self._range.void(norm_change(before, after)))
         self.void[:, layer] = void.cpu().numpy()
         if self._replaces:
             if self.void[:, layer].any():

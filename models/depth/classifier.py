@@ -26,5 +26,5 @@ class Classifier(ExitMethod):
 
     def leaves(self, at: ExitPoint) -> Tensor:
         """See `ExitMethod.leaves`."""
-        score = (at.hidden @ at.tensors["weight"] + at.tensors["bias"]).sigmoid()
+        score = (at.hidden.float() @ at.tensors["weight"] + at.tensors["bias"]).sigmoid()
         return score >= at.threshold

@@ -24,11 +24,8 @@ class Confidence(ExitMethod):
 
     def leaves(self, at: ExitPoint) -> Tensor:
         """See `ExitMethod.leaves`."""
-        assert at.logits is not None
-        return self.score(at.logits) >= at.threshold
+        from sluice.kernels.exit_test import CONFIDENCE, exit_test
 
-    @staticmethod
-    def score(logits: Tensor) -> Tensor:
-        """Top-1 minus top-2 probability, (rows,), of logits (rows, vocabulary)."""
-        first, second = logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
-        return first - second
+        assert at.logits is not None
+        _, leaves = exit_test(at.logits, at.threshold, CONFIDENCE)
+        return leaves

@@ -31,7 +31,7 @@ class First(PromptMethod):
 
     def statistic(self, layer: int, before: Tensor, after: Tensor, tensors: Tensors) -> Tensor:  # noqa: ARG002
         """Router logit of each token."""
-        return before @ tensors["weight"][layer] + tensors["bias"][layer]
+        return before.float() @ tensors["weight"][layer] + tensors["bias"][layer]
 
     def skipped_blocks(self, pooled: NDArray[np.float64], rule: AdaptiveRule) -> NDArray[np.bool_]:
         """See `PromptMethod.skipped_blocks`."""

@@ -50,9 +50,10 @@ class LAC(PromptMethod):
 
 
 def norm_change(before: Tensor, after: Tensor) -> Tensor:
-    """`|after| - |before|` per row, fp32, (rows,)."""
-    change: Tensor = after.norm(dim=-1) - before.norm(dim=-1)
-    return change
+    """`|after| - |before|` per row, (rows, hidden) each; fp32, (rows,)."""
+    from sluice.kernels.layer_stats import CHANGE, layer_stats
+
+    return layer_stats(after, after.new_empty(0), before)[:, CHANGE]
 
 
 class VoidRange:

@@ -44,14 +44,14 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class ExitPoint:
-    """Live rows under one method after one layer; floats are fp32.
+    """Live rows under one method after one layer; what the model computed has its dtype.
 
     Attributes:
         layer: 0-based.
         hidden: residual stream after the layer, (rows, hidden).
         previous: residual stream before the layer, (rows, hidden); None unless asked for.
         logits: LM head on `hidden` after the final norm, (rows, vocabulary); None unless asked for.
-        threshold: what `ExitMethod.threshold` gave for each row, (rows,).
+        threshold: what `ExitMethod.threshold` gave for each row, fp32, (rows,).
         state: what the method keeps from exit to exit of one token; first dimension (rows,).
         tensors: the method's part of the profile.
     """
@@ -110,8 +110,8 @@ class PromptMethod(ABC):
 
         Args:
             layer: 0-based.
-            before: residual stream before the layer, fp32, (rows, hidden).
-            after: residual stream after it, fp32, (rows, hidden).
+            before: residual stream before the layer, (rows, hidden), the model's dtype.
+            after: residual stream after it, (rows, hidden), the model's dtype.
             tensors: the method's part of the profile.
 
         Returns:
@@ -124,7 +124,7 @@ class PromptMethod(ABC):
 
 
 def row_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of each row of `a` with the same row of `b`, fp32, (rows,)."""
-    lengths = a.norm(dim=-1) * b.norm(dim=-1)
-    cosine: Tensor = (a * b).sum(-1) / lengths.clamp_min(1e-12)
-    return cosine
+    """Cosine of each row of `a` with the same row of `b`, (rows, hidden) each; fp32, (rows,)."""
+    from sluice.kernels.layer_stats import COSINE, layer_stats
+
+    return layer_stats(a, a.new_empty(0), b)[:, COSINE]

@@ -40,8 +40,8 @@ def cosine_retention(num_layers: int) -> tuple[float, ...]:
 
 def importance(embeddings: Tensor) -> NDArray[np.float32]:
     """Importance of each prompt token, (tokens,), from its embeddings, (tokens, hidden)."""
-    states = embeddings.float()
-    away = 1.0 - row_cosine(states, states.mean(dim=0, keepdim=True))
+    mean = embeddings.float().mean(dim=0, keepdim=True)
+    away = 1.0 - row_cosine(embeddings, mean.expand_as(embeddings))
     result: NDArray[np.float32] = away.cpu().numpy()
     return result
 

@@ -29,7 +29,7 @@ class QExit(ExitMethod):
         import torch
 
         assert at.previous is not None
-        x = torch.cat([at.hidden, at.previous], dim=-1)
+        x = torch.cat([at.hidden, at.previous], dim=-1).float()
         for part in range(3):
             x = x @ at.tensors[f"{part}.weight"].T + at.tensors[f"{part}.bias"]
             x = x.tanh() if part < 2 else x

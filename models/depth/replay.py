@@ -6,6 +6,7 @@ whose random weights would exit nowhere. The test on the LM head runs and does n
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sluice.models.depth.confidence import Confidence
@@ -31,6 +32,6 @@ class Replay(Confidence):
 
     def leaves(self, at: ExitPoint) -> Tensor:
         """See `ExitMethod.leaves`."""
-        assert at.logits is not None
         # No difference of probabilities is above one.
-        return (self.score(at.logits) > 1.5) | (at.threshold <= at.layer)
+        unreachable = at.threshold.new_full(at.threshold.shape, 2.0)
+        return super().leaves(replace(at, threshold=unreachable)) | (at.threshold <= at.layer)

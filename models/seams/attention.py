@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
-from vllm.utils.torch_utils import _encode_layer_name
+from vllm.utils.torch_utils import _encode_layer_name, is_quantized_kv_cache
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from sluice.models.plan import Rows
 
 if TYPE_CHECKING:
     from sluice.models.step import RoutedStep
+
+
+_PAGED = ("FLASH_ATTN", "TRITON_ATTN")
+"""Attention backends whose caches `paged_cache` knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +188,44 @@ class StepContext:
         return RowsContext(metadata, slots)
 
 
+@dataclass(frozen=True, slots=True)
+class PagedCache:
+    """A layer's cache as vLLM's flash and Triton attention have it, and where rows belong.
+
+    Attributes:
+        keys: (blocks, block_size, kv_heads, head_size), strided.
+        values: (blocks, block_size, kv_heads, value_size), strided.
+        slots: of the forward context's rows, int64, (rows,).
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    slots: torch.Tensor
+
+
+def paged_cache(attention_op: Any) -> PagedCache | None:
+    """The cache of a vLLM `Attention` layer; None where only its backend can write it.
+
+    The CPU's attention packs keys in an order of its own, and quantised caches have scales.
+    """
+    if attention_op.attn_backend.get_name() not in _PAGED:
+        return None
+    if is_quantized_kv_cache(attention_op.kv_cache_dtype):
+        return None
+    sizes = [attention_op.head_size, attention_op.head_size_v]
+    # Keys and values of a head lie together; heads come before slots in the shape.
+    keys, values = attention_op.kv_cache.transpose(1, 2).split(sizes, dim=-1)
+    slots = get_forward_context().slot_mapping[attention_op.layer_name]
+    return PagedCache(keys, values, slots)
+
+
 def write_keys_values(attention_op: Any, key: torch.Tensor, value: torch.Tensor) -> None:
     """Write K/V at the forward context's slots, without attending.
 
     Args:
         attention_op: vLLM `Attention` layer.
-        key: (rows, kv_heads * head_size), after rotary embedding.
-        value: (rows, kv_heads * head_size).
+        key: (rows, kv_heads * head_size) or by head, after rotary embedding.
+        value: (rows, kv_heads * value_size) or by head.
     """
     torch.ops.vllm.unified_kv_cache_update(
         key.view(-1, attention_op.num_kv_heads, attention_op.head_size),

@@ -14,7 +14,8 @@ import torch
 from sluice.kernels.router_spec import RouterSpec
 from sluice.models.expert_shape import ExpertShape
 from sluice.models.experts.router import ExpertRouter, Routed
-from sluice.models.stack import DecoderStack, SeamMovedError
+from sluice.models.seams.moved import SeamMovedError
+from sluice.models.stack import DecoderStack
 
 _HOOK = "_compute_routing"
 

@@ -31,11 +31,13 @@ from sluice.models.profile import PROFILE_ENV, Profile
 from sluice.models.requests import LiveRequests
 from sluice.models.residual import ResidualStream
 from sluice.models.seams.cost import measured_cost
+from sluice.models.seams.key_values import keep_rows
 from sluice.models.seams.logits import KnownLogits
+from sluice.models.seams.moved import SeamMovedError
 from sluice.models.seams.poison import poison_enabled, poison_new_blocks
 from sluice.models.seams.router import UnsupportedRouterError, attach, read_routers
 from sluice.models.seams.weak_cache import weak_blocks
-from sluice.models.stack import DecoderStack, SeamMovedError
+from sluice.models.stack import DecoderStack
 from sluice.models.step import RoutedStep, StepOutcome, StepRequests
 from sluice.models.support import depth_refusal
 from sluice.models.telemetry import (
@@ -98,8 +100,11 @@ class RoutedModelRunner(_Runner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as vLLM does, then find the layers."""
+        refused = depth_refusal(self.vllm_config) is not None
+        if not refused:
+            keep_rows()
         super().load_model(*args, **kwargs)
-        if depth_refusal(self.vllm_config) is not None:
+        if refused:
             return
         family = family_of(self.model_config.architecture)
         assert family is not None

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sluice.models.stack import SeamMovedError
+from sluice.models.seams.moved import SeamMovedError
 
 _WRAPPED = "_sluice_wrapped"
 

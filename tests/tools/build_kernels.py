@@ -6,14 +6,21 @@ whether to interpret when it is imported.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sluice.kernels.gpu import batch_budget, route_topk
+from sluice.kernels.gpu import (
+    batch_budget,
+    contrast_logits,
+    exit_test,
+    kv_fill,
+    layer_stats,
+    route_topk,
+    row_compact,
+)
 
 ARCHITECTURES = (80, 90)
 
@@ -112,8 +119,57 @@ def build_budgets() -> None:
         )
 
 
+def typed(kernel: Any, constants: dict[str, Any], **types: str) -> dict[str, str]:
+    """Types of all arguments but constants: strides and sizes are numbers unless said otherwise."""
+    names = [parameter.name for parameter in kernel.params]
+    return {name: types.get(name, "i32") for name in names if name not in constants}
+
+
+def build_depth() -> None:
+    """The kernels of exit tests and of rows that leave."""
+    for pair in (True, False):
+        constants = {"delta_column": 1, "residual_column": 1, "before_column": 1}
+        constants |= {"PAIR": pair, "R": 2, "B": 512}
+        streams = dict.fromkeys(("deltas", "residuals", "befores"), "*bf16")
+        types = typed(layer_stats._compare, constants, **streams, stats="*fp32")
+        build(layer_stats._compare, types, constants)
+    answers = {"states": "*fp32", "thresholds": "*fp32", "stats": "*fp32", "decisions": "*i1"}
+    for confident, parts in ((True, 8), (False, 1)):
+        constants = {"column_stride": 1, "CONFIDENT": confident, "PARTS": parts, "PART": 4096}
+        constants |= {"R": 1, "B": 1024}
+        types = typed(exit_test._read, constants, logits="*bf16", **answers)
+        build(exit_test._read, types, constants)
+        constants = {"CONFIDENT": confident, "PARTS": 38, "R": 16, "P": 64}
+        build(exit_test._join, typed(exit_test._join, constants, **answers), constants)
+    for back in (True, False):
+        states = ("delta", "residual", "delta_rows", "residual_rows")
+        constants = {**{f"{name}_step": 1 for name in states}, "BACK": back, "R": 2, "H": 1024}
+        types = typed(row_compact._copy, constants, **dict.fromkeys(states, "*bf16"), index="*i64")
+        build(row_compact._copy, types, constants)
+    held = dict.fromkeys(("key", "value", "key_cache", "value_cache", "norm_weight"), "*bf16")
+    for neox, rotary in ((True, 128), (False, 64)):
+        steps = ("key_step", "value_step", "key_cache_step", "value_cache_step")
+        constants = dict.fromkeys(steps, 1) | {"HEAD": 128, "VALUE": 128, "ROTARY": rotary}
+        constants |= {"NEOX": neox, "NORMED": neox, "N": 8, "P": rotary // 2, "V": 128}
+        constants["Q"] = max(128 - rotary, 1)
+        numbers = {"positions": "*i64", "slots": "*i64", "cos_sin": "*fp32", "eps": "fp32"}
+        build(kv_fill._fill, typed(kv_fill._fill, constants, **held, **numbers), constants)
+
+
+def build_contrast() -> None:
+    """The three kernels of a contrast."""
+    names = ("betas", "shares", "bests", "lowests")
+    types = {"strong": "*bf16", "weak": "*bf16", "found": "*bf16", **dict.fromkeys(names, "*fp32")}
+    for kernel in (contrast_logits._best, contrast_logits._lowest, contrast_logits._write):
+        constants: dict[str, Any] = {"step": 1, "T": 4096}
+        if kernel is not contrast_logits._best:
+            constants |= {"weak_step": 1, "C": 16}
+        build(kernel, typed(kernel, constants, **types), constants)
+
+
 if __name__ == "__main__":
     build_routing(grouped=False)
     build_routing(grouped=True)
     build_budgets()
-    sys.exit(0)
+    build_depth()
+    build_contrast()

@@ -1,0 +1,1 @@
+"""Checks and times the operations of `sluice.kernels`: `python -m sluice.kernels.bench`."""
