@@ -16,13 +16,14 @@ import torch
 
 from sluice.kernels.dispatch import chosen
 from sluice.models.depth.skip import DECODE, MODULES, PHASES
+from sluice.models.depth.warm_up import warm_up as depth_warm_up
 from sluice.models.expert_counters import SUFFIX, ExpertCounters
 from sluice.models.expert_shape import ExpertShape
 from sluice.models.experts.contrast import BlockIds
 from sluice.models.experts.live import LiveExperts
 from sluice.models.experts.record import ExpertRecord, by_request
 from sluice.models.experts.router import ExpertRouter
-from sluice.models.experts.warm_up import warm_up
+from sluice.models.experts.warm_up import warm_up as expert_warm_up
 from sluice.models.families import family_of
 from sluice.models.loop import LayerLoop
 from sluice.models.plan import IntArray, count_outcomes
@@ -112,6 +113,7 @@ class RoutedModelRunner(_Runner):
         # After the stack, which keeps the model's own LM head for the exit tests.
         self._known_logits = KnownLogits(self.get_model())
         config = self.model_config.hf_text_config
+        depth_warm_up(self.model_config.get_hidden_size(), self.model_config.dtype, self.device)
         self._live.arrange = measured_cost(self, stack).arrange
         self._attach_router(stack)
         self._loop = LayerLoop(stack, self, self._live.arrange, self._router)
@@ -131,7 +133,7 @@ class RoutedModelRunner(_Runner):
         counters = ExpertCounters.create(path, shape.layers, shape.experts)
         self._router = ExpertRouter(specs, counters, self.device)
         attach(stack, self._router)
-        warm_up(specs[0], shape, self.device)
+        expert_warm_up(specs[0], shape, self.device)
         self._live.experts = LiveExperts(shape, self._profile, self.device)
         self.expert_answer = {"shape": shape.to_dict(), "refusal": None}
 

@@ -11,6 +11,10 @@ from expert_policies import EVERYTHING, OEA, XSHARE, prompt_of
 from tiny import LAYERS, make_model
 
 from sluice.kernels import dispatch
+from sluice.kernels.cpu import batch_budget as cpu_budget
+from sluice.kernels.cpu import exit_test as cpu_exit
+from sluice.kernels.cpu import layer_stats as cpu_stats
+from sluice.kernels.cpu import route_topk as cpu_routing
 from sluice.kernels.dispatch import AUTO, REFERENCE, TRITON, VARIABLE, KernelChoiceError
 from sluice.models.policy import ExitRule, RoutingPolicy, SkipSet
 
@@ -37,6 +41,25 @@ def choosing(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     yield monkeypatch
     monkeypatch.undo()
     dispatch.chosen.cache_clear()
+
+
+def compiled() -> dict[str, int]:
+    """Machine code there is, by function."""
+    parts = (
+        (cpu_routing, ("_route", "_scores", "_count")),
+        (cpu_budget, ("_share",)),
+        (cpu_exit, ("_decide",)),
+        (cpu_stats, ("_compare",)),
+    )
+    return {name: len(getattr(part, name).signatures) for part, names in parts for name in names}
+
+
+def test_no_request_waits_for_a_compiler(running: Engine) -> None:
+    before = compiled()
+    assert all(before.values()), before
+    prompts = [prompt_of(6, seed=index) for index in range(len(ASKED))]
+    running.generate(prompts, list(ASKED.values()), TOKENS)
+    assert compiled() == before
 
 
 def test_tokens_and_reports_do_not_depend_on_the_choice(
