@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 
@@ -92,6 +92,17 @@ class Shared(_Shared, _Group):
         top: int32, (references,): how many of the row's best experts take part.
         within: bool, (sets, experts): experts of a set that rows share (batch budgets).
     """
+
+    @classmethod
+    def nothing(cls, experts: int, device: torch.device) -> Self:
+        """No references and no sets."""
+        references = torch.empty((0, experts), device=device)
+        return cls(
+            references=references,
+            alpha=references.new_empty(0),
+            top=references.new_empty(0, dtype=torch.int32),
+            within=references.new_empty((0, experts), dtype=torch.bool),
+        )
 
 
 class _RouteCounts(NamedTuple):

@@ -24,7 +24,8 @@ from sluice.kernels.router_scores import best, plain_scores, remixed, selection_
 
 _OUT = float("-inf")
 _FIRST = float("inf")
-_SMALLEST = torch.finfo(torch.float32).tiny
+SMALLEST = torch.finfo(torch.float32).tiny
+"""Least score of an expert that is renormalised: those of no score share alike."""
 UNUSED = -1
 """Id of an unused slot where the kernel of the experts leaves invalid ids out."""
 
@@ -132,7 +133,7 @@ def route_topk(
     taken = (missing & ~back).sum(-1)
     if renormalize:
         # A mask may leave only experts whose scores are too small for fp32; they share alike.
-        weights = weights.clamp(min=_SMALLEST).masked_fill(~kept, 0.0)
+        weights = weights.clamp(min=SMALLEST).masked_fill(~kept, 0.0)
         weights = weights / weights.sum(-1, keepdim=True)
     weights = weights * scale
 

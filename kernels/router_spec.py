@@ -36,6 +36,11 @@ class RouterSpec:
         return (self.top_k, self.sigmoid, *rest)
 
     @property
+    def score_numbers(self) -> tuple[bool, int, int]:
+        """As `router_scores` takes them: `sigmoid` to `topk_group`."""
+        return (self.sigmoid, self.groups, self.topk_group)
+
+    @property
     def sigmoid(self) -> bool:
         """Whether scores are the sigmoid of the logits instead of their softmax."""
         return self.scoring == "sigmoid"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -69,15 +69,30 @@ class Dispatch:
         kept[path.ticket.record][place, int(self._positions[token])] = chosen
 
 
+class Watcher(Protocol):
+    """Stands before `LayerLoop.run` and `ExpertRouter.route`; `stock` is what it stands before."""
+
+    def run(self, stock: Any, *args: Any) -> Any: ...
+
+    def route(self, stock: Any, *args: Any) -> Any: ...
+
+
+W = TypeVar("W", bound=Watcher)
+
+
 @contextmanager
-def recorded(runner: Any) -> Iterator[Dispatch]:
-    """Record what an engine's routers dispatch."""
-    dispatch = Dispatch(runner)
+def standing_before(runner: Any, watcher: W) -> Iterator[W]:
+    """Let a watcher see what an engine's loop and routers are given and give."""
     loop, router = runner._loop, runner._router
     run, route = loop.run, router.route
-    loop.run = lambda *args: dispatch.run(run, *args)
-    router.route = lambda *args: dispatch.route(route, *args)
+    loop.run = lambda *args: watcher.run(run, *args)
+    router.route = lambda *args: watcher.route(route, *args)
     try:
-        yield dispatch
+        yield watcher
     finally:
         del loop.run, router.route
+
+
+def recorded(runner: Any) -> AbstractContextManager[Dispatch]:
+    """Record what an engine's routers dispatch."""
+    return standing_before(runner, Dispatch(runner))

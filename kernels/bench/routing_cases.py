@@ -71,8 +71,7 @@ class _Rows:
     @cached_property
     def shared(self) -> Shared:
         """Nothing."""
-        blank = self._blank(0, self.shapes.experts)
-        return Shared(blank, self._blank(0), self._places([]), blank.bool())
+        return Shared.nothing(self.shapes.experts, self.shapes.device)
 
     @cached_property
     def table(self) -> PolicyTable:

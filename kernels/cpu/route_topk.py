@@ -23,11 +23,12 @@ from sluice.kernels.route_columns import (
     TOP_P,
     K,
 )
+from sluice.kernels.route_topk import SMALLEST
 
 Tensors = Any  # A list, or one of the groups of `sluice.kernels.route_rows`.
 
 _NOTHING = (np.empty((0, 0), dtype=np.float32), np.empty((0, 0), dtype=np.int32))
-_SMALLEST = np.float32(np.finfo(np.float32).tiny)
+_SMALLEST = np.float32(SMALLEST)
 
 
 def route_topk(

@@ -8,13 +8,15 @@ import torch
 import triton
 import triton.language as tl
 
-from sluice.kernels.gpu.router_rows import choices, first_of, remixed, scored
+from sluice.kernels.gpu.router_rows import choices, first_of, remixed, scored_rows
+from sluice.kernels.route_columns import DROPPED, FORCED, PROTECTED
+from sluice.kernels.route_topk import SMALLEST, UNUSED
 
-_DROPPED = tl.constexpr(1)
-_FORCED = tl.constexpr(2)
-_PROTECTED = tl.constexpr(4)
-_UNUSED = tl.constexpr(-1)
-_SMALLEST = tl.constexpr(1.1754943508222875e-38)
+_DROPPED = tl.constexpr(DROPPED)
+_FORCED = tl.constexpr(FORCED)
+_PROTECTED = tl.constexpr(PROTECTED)
+_UNUSED = tl.constexpr(UNUSED)
+_SMALLEST = tl.constexpr(SMALLEST)
 _BLOCK = 1024
 """Numbers that a program holds at a time: rows times padded experts."""
 
@@ -70,12 +72,9 @@ def _route(
     S: tl.constexpr,
     U: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    live = row < rows
-    places = tl.arange(0, E)
-    inside = live[:, None] & (places < EXPERTS)[None, :]
-    where = logits + row[:, None] * row_stride + places[None, :] * column_stride
-    raw = scored(tl.load(where, mask=inside, other=0.0).to(tl.float32), inside, SIGMOID)
+    row, live, places, inside, raw = scored_rows(
+        logits, row_stride, column_stride, rows, SIGMOID, EXPERTS, R, E
+    )
     policy = tl.load(policies + row, mask=live, other=0)
     of_policy = policy[:, None] * EXPERTS + places[None, :]
     bias = tl.load(biases + of_policy, mask=inside, other=0.0)
@@ -320,12 +319,9 @@ def _score(
     R: tl.constexpr,
     E: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    live = row < rows
-    places = tl.arange(0, E)
-    inside = live[:, None] & (places < EXPERTS)[None, :]
-    where = logits + row[:, None] * row_stride + places[None, :] * column_stride
-    scores = scored(tl.load(where, mask=inside, other=0.0).to(tl.float32), inside, SIGMOID)
+    row, live, places, inside, scores = scored_rows(
+        logits, row_stride, column_stride, rows, SIGMOID, EXPERTS, R, E
+    )
     policy = tl.load(policies + row, mask=live, other=0)
     of_policy = policy[:, None] * EXPERTS + places[None, :]
     bias = tl.load(biases + of_policy, mask=inside, other=0.0)

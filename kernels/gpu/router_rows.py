@@ -9,9 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FORCED = tl.constexpr(2)
-"""As in `sluice.kernels.route_columns`: kernels see only constants of their own module."""
-
 
 @triton.jit
 def first_of(values: tl.tensor, places: tl.tensor) -> tl.tensor:
@@ -32,6 +29,27 @@ def scored(logits: tl.tensor, inside: tl.tensor, SIGMOID: tl.constexpr) -> tl.te
         raised = tl.exp(logits - tl.max(logits, axis=1)[:, None])
         scores = raised / tl.sum(raised, axis=1)[:, None]
     return tl.where(inside, scores, 0.0)
+
+
+@triton.jit
+def scored_rows(
+    logits: tl.tensor,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
+    rows: int,
+    SIGMOID: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    R: tl.constexpr,
+    E: tl.constexpr,
+) -> tl.tensor:
+    """This program's rows, which of them exist, experts, which of them do, and scores."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    live = row < rows
+    places = tl.arange(0, E)
+    inside = live[:, None] & (places < EXPERTS)[None, :]
+    where = logits + row[:, None] * row_stride + places[None, :] * column_stride
+    scores = scored(tl.load(where, mask=inside, other=0.0).to(tl.float32), inside, SIGMOID)
+    return row, live, places, inside, scores
 
 
 @triton.jit

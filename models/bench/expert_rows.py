@@ -11,8 +11,13 @@ BATCHES = (1, 8, 16, 32)
 NEUTRAL = RoutingPolicy(experts=ExpertPolicy(top_p=0.9999999))
 """Runs everything that a control runs and takes no expert away."""
 
-_HALF = ExpertPolicy(top_k=TOP_K // 2)
-_OEA = ExpertPolicy(budget=ExpertBudget(BudgetMethod.OEA, k0=TOP_K // 2))
+NEUTRAL_NAME = "a control that takes nothing away"
+HALF_NAME = f"top_k {TOP_K} to {TOP_K // 2}"
+OEA_NAME = f"OEA, k0 {TOP_K // 2}"
+"""What the tables call them."""
+
+HALF = RoutingPolicy(experts=ExpertPolicy(top_k=TOP_K // 2))
+OEA = RoutingPolicy(experts=ExpertPolicy(budget=ExpertBudget(BudgetMethod.OEA, k0=TOP_K // 2)))
 _XSHARE = ExpertPolicy(budget=ExpertBudget(BudgetMethod.XSHARE, experts=16))
 
 
@@ -20,9 +25,9 @@ def expert_rows() -> tuple[Row, ...]:
     """One row per control and batch."""
     asked: tuple[tuple[str, RoutingPolicy | None, float | None], ...] = (
         ("no routing", None, 0.98),
-        ("a control that takes nothing away", NEUTRAL, 0.97),
-        (f"top_k {TOP_K} to {_HALF.top_k}", RoutingPolicy(experts=_HALF), None),
-        (f"OEA, k0 {TOP_K // 2}", RoutingPolicy(experts=_OEA), None),
+        (NEUTRAL_NAME, NEUTRAL, 0.97),
+        (HALF_NAME, HALF, None),
+        (OEA_NAME, OEA, None),
         ("XShare, 16 of 64 experts", RoutingPolicy(experts=_XSHARE), None),
     )
     return tuple(

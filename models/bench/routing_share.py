@@ -20,18 +20,25 @@ from pathlib import Path
 from typing import Any
 
 from sluice.models.bench.engines import BenchEngine
-from sluice.models.bench.expert_rows import BATCHES, NEUTRAL
-from sluice.models.bench.model import EXPERT_LAYERS, TOP_K, BenchModel, make_bench_model
+from sluice.models.bench.expert_rows import (
+    BATCHES,
+    HALF,
+    HALF_NAME,
+    NEUTRAL,
+    NEUTRAL_NAME,
+    OEA,
+    OEA_NAME,
+)
+from sluice.models.bench.model import EXPERT_LAYERS, BenchModel, make_bench_model
 from sluice.models.bench.rows import Row
-from sluice.models.expert_policy import BudgetMethod, ExpertBudget, ExpertPolicy
 from sluice.models.policy import RoutingPolicy
 
 _STOCK = "vLLM's own"
 POLICIES: dict[str, RoutingPolicy | None] = {
     _STOCK: None,
-    "a control that takes nothing away": NEUTRAL,
-    "top_k 4 to 2": RoutingPolicy(experts=ExpertPolicy(top_k=TOP_K // 2)),
-    "OEA, k0 2": RoutingPolicy(experts=ExpertPolicy(budget=ExpertBudget(BudgetMethod.OEA, k0=2))),
+    NEUTRAL_NAME: NEUTRAL,
+    HALF_NAME: HALF,
+    OEA_NAME: OEA,
 }
 
 

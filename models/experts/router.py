@@ -23,7 +23,6 @@ from sluice.models.experts.budget import shared_set
 from sluice.models.experts.ledger import StepSums
 from sluice.models.experts.live_counts import LiveCounts
 from sluice.models.experts.selection import CallRows, LayerRows, StepExperts
-from sluice.models.experts.warm_up import nothing_shared
 
 IntArray = NDArray[np.int64]
 
@@ -52,7 +51,7 @@ class ExpertRouter:
         self._layers = counters.layers
         # vLLM's CPU kernel runs whatever id a slot has; the others leave out what is no expert.
         self._repeat = device.type == "cpu"
-        self._nothing = nothing_shared(counters.total.shape[1] - EXTRA, device)
+        self._nothing = Shared.nothing(counters.total.shape[1] - EXTRA, device)
         self._step: StepExperts | None = None
         self._call: CallRows | None = None
 
@@ -137,7 +136,7 @@ class ExpertRouter:
             joined = torch.cat(references).float()
             shared = Shared(joined, asked.alpha, asked.top, self._nothing.within)
         if asked.budgets:
-            numbers = (spec.sigmoid, spec.groups, spec.topk_group)
+            numbers = spec.score_numbers
             scores, choice = router_scores(logits, asked.rows, shared, table, correction, *numbers)
             sets = [shared_set(each, choice[own], scores[own]) for each, own in asked.budgets]
             shared = Shared(*shared[:3], torch.stack(sets))

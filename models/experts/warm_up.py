@@ -15,17 +15,6 @@ from sluice.models.experts.ledger import StepLedger
 from sluice.models.experts.table import ExpertTable
 
 
-def nothing_shared(experts: int, device: torch.device) -> Shared:
-    """No references and no sets."""
-    references = torch.empty((0, experts), device=device)
-    return Shared(
-        references=references,
-        alpha=references.new_empty(0),
-        top=references.new_empty(0, dtype=torch.int32),
-        within=references.new_empty((0, experts), dtype=torch.bool),
-    )
-
-
 def warm_up(spec: RouterSpec, shape: ExpertShape, device: torch.device) -> None:
     """Route one row, so that the operations are compiled for a model.
 
@@ -37,7 +26,7 @@ def warm_up(spec: RouterSpec, shape: ExpertShape, device: torch.device) -> None:
     table = ExpertTable(shape, (), device).layer(0)
     one = torch.zeros(1, dtype=torch.int32, device=device)
     rows = RouteRows(one, one.long(), one[:0], one[:0])
-    shared = nothing_shared(shape.experts, device)
+    shared = Shared.nothing(shape.experts, device)
     counts = StepLedger(1, len(shape.layers), shape.experts, device).counts
     correction = spec.corrections.to(device)
     logits = torch.zeros((1, shape.experts), device=device)
@@ -46,6 +35,6 @@ def warm_up(spec: RouterSpec, shape: ExpertShape, device: torch.device) -> None:
         logits, [], rows, shared, table, counts, correction, 0, *spec.numbers, spec.top_k, repeat
     )
     count_selections(ids, rows.owners, counts, 0)
-    grouping = (spec.sigmoid, spec.groups, spec.topk_group)
-    scores, choice = router_scores(logits, rows, shared, table, correction, *grouping)
+    numbers = spec.score_numbers
+    scores, choice = router_scores(logits, rows, shared, table, correction, *numbers)
     batch_budget(choice, scores, OEA, 1)

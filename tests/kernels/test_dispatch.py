@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from references.routes import Asked
@@ -89,14 +87,6 @@ def flat(value: object) -> list[torch.Tensor]:
     if isinstance(value, list | tuple):
         return [each for part in value for each in flat(part)]
     return []
-
-
-@pytest.fixture
-def choosing(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    dispatch.chosen.cache_clear()
-    yield monkeypatch
-    monkeypatch.undo()
-    dispatch.chosen.cache_clear()
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references.routes import Asked, choice_scores
+from references.routes import TIE, Asked, choice_scores
 from routings import Pull, Routing, Selected, dispatched, routings
 
 from sluice.kernels.dispatch import AUTO, REFERENCE, TRITON
 from sluice.kernels.router_spec import RouterSpec
 
-TIE = 2e-6
 MANY = settings(max_examples=200, deadline=None)
 FEW = settings(max_examples=40, deadline=None)
 """Triton's interpreter is slow."""

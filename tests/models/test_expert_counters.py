@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from dispatch import standing_before
 from engine import Engine, engine
 from expert_policies import (
     CONTRAST,
@@ -87,19 +87,6 @@ class Seen:
                 self.taken[record] += gone
 
 
-@contextmanager
-def watching(runner: Any) -> Iterator[Seen]:
-    seen = Seen(runner)
-    loop, router = runner._loop, runner._router
-    run, route = loop.run, router.route
-    loop.run = lambda *args: seen.run(run, *args)
-    router.route = lambda *args: seen.route(route, *args)
-    try:
-        yield seen
-    finally:
-        del loop.run, router.route
-
-
 def counted(running: Engine) -> np.ndarray:
     """The counters, with a step that has not been summed up yet."""
     running.runner.take_routing_record("nobody")
@@ -117,7 +104,7 @@ def test_counters_and_reports_are_what_ran(running: Engine) -> None:
     asked = {**EVERYTHING, "oea": OEA, "xshare": XSHARE, "empty": RoutingPolicy()}
     prompts = [prompt_of(10 + 5 * index, seed=index) for index in range(len(asked))]
     before = counted(running)
-    with watching(running.runner) as seen:
+    with standing_before(running.runner, Seen(running.runner)) as seen:
         running.generate(prompts, list(asked.values()), TOKENS, records=list(asked))
         found = counted(running) - before
     assert found[:, ROWS].sum() > 0
@@ -149,7 +136,7 @@ def test_stock_steps_are_counted(running: Engine) -> None:
     shape = running.runner._expert_shape
     for policy in (None, RoutingPolicy()):
         before = counted(running)
-        with watching(running.runner) as seen:
+        with standing_before(running.runner, Seen(running.runner)) as seen:
             running.generate([prompt_of(20, seed=3)], [policy], TOKENS)
         found = counted(running) - before
         rows = 20 + TOKENS - 1
@@ -162,7 +149,7 @@ def test_stock_steps_are_counted(running: Engine) -> None:
 def test_steps_before_a_control_acts_are_counted(running: Engine) -> None:
     """A re-mix of the last prompt token leaves all other steps to vLLM."""
     before = counted(running)
-    with watching(running.runner) as seen:
+    with standing_before(running.runner, Seen(running.runner)) as seen:
         running.generate([prompt_of(100, seed=4)], [LAST], TOKENS, records=["last"])
     found = counted(running) - before
     assert found.tolist() == seen.total.tolist()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from references.budgets import shared_experts
 from references.remixes import Remixer
 from references.routes import (
+    TIE,
     Asked,
     Route,
     Router,
@@ -23,6 +24,7 @@ from references.routes import (
     stock_selection,
     weak_route,
 )
+from routings import reference_router
 
 from sluice.kernels.route_columns import ACTIVE, MASKED, ROUTED, ROWS, TAKEN
 from sluice.kernels.router_scores import plain_scores, selection_scores
@@ -44,7 +46,6 @@ from sluice.models.experts.live import LiveExperts
 from sluice.models.experts.router import ExpertRouter
 from sluice.models.plan import Segment
 
-TIE = 2e-6
 LAYERS = 7
 BUDGETS = (
     ExpertBudget(BudgetMethod.OEA, k0=1),
@@ -94,17 +95,7 @@ class Model:
 
     def router(self, place: int) -> Router:
         """A layer's, in the reference's words."""
-        spec = self.specs[place]
-        correction = None if spec.correction is None else tuple(spec.correction.tolist())
-        return Router(
-            spec.top_k,
-            spec.scoring == "sigmoid",
-            spec.renormalize,
-            spec.scale,
-            spec.groups,
-            spec.topk_group,
-            correction,
-        )
+        return reference_router(self.specs[place])
 
 
 def drawn_model(rng: random.Random) -> Model:

@@ -16,6 +16,7 @@ from engine import Engine, engine
 from references.expert_checks import FAMILIES, drawn_references, drawn_remix
 from references.experts import ExpertReference
 from references.remixes import ReferenceStore
+from references.routes import TIE
 from references.streams import ExpertRun
 from safetensors.torch import save_file
 from tiny import LAYERS, VOCABULARY, make_model
@@ -35,8 +36,6 @@ from sluice.models.policy import Phase, RoutingPolicy, SkipSet
 from sluice.models.profile import JSON_NAME, PROFILE_ENV, REFERENCES_NAME, SCHEMA
 
 TOKENS = 6
-TIE = 2e-6
-"""A score this near to the line it is held against may fall on either side of it."""
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,6 @@ def running(request: pytest.FixtureRequest, models_folder: Path) -> Iterator[Eng
         yield made
 
 
-@pytest.fixture
-def choosing(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    dispatch.chosen.cache_clear()
-    yield monkeypatch
-    monkeypatch.undo()
-    dispatch.chosen.cache_clear()
-
-
 def compiled() -> dict[str, int]:
     """Machine code there is, by function."""
     parts = (

@@ -18,6 +18,9 @@ from sluice.models.expert_policy import ExpertId, ExpertPolicy
 GONE = -math.inf
 """Selection score of an expert that cannot be selected."""
 
+TIE = 2e-6
+"""Margin up to which fp32 arithmetic in another order may decide otherwise; see `Route.margin`."""
+
 
 @dataclass(frozen=True)
 class Router:
