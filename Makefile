@@ -1,11 +1,11 @@
-# make serve | test | lint | bench: each makes .venv first and reuses it while the pins stand.
+# make serve | test | lint | bench | profile: each makes .venv first and reuses it while the pins stand.
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test lint bench clean
+.PHONY: serve test lint bench profile clean
 
 serve: $(STAMP)
 	$(BIN)/sluice serve --enforce-eager --port 8000
@@ -26,6 +26,15 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	cd $(VENV) && HF_HUB_OFFLINE=1 $(BIN)/python -m sluice.models.bench --out $(CURDIR)/bench-results
+
+# The demo model's profile; a run that was stopped goes on where it was.
+DEMO_DATA := build/demo-calibration
+profile: $(STAMP)
+	mkdir -p $(DEMO_DATA)
+	$(BIN)/python -m sluice.models.demo.calibration --prompts $(DEMO_DATA)/prompts.jsonl --tasks $(DEMO_DATA)/tasks.jsonl
+	HF_HUB_OFFLINE=1 $(BIN)/sluice calibrate models/demo/weights --prompts $(DEMO_DATA)/prompts.jsonl \
+	  --tasks $(DEMO_DATA)/tasks.jsonl --out $(DEMO_DATA)/profile --dtype float32 --super-experts-criterion paper
+	cp $(DEMO_DATA)/profile/*.json $(DEMO_DATA)/profile/*.safetensors $(DEMO_DATA)/profile/*.png models/demo/profile/
 
 $(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt
 	$(PYTHON) -m venv $(VENV)

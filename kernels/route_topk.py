@@ -207,7 +207,8 @@ def _packed(
     order = (~kept).to(torch.uint8).sort(dim=-1, stable=True).indices[:, :width]
     weights, ids, kept = (part.gather(1, order) for part in (weights, ids, kept))
     if ids.device.type == "cpu":
-        used = int(kept.sum(-1).max())
+        # A row of NaN selects nothing.
+        used = max(1, int(kept.sum(-1).max()))
         weights, ids, kept = (part[:, :used] for part in (weights, ids, kept))
     unused = ids[:, :1] if repeat else torch.full_like(ids[:, :1], UNUSED)
     ids = torch.where(kept, ids, unused).to(torch.int32)

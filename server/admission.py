@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sluice.models.policy import EXTRA_ARGS_KEY, PolicyTicket, RoutingPolicy
-from sluice.server.access.access import Caller, check_access
+from sluice.server.access.access import Caller, Capability, check_access
 from sluice.server.capabilities import Capabilities
 from sluice.server.errors import RoutingError
 from sluice.server.presets import CUSTOM_PRESET, MODEL_SEPARATOR
@@ -21,6 +21,7 @@ from sluice.server.schema import PresetFields, RoutingFields, parse_routing
 
 ROUTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 _INCOMPATIBLE = {"use_beam_search": "beam search", "prompt_embeds": "prompt embeddings"}
+_ANYBODY = Caller(None, Capability.BASIC)
 _EXTRA_ARGS_FIELDS = ("vllm_xargs", "extra_args")
 
 
@@ -47,19 +48,23 @@ class Admission:
 
     Attributes:
         capabilities: of the engine.
-        presets: by name; each has been resolved once at start-up.
+        presets: by name, the profile's among them; the others have been resolved once at start-up.
     """
 
     capabilities: Capabilities
     presets: dict[str, PresetFields]
 
     def check_presets(self) -> None:
-        """Resolve every preset.
+        """Resolve every preset but the profile's, which may have been measured on another engine.
 
         Raises:
             RoutingError: a preset asks for something this model cannot do; `param` names it.
         """
+        profile = self.capabilities.profile
+        measured = profile.presets if profile else {}
         for name in self.presets:
+            if name in measured:
+                continue
             try:
                 self.preset_policy(name)
             except RoutingError as error:
@@ -95,7 +100,7 @@ class Admission:
                 param="model" if body.get("routing") is None else "routing",
                 reason="unsupported_endpoint",
             )
-        policy = resolve(merged, self.capabilities)
+        policy = self._resolve(fields, merged, param)
         for field, name in _INCOMPATIBLE.items():
             if body.get(field):
                 raise RoutingError(
@@ -119,6 +124,32 @@ class Admission:
         """
         fields = merge_preset(RoutingFields(preset=name), self.presets, "routing.preset")
         return resolve(fields, self.capabilities)
+
+    def preset_refusal(self, name: str) -> RoutingError | None:
+        """Why this server cannot serve a preset to anybody, or None if it can."""
+        fields = RoutingFields(preset=name)
+        merged = merge_preset(fields, self.presets, "routing.preset")
+        flag = self.capabilities.expert_routing
+        try:
+            check_access(fields, merged, "routing.preset", _ANYBODY, expert_routing=flag)
+            resolve(merged, self.capabilities)
+        except RoutingError as error:
+            return error
+        return None
+
+    def _resolve(self, own: RoutingFields, merged: RoutingFields, param: str) -> RoutingPolicy:
+        """The policy of merged fields; where the preset alone fails, it is named."""
+        try:
+            return resolve(merged, self.capabilities)
+        except RoutingError as error:
+            refusal = None if own.preset is None else self.preset_refusal(own.preset)
+            if refusal is None or refusal.message != error.message:
+                raise
+            raise RoutingError(
+                f"preset {own.preset!r} is not available: {error.message}",
+                param=param,
+                reason=error.reason,
+            ) from None
 
     def _split_model(self, model: Any) -> tuple[Any, str | None]:
         """`<model>@<preset>` as (model, preset); any other id as it is."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
 from sluice.models.expert_shape import ExpertShape
 from sluice.models.families import family_of
 from sluice.models.policy import MissingKV, Phase
-from sluice.models.profile import Profile, ReferenceSet
+from sluice.models.profile import Profile
+from sluice.models.profile_fields import EffortLevel, ExitThreshold, ReferenceSet
 from sluice.models.support import depth_refusal
 from sluice.server.expert_listing import expert_listing
 from sluice.server.listed import listed, number, numbers
 from sluice.server.profile_experts import check_profile_experts
+from sluice.server.profile_listing import effort_listing, skip_set_listing
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,13 @@ class Capabilities:
             expert_routing: whether the server lets requests control experts.
 
         Raises:
-            ProfileError: the profile was made for a model of another shape or other experts.
+            ProfileError: the profile was made for another model.
+            FingerprintError: there is a profile, and the model's files cannot be read.
         """
         model = vllm_config.model_config
         layers, hidden = model.get_total_num_hidden_layers(), model.get_hidden_size()
         if profile is not None:
-            profile.check_model(layers, hidden)
+            profile.check_served(model)
         shape, refusal = expert_answer["shape"], expert_answer["refusal"]
         expert_shape = None if shape is None else ExpertShape.from_dict(shape)
         if expert_shape is None and refusal is None:
@@ -112,6 +115,16 @@ class Capabilities:
         """Re-mix reference sets of the profile by name."""
         return self.profile.references if self.profile else {}
 
+    @property
+    def effort_levels(self) -> Sequence[EffortLevel]:
+        """Measured levels of effort, from the fullest on; none without a frontier."""
+        frontier = self.profile.frontier if self.profile else None
+        return frontier.effort if frontier else ()
+
+    def calibrated_exits(self, method: str) -> Sequence[ExitThreshold]:
+        """Thresholds of an exit method that the profile has; the first is its default."""
+        return self.profile.exits(method) if self.profile else ()
+
     def missing_for(self, method: ExitMethod | PromptMethod) -> str | None:
         """Why a method cannot run for want of trained tensors, or None if it can."""
         if not method.profile_tensors:
@@ -137,7 +150,7 @@ class Capabilities:
             "hidden_size": self.hidden,
             "experts": self.experts,
             "depth": self._depth() if supported else {},
-            "effort": supported,
+            "effort": effort_listing(self.profile, self.layers) if supported else {},
             "report": supported,
             "experts_routing": expert_listing(
                 self.expert_shape,
@@ -154,10 +167,11 @@ class Capabilities:
                 "units": ["blocks", "attention", "mlp"],
                 "by": [unit.value for unit in Unit],
                 "order": "default" if self.importance is None else "profile",
+                "sets": skip_set_listing(self.profile),
             },
             "exit": {
                 **{name: self._exit(method) for name, method in EXIT_METHODS.items()},
-                fixed.NAME: listed({}, fixed.SOURCE, decay=False, kv=[]),
+                fixed.NAME: listed({}, fixed.SOURCE, decay=False, kv=[], calibrated=[]),
             },
             "adaptive": {
                 **{name: self._adaptive(method) for name, method in PROMPT_METHODS.items()},
@@ -170,12 +184,17 @@ class Capabilities:
         }
 
     def _exit(self, method: ExitMethod) -> dict[str, Any]:
+        calibrated = self.calibrated_exits(method.name)
+        parameters = numbers(method.parameters)
+        if calibrated:
+            parameters["threshold"]["default"] = calibrated[0].threshold
         return listed(
-            numbers(method.parameters),
+            parameters,
             method.source,
             self.missing_for(method),
             decay=method.decays,
             kv=[kv.value for kv in MissingKV],
+            calibrated=[entry.model_dump(mode="json", exclude={"method"}) for entry in calibrated],
         )
 
     def _adaptive(self, method: PromptMethod) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from sluice.models.expert_policy import RemixMethod, RemixScope
 from sluice.models.expert_shape import ExpertShape
 from sluice.models.profile import Profile
 from sluice.server.listed import choice, listed, number, numbers
+from sluice.server.profile_listing import profile_experts_listing
 from sluice.server.rules import expert_controls as controls
 
 
@@ -51,6 +52,7 @@ def expert_listing(
             name: {"layers": [*held.layers], "width": held.width, "encoder": held.encoder}
             for name, held in references.items()
         },
+        **profile_experts_listing(profile),
     }
 
 

@@ -21,7 +21,8 @@ from sluice.server.capabilities import Capabilities
 from sluice.server.edge import Edge
 from sluice.server.errors import RoutingError
 from sluice.server.middleware import RoutingMiddleware
-from sluice.server.presets import PresetsFileError, load_presets
+from sluice.server.presets import PresetsFileError
+from sluice.server.profile_presets import all_presets
 from sluice.server.routes import build_router
 from sluice.server.telemetry.expert_metrics import ExpertCollector
 from sluice.server.telemetry.metrics import LayerCollector, RequestMetrics
@@ -61,14 +62,14 @@ class RoutingPlugin:
         """Read capabilities, profile and presets once the engine is there.
 
         Raises:
-            PresetsFileError: a preset asks for something this model cannot do.
-            ProfileError: the profile cannot be read, or was made for a model of another shape.
+            PresetsFileError: a preset asks for something this model cannot do, or is in the
+                profile too.
+            ProfileError: the profile cannot be read, or was made for another model.
         """
         served = tuple(card.name for card in state.openai_serving_models.base_model_paths)
-        presets_file: Path | None = args.presets
-        presets = load_presets(presets_file) if presets_file else {}
         profile_folder = os.environ.get(PROFILE_ENV)
         profile = Profile.load(Path(profile_folder)) if profile_folder else None
+        presets = all_presets(args.presets, profile)
         # Every rank has the same routers, so the first answer serves.
         expert_answer = (await engine_client.collective_rpc("describe_experts"))[0]
         capabilities = Capabilities.of(
@@ -79,6 +80,6 @@ class RoutingPlugin:
             admission.check_presets()
         except RoutingError as error:
             raise PresetsFileError(
-                f"presets file {presets_file}: {error.param}: {error.message}"
+                f"presets file {args.presets}: {error.param}: {error.message}"
             ) from None
         state.sluice = Edge(admission, RequestMetrics(presets, REGISTRY), engine_client)

@@ -33,6 +33,11 @@ class _PresetsFile(StrictFields):
     presets: dict[str, PresetFields]
 
 
+def is_preset_name(name: str) -> bool:
+    """Whether a preset may have this name."""
+    return NAME.fullmatch(name) is not None and name not in RESERVED_NAMES
+
+
 def load_presets(path: Path) -> dict[str, PresetFields]:
     """Read a presets file (JSON is YAML).
 
@@ -50,7 +55,7 @@ def load_presets(path: Path) -> dict[str, PresetFields]:
         where = dotted(str(path), first["loc"]) if first["loc"] else str(path)
         raise PresetsFileError(f"presets file {where}: {first['msg']}") from None
     for name in presets:
-        if not NAME.fullmatch(name) or name in RESERVED_NAMES:
+        if not is_preset_name(name):
             raise PresetsFileError(
                 f"presets file {path}: {name!r} is not a preset name (lower-case letters, digits, "
                 f"'.', '_', '-', at most 64, and not {' or '.join(sorted(RESERVED_NAMES))})"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from sluice.models.expert_shape import ExpertShape
-from sluice.models.profile import Profile, ProfileError, ReferenceSet
+from sluice.models.profile import Profile, ProfileError
+from sluice.models.profile_fields import ReferenceSet
 from sluice.server.rules.expert_controls import OWN_ENCODER
 
 
 def check_profile_experts(profile: Profile, shape: ExpertShape | None) -> None:
-    """A profile's super experts and reference sets exist in the model.
+    """Experts and layers with experts that a profile names exist in the model.
 
     Args:
         profile: fits the model's layers and hidden size.
@@ -17,12 +18,16 @@ def check_profile_experts(profile: Profile, shape: ExpertShape | None) -> None:
     Raises:
         ProfileError: names the first entry that does not.
     """
-    for position, (layer, expert) in enumerate(profile.super_experts):
-        if not _has_layer(shape, layer) or not 0 <= expert < (shape.experts if shape else 0):
-            raise _error(
-                profile,
-                f"super_experts.{position}: the model has no expert {expert} in layer {layer}",
-            )
+    lists = {"super_experts": profile.super_experts}
+    for name, behaviour in profile.fields.behaviours.items():
+        lists[f"behaviours.{name}.experts"] = behaviour.experts
+    for path, named in lists.items():
+        for position, (layer, expert) in enumerate(named):
+            if not _has_layer(shape, layer) or not 0 <= expert < (shape.experts if shape else 0):
+                raise _error(
+                    profile,
+                    f"{path}.{position}: the model has no expert {expert} in layer {layer}",
+                )
     for name, held in profile.references.items():
         _check_references(profile, name, held, shape)
 

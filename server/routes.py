@@ -8,8 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from sluice.server.admission import Admission
 from sluice.server.edge import Edge
+from sluice.server.errors import RoutingError
 from sluice.server.presets import MODEL_SEPARATOR
+from sluice.server.profile_presets import measured_preset
 from sluice.server.telemetry.utilization import utilization
 
 
@@ -31,16 +34,7 @@ def build_router(registry: CollectorRegistry, folder: Path) -> APIRouter:
         admission = _edge(request).admission
         return {
             "object": "list",
-            "data": [
-                {
-                    "id": name,
-                    "object": "routing.preset",
-                    "description": preset.description,
-                    "model": f"{admission.capabilities.models[0]}{MODEL_SEPARATOR}{name}",
-                    "policy": admission.preset_policy(name).to_dict(),
-                }
-                for name, preset in admission.presets.items()
-            ],
+            "data": [preset_listing(admission, name) for name in admission.presets],
         }
 
     @router.get("/v1/routing/utilization")
@@ -49,7 +43,7 @@ def build_router(registry: CollectorRegistry, folder: Path) -> APIRouter:
 
     @router.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        """vLLM's list, and each preset as a model whose parent is the base model."""
+        """vLLM's list, and each available preset as a model whose parent is the base model."""
         listed = await request.app.state.openai_serving_models.show_available_models()
         wire: dict[str, Any] = listed.model_dump()
         admission = _edge(request).admission
@@ -58,6 +52,7 @@ def build_router(registry: CollectorRegistry, folder: Path) -> APIRouter:
         wire["data"] += [
             {**card, "id": f"{base}{MODEL_SEPARATOR}{name}", "parent": base}
             for name in admission.presets
+            if admission.preset_refusal(name) is None
         ]
         return wire
 
@@ -66,6 +61,30 @@ def build_router(registry: CollectorRegistry, folder: Path) -> APIRouter:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     return router
+
+
+def preset_listing(admission: Admission, name: str) -> dict[str, Any]:
+    """A preset: its policy, whether it is available here, and what was measured of it."""
+    capabilities, refusal = admission.capabilities, admission.preset_refusal(name)
+    profile = capabilities.profile
+    return {
+        "id": name,
+        "object": "routing.preset",
+        "description": admission.presets[name].description,
+        "model": f"{capabilities.models[0]}{MODEL_SEPARATOR}{name}",
+        "policy": _policy(admission, name),
+        "available": refusal is None,
+        "reason": refusal and refusal.message,
+        "measured": measured_preset(profile, name) if profile else None,
+    }
+
+
+def _policy(admission: Admission, name: str) -> dict[str, Any] | None:
+    """A preset's effective policy, or None where this engine cannot do it."""
+    try:
+        return admission.preset_policy(name).to_dict()
+    except RoutingError:
+        return None
 
 
 def _edge(request: Request) -> Edge:

@@ -15,11 +15,13 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from sluice.models.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
+from sluice.models.fingerprint import FingerprintError
 from sluice.models.profile import PROFILE_ENV, Profile, ProfileError
 from sluice.models.seams import CPU_WORKER, CUDA_WORKER
 from sluice.models.telemetry import TELEMETRY_ENV
 from sluice.server.access.keys import Keys, KeysFileError
-from sluice.server.presets import PresetsFileError, load_presets
+from sluice.server.presets import PresetsFileError
+from sluice.server.profile_presets import all_presets
 
 PLUGIN = "sluice"
 _ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
@@ -44,12 +46,9 @@ def main(argv: list[str]) -> None:
     refuse_unsupported(parser, args)
     if args.model_tag is None and args.model == parser.get_default("model"):
         apply_demo_defaults(args)
-    if args.presets is not None:
-        try:
-            load_presets(args.presets)
-        except PresetsFileError as error:
-            parser.error(str(error))
-    choose_profile(parser, args)
+    profile = choose_profile(parser, args)
+    check_model(parser, profile, args.model_tag or args.model)
+    check_presets(parser, args.presets, profile)
     check_keys(parser, args)
     choose_expert_routing(parser, args)
     if args.worker_cls == "auto":
@@ -126,18 +125,42 @@ def apply_demo_defaults(args: argparse.Namespace) -> None:
         args.profile = DEMO_PROFILE_DIR
 
 
-def choose_profile(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def choose_profile(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Profile | None:
     """Check the profile, if there is one, and name it to every process by `PROFILE_ENV`."""
     folder: Path | None = args.profile
     if folder is None and os.environ.get(PROFILE_ENV):
         folder = Path(os.environ[PROFILE_ENV])
     if folder is None:
-        return
+        return None
     try:
-        Profile.load(folder)
+        profile = Profile.load(folder)
     except ProfileError as error:
         parser.error(str(error))
     os.environ[PROFILE_ENV] = str(folder.resolve())
+    return profile
+
+
+def check_model(parser: argparse.ArgumentParser, profile: Profile | None, model: str) -> None:
+    """Refuse the profile of another model, if this one is a folder.
+
+    One of the hub may not be here yet; the engine checks it once it is.
+    """
+    if profile is None or not Path(model).is_dir():
+        return
+    try:
+        profile.check_folder(Path(model))
+    except (ProfileError, FingerprintError) as error:
+        parser.error(str(error))
+
+
+def check_presets(
+    parser: argparse.ArgumentParser, presets: Path | None, profile: Profile | None
+) -> None:
+    """Check the presets of the file and of the profile as far as that goes without the engine."""
+    try:
+        all_presets(presets, profile)
+    except (PresetsFileError, ProfileError) as error:
+        parser.error(str(error))
 
 
 def check_keys(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from sluice.models.depth.order import Unit
 from sluice.models.expert_policy import ExpertPolicy
 from sluice.models.expert_shape import ExpertShape
 from sluice.models.policy import RoutingPolicy
-from sluice.models.profile import Profile, ReferenceSet
+from sluice.models.profile import Profile
+from sluice.models.profile_fields import ProfileFields
+from sluice.models.profile_writer import SCHEMA
 from sluice.server.capabilities import Capabilities
 from sluice.server.errors import RoutingError
 from sluice.server.rules.resolve import merge_preset, resolve
@@ -36,17 +37,27 @@ CAPABILITIES = Capabilities(
     contrast_refusal=None,
 )
 
-PROFILE = Profile(
-    folder=Path("profile"),
-    layers=LAYERS,
-    hidden=HIDDEN,
-    importance={
-        Unit.BLOCK: (0.9, 0.1, 0.8, 0.2, 0.7, 0.3),
-        Unit.ATTENTION: (0.1, 0.9, 0.9, 0.9, 0.9, 0.9),
-        Unit.MLP: (0.8, 0.8, 0.2, 0.8, 0.8, 0.8),
-    },
-    methods=frozenset({"classifier", "first"}),
-)
+SMALL = {"layers": LAYERS, "hidden": HIDDEN, "fingerprint": "0" * 64}
+
+
+def profile_of(*methods: str, **fields: Any) -> Profile:
+    """A profile of the small model with these fields, as if it had been read."""
+    wire = {"schema_version": SCHEMA, "model": SMALL, **fields}
+    return Profile(Path("profile"), ProfileFields.model_validate(wire), frozenset(methods))
+
+
+def changed(profile: Profile, **fields: Any) -> Profile:
+    """A profile with other fields."""
+    wire = {**profile.fields.model_dump(), **fields}
+    return replace(profile, fields=ProfileFields.model_validate(wire))
+
+
+IMPORTANCE = {
+    "block": (0.9, 0.1, 0.8, 0.2, 0.7, 0.3),
+    "attention": (0.1, 0.9, 0.9, 0.9, 0.9, 0.9),
+    "mlp": (0.8, 0.8, 0.2, 0.8, 0.8, 0.8),
+}
+PROFILE = profile_of("classifier", "first", importance=IMPORTANCE)
 
 PROFILED = replace(CAPABILITIES, profile=PROFILE)
 UNCHUNKED = replace(PROFILED, chunked_prefill=False)
@@ -62,12 +73,12 @@ GROUPED_SHAPE = ExpertShape(
     topk_group=2,
     corrected=True,
 )
-EXPERT_PROFILE = replace(
+EXPERT_PROFILE = changed(
     PROFILE,
     super_experts=((0, 1), (3, 7)),
     references={
-        "sums": ReferenceSet(layers=(2, 4, 5), width=HIDDEN),
-        "tales": ReferenceSet(layers=(4, 5), width=3, encoder="sentences"),
+        "sums": {"layers": (2, 4, 5), "width": HIDDEN},
+        "tales": {"layers": (4, 5), "width": 3, "encoder": "sentences"},
     },
 )
 MOE = replace(CAPABILITIES, experts=8, expert_shape=PLAIN_SHAPE, expert_refusal=None)

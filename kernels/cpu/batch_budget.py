@@ -26,10 +26,11 @@ def _share(choice: Array, scores: Array, method: int, size: int, members: Array)
     rows, experts = choice.shape
     k0 = min(size, experts) if method == OEA else 1
     ids = np.empty(experts, dtype=np.int64)
+    keys = np.empty(experts, dtype=np.int64)
     merit = np.zeros(experts, dtype=np.float32)
     reachable = np.zeros(experts, dtype=np.bool_)
     for r in range(rows):
-        best_of(choice[r], k0, ids)
+        best_of(choice[r], experts, k0, ids, keys)
         for slot in range(k0):
             if choice[r, ids[slot]] > -np.inf:
                 members[ids[slot]] = True
@@ -56,6 +57,6 @@ def _share(choice: Array, scores: Array, method: int, size: int, members: Array)
     # The best of every row are in whatever their merit; the rest by merit.
     more = min(size - members.sum(), free)
     if more > 0:
-        best_of(merit, more, ids)
+        best_of(merit, experts, more, ids, keys)
         for slot in range(more):
             members[ids[slot]] = True

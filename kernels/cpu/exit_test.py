@@ -9,31 +9,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from sluice.kernels.cpu.exponential import share_of_largest
 from sluice.kernels.cpu.jit import Array, compiled
 from sluice.kernels.exit_test import CONFIDENCE, NOTHING
 
 _LANES = 64
 """Tokens that are taken side by side; nothing is added up across them until the row's end, so that
 loops over them become vector code."""
-_ZERO, _HALF, _ONE, _OUT = (np.float32(value) for value in (0.0, 0.5, 1.0, -np.inf))
+_ONE, _OUT = np.float32(1.0), np.float32(-np.inf)
 _NOTHING = np.float32(NOTHING)
-
-# Cephes' expf: exp(x) = 2^n exp(y), y = x - n log 2 in two parts, and a polynomial of y.
-_LOWEST = np.float32(-87.0)
-"""Below it the exponential is taken as 0; relative to the largest logit's 1 it is nothing."""
-_LOG2_E = np.float32(1.44269504088896341)
-_LOG_2 = tuple(np.float32(part) for part in (0.693359375, -2.12194440e-4))
-_TERMS = tuple(
-    np.float32(term)
-    for term in (
-        1.9875691500e-4,
-        1.3981999507e-3,
-        8.3334519073e-3,
-        4.1665795894e-2,
-        1.6666665459e-1,
-        5.0000001201e-1,
-    )
-)
 
 
 def exit_test(
@@ -104,29 +88,12 @@ def _sums(row: Array, rest: Array, first: np.float32) -> tuple[np.float32, np.fl
     """The sum of exponentials relative to `first`, and that of each times its logarithm."""
     totals = np.zeros(_LANES, dtype=np.float32)
     weighted = np.zeros(_LANES, dtype=np.float32)
-    below = np.empty(_LANES, dtype=np.float32)
-    polynomial = np.empty(_LANES, dtype=np.float32)
-    exponents = np.empty(_LANES, dtype=np.int32)
-    powers = exponents.view(np.float32)
     for start in range(0, len(row) + 1, _LANES):
         part = row[start : start + _LANES] if start < len(row) else rest
         for lane in range(_LANES):
-            relative = part[lane] - first
-            relative = relative if relative > _NOTHING else _NOTHING
-            below[lane] = relative
-            x = relative if relative > _LOWEST else _LOWEST
-            n = np.floor(x * _LOG2_E + _HALF)
-            y = x - n * _LOG_2[0] - n * _LOG_2[1]
-            value = _TERMS[0] * y + _TERMS[1]
-            value = value * y + _TERMS[2]
-            value = value * y + _TERMS[3]
-            value = value * y + _TERMS[4]
-            value = value * y + _TERMS[5]
-            polynomial[lane] = value * y * y + y + _ONE
-            # A float's bits: its exponent, biased, above 23 of the mantissa.
-            exponents[lane] = (np.int32(n) + np.int32(127)) << np.int32(23)
-        for lane in range(_LANES):
-            raised = polynomial[lane] * powers[lane] if below[lane] > _LOWEST else _ZERO
+            below = part[lane] - first
+            below = below if below > _NOTHING else _NOTHING
+            raised = share_of_largest(below)
             totals[lane] += raised
-            weighted[lane] += raised * below[lane]
+            weighted[lane] += raised * below
     return totals.sum(), weighted.sum()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -14,8 +16,32 @@ Array = Any
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a loop over arrays; it runs without Python's lock."""
-    made: Callable[..., Any] = numba.njit(cache=True, nogil=True)(function)
-    return made
+    return _made(function)
+
+
+def compiled_sums(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, and what the loop itself adds up may be added in any order.
+
+    Only so does a sum become vector code. The order depends on the number of terms alone.
+    """
+    return _made(function, fastmath={"reassoc"})
+
+
+def _made(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    # Inlined: a call counts references to each of its arrays, which costs more than a short loop.
+    made = numba.njit(cache=True, nogil=True, forceinline=True, **settings)(function)
+    # numba looks at a function's own file only, and would keep old code of what that calls.
+    made._cache._cache_file._source_stamp = _stamp(Path(function.__code__.co_filename).parent)
+    found: Callable[..., Any] = made
+    return found
+
+
+@cache
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, times and sizes of the modules there, and of those above with their constants."""
+    sources = sorted([*folder.glob("*.py"), *folder.parent.glob("*.py")])
+    states = [(source.name, source.stat()) for source in sources]
+    return tuple((name, state.st_mtime_ns, state.st_size) for name, state in states)
 
 
 # vLLM 0.32, when a CPU worker starts, reads `__dict__` of whatever any loaded module holds.

@@ -137,18 +137,19 @@ def _route(
     weights: Array,
     ids: Array,
 ) -> int:
-    """Write `weights` and `ids`, add to `counts` and `ran`; how much the fullest row has."""
+    """Write `weights` and `ids`, add to `counts` and `ran`; how much the fullest row needs."""
     rows, experts = logits.shape
     histogram = counts[place]
-    raw = np.empty(experts, dtype=np.float32)
-    mixed = np.empty(experts, dtype=np.float32)
+    scores = np.empty(experts, dtype=np.float32)
     usual = np.empty(experts, dtype=np.float32)
     choice = np.empty(experts, dtype=np.float32)
-    scratch = np.empty(experts, dtype=np.int64)
+    order = np.empty(experts, dtype=np.int64)
+    keys = np.empty(experts, dtype=np.int64)
+    reach = np.empty(groups, dtype=np.float32)
     own = np.empty(top_k, dtype=np.int64)
     slots = np.empty(experts + top_k, dtype=np.int64)
     held = np.empty(experts + top_k, dtype=np.float32)
-    widest = 0
+    widest = 1
     for r in range(rows):
         p = policies[r]
         pull = pulls[r] if len(pulls) else -1
@@ -159,31 +160,42 @@ def _route(
                 ids[r, slot] = stock_ids[r, slot]
                 weights[r, slot] = stock_weights[r, slot]
         else:
-            score_row(logits[r], sigmoid, raw)
-            choice_row(raw, correction, bias[0], marks[0], groups, topk_group, scratch, usual)
+            score_row(logits[r], sigmoid, scores)
+            choice_row(
+                scores, correction, bias[0], marks[0], groups, topk_group, order, keys, reach, usual
+            )
             changes = limits[p, CHANGES] != 0
-            scores = raw
             if pull >= 0:
-                remix_row(raw, references[pull], alpha[pull], top[pull], scratch, mixed)
-                scores = mixed
+                remix_row(scores, references[pull], alpha[pull], top[pull], order, keys)
             if changes or pull >= 0:
                 choice_row(
-                    scores, correction, bias[p], marks[p], groups, topk_group, scratch, choice
+                    scores,
+                    correction,
+                    bias[p],
+                    marks[p],
+                    groups,
+                    topk_group,
+                    order,
+                    keys,
+                    reach,
+                    choice,
                 )
                 for e in range(experts):
                     if marks[p, e] & FORCED:
                         choice[e] = np.inf
             else:
-                choice[:] = usual
+                # `choice[:] = usual` would take longer over its checks than over the numbers.
+                for e in range(experts):
+                    choice[e] = usual[e]
             # What the router selects on its own matters only to rows that may select otherwise.
             differs = changes or pull >= 0 or shared >= 0 or limits[p, K] > top_k
             if differs:
-                best_of(usual, top_k, own)
+                best_of(usual, experts, top_k, own, keys)
             if shared >= 0:
                 keep_within(within[shared], marks[p], own, choice)
             if limits[p, RANK] >= 0:
                 rank = limits[p, RANK]
-                best_of(choice, rank + 1, slots)
+                best_of(choice, experts, rank + 1, slots, keys)
                 ids[r, 0] = slots[rank]
                 weights[r, 0] = scale
                 active = 1
@@ -199,7 +211,8 @@ def _route(
                     sigmoid,
                     slots,
                     held,
-                    scratch,
+                    order,
+                    keys,
                 )
                 taken = top_k - active
                 if differs:
@@ -216,6 +229,9 @@ def _route(
                 for slot in range(active):
                     ids[r, slot] = slots[slot]
                     weights[r, slot] = held[slot] / total * scale
+        if active == 0:
+            # A row of NaN selects nothing, and the kernel of the experts reads what an id names.
+            ids[r, 0] = slots[0]
         for slot in range(active, ids.shape[1]):
             ids[r, slot] = ids[r, 0]
             weights[r, slot] = 0.0
@@ -255,16 +271,27 @@ def _scores(
     choice: Array,
 ) -> None:
     rows, experts = logits.shape
-    raw = np.empty(experts, dtype=np.float32)
-    scratch = np.empty(experts, dtype=np.int64)
+    order = np.empty(experts, dtype=np.int64)
+    keys = np.empty(experts, dtype=np.int64)
+    reach = np.empty(groups, dtype=np.float32)
     for r in range(rows):
         p = policies[r]
-        score_row(logits[r], sigmoid, raw)
-        scores[r] = raw
+        score_row(logits[r], sigmoid, scores[r])
         if len(pulls) and pulls[r] >= 0:
             pull = pulls[r]
-            remix_row(raw, references[pull], alpha[pull], top[pull], scratch, scores[r])
-        choice_row(scores[r], correction, bias[p], marks[p], groups, topk_group, scratch, choice[r])
+            remix_row(scores[r], references[pull], alpha[pull], top[pull], order, keys)
+        choice_row(
+            scores[r],
+            correction,
+            bias[p],
+            marks[p],
+            groups,
+            topk_group,
+            order,
+            keys,
+            reach,
+            choice[r],
+        )
 
 
 @compiled

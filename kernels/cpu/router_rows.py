@@ -6,63 +6,88 @@ All arrays are contiguous; the rules are those of `sluice.kernels.route_topk`.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from sluice.kernels.cpu.jit import Array, compiled
+from sluice.kernels.cpu.exponential import exponential
+from sluice.kernels.cpu.jit import Array, compiled, compiled_sums
 from sluice.kernels.route_columns import FORCED
 
+_ZERO, _ONE, _NAN = (np.float32(value) for value in (0.0, 1.0, np.nan))
+_SIGN, _MAGNITUDE = np.int32(31), np.int32(0x7FFFFFFF)
+_WORD, _LOW = np.int64(32), np.int64(0xFFFFFFFF)
+_TAKEN = np.int64(-(2**63))
+"""Less than any key."""
 
-@compiled
+
+@compiled_sums
 def score_row(logits: Array, sigmoid: bool, scores: Array) -> None:
     """Write the scores of one row, fp32, (experts,)."""
     if sigmoid:
         for e in range(len(logits)):
-            scores[e] = np.float32(1.0) / (np.float32(1.0) + math.exp(-logits[e]))
+            scores[e] = _ONE / (_ONE + exponential(-logits[e]))
         return
-    best = logits[0]
-    for e in range(1, len(logits)):
-        best = max(best, logits[e])
-    total = np.float32(0.0)
+    best = _largest(logits)
+    total = _ZERO
     for e in range(len(logits)):
-        scores[e] = math.exp(logits[e] - best)
+        scores[e] = exponential(logits[e] - best)
         total += scores[e]
     for e in range(len(logits)):
         scores[e] /= total
 
 
 @compiled
-def best_of(values: Array, k: int, ids: Array) -> None:
-    """Write the places of the `k` largest values, best first; of equals the first.
+def best_of(values: Array, count: int, k: int, ids: Array, keys: Array) -> None:
+    """Write the places of the largest values, best first; of equals the first, NaN before all.
 
     Not a partition: which of equals it would take depends on `k`, and so a row's on neighbours'.
+
+    Args:
+        values: fp32, (count,) or more, of which the rest is left out.
+        count: how many there are.
+        k: how many are wanted, `count` or less.
+        ids: where to write, int64, (k,) or more.
+        keys: scratch, int64, (count,) or more.
     """
-    held = 0
-    for e in range(len(values)):
-        value = values[e]
-        if held == k and not value > values[ids[k - 1]]:
-            continue
-        if held < k:
-            held += 1
-        slot = held - 1
-        while slot > 0 and value > values[ids[slot - 1]]:
-            ids[slot] = ids[slot - 1]
-            slot -= 1
-        ids[slot] = e
+    for e in range(count):
+        # Not -0, which is equal to 0, nor a NaN of either sign.
+        value = values[e] + _ZERO if values[e] == values[e] else _NAN
+        keys[e] = (np.int64(_ordered(value)) << _WORD) + np.int64(count - 1 - e)
+    for slot in range(k):
+        best = _TAKEN
+        for e in range(count):
+            best = max(best, keys[e])
+        ids[slot] = count - 1 - (best & _LOW)
+        keys[ids[slot]] = _TAKEN
+
+
+@compiled
+def _largest(values: Array) -> np.float32:
+    """Found among integers, as no loop over comparisons of floats becomes vector code."""
+    best = _ordered(values[0])
+    for e in range(1, len(values)):
+        best = max(best, _ordered(values[e]))
+    return np.int32(best ^ ((best >> _SIGN) & _MAGNITUDE)).view(np.float32)
+
+
+@compiled
+def _ordered(value: np.float32) -> np.int32:
+    """An integer for each number, in the numbers' order; those of NaN are beyond infinity's."""
+    bits = np.float32(value).view(np.int32)
+    return np.int32(bits ^ ((bits >> _SIGN) & _MAGNITUDE))
 
 
 @compiled
 def remix_row(
-    scores: Array, reference: Array, alpha: float, top: int, ids: Array, mixed: Array
+    scores: Array, reference: Array, alpha: float, top: int, ids: Array, keys: Array
 ) -> None:
-    """Write scores pulled towards a reference over the row's `top` best; `ids` is scratch."""
+    """Pull scores towards a reference over the row's `top` best.
+
+    `ids` and `keys` are scratch, int64, (experts,).
+    """
     top = min(top, len(scores))
-    best_of(scores, top, ids)
+    best_of(scores, len(scores), top, ids, keys)
     mass = np.float32(0.0)
     weight = np.float32(0.0)
-    for e in range(len(scores)):
-        mixed[e] = scores[e]
     for slot in range(top):
         mass += scores[ids[slot]]
         weight += reference[ids[slot]]
@@ -71,7 +96,7 @@ def remix_row(
     rest = np.float32(1.0) - alpha
     for slot in range(top):
         e = ids[slot]
-        mixed[e] = alpha * scores[e] + rest * (reference[e] / weight * mass)
+        scores[e] = alpha * scores[e] + rest * (reference[e] / weight * mass)
 
 
 @compiled
@@ -83,6 +108,8 @@ def choice_row(
     groups: int,
     topk_group: int,
     ids: Array,
+    keys: Array,
+    reach: Array,
     choice: Array,
 ) -> None:
     """Write selection scores: corrected, biased and limited to groups.
@@ -96,19 +123,21 @@ def choice_row(
         marks: of the row's policy.
         groups: of the router.
         topk_group: groups that the row may choose from.
-        ids: scratch, (experts,).
+        ids: scratch, int64, (experts,).
+        keys: the same.
+        reach: scratch, fp32, (groups,).
         choice: where to write, fp32, (experts,).
     """
     experts = len(scores)
-    for e in range(experts):
-        choice[e] = scores[e] + bias[e]
     if len(correction):
         # Correction first, as PyTorch adds: fp32 sums depend on the order.
         for e in range(experts):
             choice[e] = (scores[e] + correction[e]) + bias[e]
+    else:
+        for e in range(experts):
+            choice[e] = scores[e] + bias[e]
     if groups > 1:
         size = experts // groups
-        reach = np.empty(groups, dtype=np.float32)
         for g in range(groups):
             first = second = np.float32(-np.inf)
             opened = False
@@ -122,7 +151,7 @@ def choice_row(
             reach[g] = first + second if len(correction) and size > 1 else first
             if opened:
                 reach[g] = np.inf
-        best_of(reach, topk_group, ids)
+        best_of(reach, groups, topk_group, ids, keys)
         for g in range(groups):
             inside = False
             for slot in range(topk_group):

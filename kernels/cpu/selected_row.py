@@ -40,9 +40,10 @@ def select_row(
     slots: Array,
     held: Array,
     order: Array,
+    keys: Array,
 ) -> int:
     """Write the row's experts to `slots` and their scores to `held`; how many there are."""
-    best_of(choice, k, slots)
+    best_of(choice, len(choice), k, slots, keys)
     count = 0
     first = np.float32(0.0)
     for slot in range(k):
@@ -66,7 +67,7 @@ def select_row(
                 total += scores[e]
             most = top_p * total
         # By score: a bias or a correction ranks otherwise.
-        best_of(held[:count], count, order)
+        best_of(held, count, count, order, keys)
         before = np.float32(0.0)
         for rank in range(count):
             slot = order[rank]

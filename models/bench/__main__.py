@@ -6,9 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
-from sluice.models.bench.exits import RecordedExits
 from sluice.models.bench.expert_rows import expert_rows
 from sluice.models.bench.measure import measure
+from sluice.models.bench.plans import RecordedPlans
 from sluice.models.bench.report import report
 from sluice.models.bench.rows import depth_rows
 
@@ -23,7 +23,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeats < 5:
         parser.error("--repeats must be at least 5")
-    rows = (*depth_rows(RecordedExits.load()), *expert_rows())
+    rows = (*depth_rows(RecordedPlans.load()), *expert_rows())
     chosen = [row for row in rows if args.rows in row.name]
     if not chosen:
         parser.error(f"no row's name contains {args.rows!r}")

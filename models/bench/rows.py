@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sluice.models.bench.exits import RecordedExits
 from sluice.models.bench.model import LAYERS, BenchModel
+from sluice.models.bench.plans import RecordedPlans
 from sluice.models.policy import ExitRule, MissingKV, Phase, RoutingPolicy, SkipSet
 
 PROMPT_TOKENS = 32
@@ -45,8 +45,8 @@ class Row:
         return 1 if self.measure == "prefill" else NEW_TOKENS
 
 
-def depth_rows(exits: RecordedExits) -> tuple[Row, ...]:
-    """The rows of the dense model; `exits` are replayed."""
+def depth_rows(plans: RecordedPlans) -> tuple[Row, ...]:
+    """The rows of the dense model; `plans` are replayed."""
     none = [Row(f"decode, batch {b}, no routing", (None,) * b, 0.98) for b in (1, 8, 32)]
     half = RoutingPolicy(SkipSet.of(blocks=_spread(LAYERS // 2)))
     all_skip = [
@@ -76,19 +76,19 @@ def depth_rows(exits: RecordedExits) -> tuple[Row, ...]:
             for batch in (1, 4)
         ),
     ]
-    return (*none, *all_skip, *mixed, *prefill, *_exit_rows(exits), *_long_rows())
+    return (*none, *all_skip, *mixed, *prefill, *_exit_rows(plans), *_long_rows())
 
 
-def _exit_rows(exits: RecordedExits) -> list[Row]:
+def _exit_rows(plans: RecordedPlans) -> list[Row]:
     replayed = [
         Row(
-            f"decode, batch {batch}, exits of {name} replayed",
-            exits.policies(name, batch),
+            f"decode, batch {batch}, {name} replayed",
+            plans.policies(name, batch),
             bar,
-            exits.ideal(name),
+            plans.ideal(name),
         )
-        for name in exits.names
-        for batch, bar in ((1, 1.3), (8, 1.25))
+        for name in plans.names
+        for batch, bar in plans.bars(name).items()
     ]
     early = RoutingPolicy(exit=_always_after(LAYERS // 2 - 1))
     exact = RoutingPolicy(exit=_always_after(LAYERS // 2 - 1, MissingKV.RECOMPUTE))

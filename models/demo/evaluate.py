@@ -1,16 +1,16 @@
 """Measures held-out exact match of the demo model, in process or through a running server."""
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sluice.models.calibrate.examples import Example
 from sluice.models.demo.longer import LONGER_TASKS, longer_items
 from sluice.models.demo.tasks import TASKS, Item, distinct
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from sluice.models.evaluate.score import TaskScore as TaskScore
+from sluice.models.evaluate.score import percent as percent
+from sluice.models.evaluate.score import score as scored
+from sluice.models.evaluate.served import CONCURRENCY, Served
 
 Answerer = Callable[[Sequence[str]], Sequence[str]]
 """Answers prompts, in order."""
@@ -20,21 +20,6 @@ MAX_ANSWER_TOKENS = 48
 
 BAR = 0.95
 """Exact match that every task of the shipped model reaches."""
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """Outcome on one task; ``misses`` pairs each failed item with what was answered instead."""
-
-    task: str
-    items: int
-    correct: int
-    misses: tuple[tuple[Item, str], ...]
-
-    @property
-    def exact_match(self) -> float:
-        """Share of items answered exactly, between 0 and 1."""
-        return self.correct / self.items
 
 
 def heldout_items(
@@ -55,15 +40,8 @@ def score(items: Mapping[str, Sequence[Item]], answer: Answerer) -> dict[str, Ta
     Surrounding white space of an answer does not count.
     """
     flat = [item for group in items.values() for item in group]
-    answers = answer([item.prompt for item in flat])
-    given = {item.prompt: text.strip() for item, text in zip(flat, answers, strict=True)}
-    scores = {}
-    for task, group in items.items():
-        misses = tuple(
-            (item, given[item.prompt]) for item in group if given[item.prompt] != item.answer
-        )
-        scores[task] = TaskScore(task, len(group), len(group) - len(misses), misses)
-    return scores
+    answers = iter(answer([item.prompt for item in flat]))
+    return scored(items, {task: [next(answers) for _ in group] for task, group in items.items()})
 
 
 def local_answerer(model_dir: Path, batch_size: int = 128) -> Answerer:
@@ -101,7 +79,7 @@ def server_answerer(
     base_url: str,
     model: str,
     routing: Mapping[str, Any] | None = None,
-    concurrency: int = 32,
+    concurrency: int = CONCURRENCY,
     api_key: str = "EMPTY",
     reports: list[Mapping[str, Any]] | None = None,
 ) -> Answerer:
@@ -114,32 +92,29 @@ def server_answerer(
         concurrency: requests in flight at a time.
         api_key: bearer key.
         reports: grows by the report of every answer; needs ``report`` in ``routing``.
+
+    Raises:
+        PolicyRefusedError: the server refuses the routing; from the answerer.
+        EvaluationError: it fails or is not there; from the answerer.
     """
+    served = Served(base_url, model, api_key, concurrency)
 
-    async def ask(prompts: Sequence[str]) -> list[str]:
-        from openai import AsyncOpenAI
+    def answer(prompts: Sequence[str]) -> list[str]:
+        asked = [Example(prompt=prompt) for prompt in prompts]
+        replies = served.answers(asked, routing, MAX_ANSWER_TOKENS)
+        if reports is not None:
+            reports.extend(report for reply in replies for report in reply.reports)
+        return [reply.text for reply in replies]
 
-        extra_body = None if routing is None else {"routing": dict(routing)}
-        in_flight = asyncio.Semaphore(concurrency)
+    return answer
 
-        async with AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
 
-            async def ask_one(prompt: str) -> str:
-                async with in_flight:
-                    completion = await client.chat.completions.create(
-                        model=model,
-                        messages=[{"role": "user", "content": prompt}],
-                        temperature=0,
-                        max_tokens=MAX_ANSWER_TOKENS,
-                        extra_body=extra_body,
-                    )
-                if reports is not None:
-                    reports.append((completion.model_extra or {})["routing"])
-                return completion.choices[0].message.content or ""
-
-            return list(await asyncio.gather(*map(ask_one, prompts)))
-
-    return lambda prompts: asyncio.run(ask(prompts))
+def examples(items: Mapping[str, Sequence[Item]]) -> dict[str, list[Example]]:
+    """Items as the evaluation of any model takes them."""
+    return {
+        task: [Example(prompt=item.prompt, answer=item.answer, task=task) for item in group]
+        for task, group in items.items()
+    }
 
 
 def evaluate_local(model_dir: Path, items_per_task: int, seed: int) -> dict[str, TaskScore]:
@@ -153,35 +128,9 @@ def evaluate_server(
     items_per_task: int,
     seed: int,
     routing: Mapping[str, Any] | None = None,
-    concurrency: int = 32,
+    concurrency: int = CONCURRENCY,
     api_key: str = "EMPTY",
 ) -> dict[str, TaskScore]:
     """Measure a running server; see ``server_answerer`` and ``heldout_items`` for arguments."""
     answer = server_answerer(base_url, model, routing, concurrency, api_key)
     return score(heldout_items(items_per_task, seed), answer)
-
-
-def percent(share: float) -> str:
-    """A share between 0 and 1, to be read."""
-    return f"{100 * share:.1f} %"
-
-
-def table(scores: Mapping[str, TaskScore], title: str = "held-out exact match") -> "Table":
-    """Lay the scores out for a terminal, with one miss per task as an example."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    out = Table(title=title)
-    out.add_column("task")
-    out.add_column("correct", justify="right")
-    out.add_column("exact match", justify="right")
-    out.add_column("a miss: prompt / right / given")
-    for entry in scores.values():
-        style = "green" if entry.exact_match >= BAR else "red"
-        example = ""
-        if entry.misses:
-            item, given = entry.misses[0]
-            example = escape(f"{item.prompt} / {item.answer} / {given}")
-        share = f"[{style}]{percent(entry.exact_match)}[/]"
-        out.add_row(entry.task, f"{entry.correct}/{entry.items}", share, example)
-    return out

@@ -8,7 +8,6 @@ and prints that. The same seed, machine and number of threads give the same prof
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,7 +26,9 @@ from sluice.models.demo.heads import (
 from sluice.models.demo.references import PER_TASK, find_references, write_references
 from sluice.models.demo.routers import RouterConfig, train_routers
 from sluice.models.demo.traces import Model, draw, importance, load_model
-from sluice.models.profile import HEADS_NAME, JSON_NAME, SCHEMA, Profile
+from sluice.models.fingerprint import fingerprint
+from sluice.models.profile import Profile
+from sluice.models.profile_writer import write_profile
 
 IMPORTANCE_ROWS = 256
 """Rows of 128 tokens that importance is measured on."""
@@ -77,26 +78,22 @@ def _write(
     measured: Mapping[str, list[float]],
     trained: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
-    from safetensors.torch import save_file
-
-    out.mkdir(parents=True, exist_ok=True)
     fields = {
-        "schema_version": SCHEMA,
         "model": {
             "layers": model.config.num_hidden_layers,
             "hidden": model.config.hidden_size,
+            "fingerprint": fingerprint(Path(model.config.name_or_path)),
         },
         "importance": {
             unit: [round(value, 6) for value in values] for unit, values in measured.items()
         },
     }
-    (out / JSON_NAME).write_text(json.dumps(fields, indent=2) + "\n")
     tensors = {
-        f"{method}.{name}": tensor.contiguous()
+        f"{method}.{name}": tensor
         for method, parts in trained.items()
         for name, tensor in parts.items()
     }
-    save_file(tensors, out / HEADS_NAME)
+    write_profile(out, fields, tensors, {})
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ Prompts are those that the server sees, chat template included, and embeddings a
 them. Everything is of the training split.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from sluice.models.demo.traces import Model
 from sluice.models.experts.references import prompt_embedding
 from sluice.models.experts.sample_batch import Sample, SampleBatch
 from sluice.models.experts.softmax_routers import recorded_scores, softmax_routers
-from sluice.models.profile import JSON_NAME, REFERENCES_NAME, Profile
+from sluice.models.profile import Profile
+from sluice.models.profile_writer import write_profile
 
 SET_NAME = "tasks"
 """The one set of the demo profile: samples of all tasks."""
@@ -105,18 +105,17 @@ def write_references(folder: Path, references: References, name: str = SET_NAME)
     Raises:
         ProfileError: the folder holds no profile.
     """
-    from safetensors.torch import save_file
-
-    Profile.load(folder)
-    fields = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
-    width = references.embeddings.size(1)
+    profile = Profile.load(folder)
+    fields = profile.fields.model_dump(exclude={"schema_version", "files", "digest"})
     fields["references"] = {
-        name: {"layers": list(references.layers), "width": width, "encoder": "model"}
+        name: {"layers": references.layers, "width": references.embeddings.size(1)}
+    }
+    heads = {
+        f"{method}.{part}": tensor
+        for method in sorted(profile.methods)
+        for part, tensor in profile.tensors(method).items()
     }
     tensors = {"embeddings": references.embeddings, "pathways": references.pathways}
-    save_file(
-        {f"{name}.{part}": tensor.half().contiguous() for part, tensor in tensors.items()},
-        folder / REFERENCES_NAME,
-    )
-    (folder / JSON_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    halves = {f"{name}.{part}": tensor.half() for part, tensor in tensors.items()}
+    write_profile(folder, fields, heads, halves)
     return Profile.load(folder)

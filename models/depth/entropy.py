@@ -21,6 +21,7 @@ class Entropy(ExitMethod):
     source = "BranchyNet (arXiv 1709.01686), DeeBERT (arXiv 2004.12993)"
     parameters = {"threshold": Parameter(0.0, 20.0)}
     needs_logits = True
+    leaves_below = True
 
     def leaves(self, at: ExitPoint) -> Tensor:
         """See `ExitMethod.leaves`."""

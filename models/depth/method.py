@@ -75,6 +75,8 @@ class ExitMethod(ABC):
     needs_previous: ClassVar[bool] = False
     decays: ClassVar[bool] = False
     """Whether CALM's decay of the threshold means something here: higher must be stricter."""
+    leaves_below: ClassVar[bool] = False
+    """Whether tokens leave below the threshold and not above it: then lower is stricter."""
     profile_tensors: ClassVar[tuple[str, ...]] = ()
     """Names of the trained tensors the method needs, without the method's own prefix."""
 

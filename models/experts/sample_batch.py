@@ -27,6 +27,7 @@ class SampleBatch:
     Attributes:
         ids: int64, (samples, tokens).
         prompts: bool, (samples, tokens): tokens of a prompt.
+        used: bool, (samples, tokens): tokens of a prompt or an answer.
         last: int64, (samples,): place of each prompt's last token.
         where: int64, (answer tokens,): places whose next token belongs to an answer.
         targets: int64, (answer tokens,): those next tokens.
@@ -35,6 +36,7 @@ class SampleBatch:
 
     ids: Tensor
     prompts: Tensor
+    used: Tensor
     last: Tensor
     where: Tensor
     targets: Tensor
@@ -52,6 +54,7 @@ class SampleBatch:
         width = max(len(sample.prompt) + len(sample.answer) for sample in samples)
         ids = torch.zeros(len(samples), width, dtype=torch.long)
         prompts = torch.zeros(len(samples), width, dtype=torch.bool)
+        used = torch.zeros(len(samples), width, dtype=torch.bool)
         last: list[int] = []
         where: list[int] = []
         targets: list[int] = []
@@ -60,12 +63,28 @@ class SampleBatch:
             whole = (*sample.prompt, *sample.answer)
             ids[row, : len(whole)] = torch.tensor(whole)
             prompts[row, : len(sample.prompt)] = True
+            used[row, : len(whole)] = True
             last.append(row * width + len(sample.prompt) - 1)
             where += range(last[-1], last[-1] + len(sample.answer))
             targets += sample.answer
             owner += [row] * len(sample.answer)
         places = [torch.tensor(each, device=device) for each in (last, where, targets, owner)]
-        return cls(ids.to(device), prompts.to(device), *places)
+        return cls(ids.to(device), prompts.to(device), used.to(device), *places)
+
+    @property
+    def decoded(self) -> Tensor:
+        """Entries of `where` that a decode step would run, bool, (answer tokens,).
+
+        The first token of an answer comes from the prompt's last one.
+        """
+        return ~self.prompts.flatten()[self.where]
+
+    @property
+    def generated(self) -> Tensor:
+        """Tokens that a decode step would run, bool, (samples, tokens)."""
+        found = torch.zeros_like(self.prompts).flatten()
+        found[self.where[self.decoded]] = True
+        return found.view_as(self.prompts)
 
     def answer_logits(self, model: Any) -> Tensor:
         """Run the model: logits at the answer tokens, (answer tokens, vocabulary)."""

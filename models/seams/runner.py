@@ -105,6 +105,8 @@ class RoutedModelRunner(_Runner):
         if not refused:
             keep_rows()
         super().load_model(*args, **kwargs)
+        if self._profile is not None:  # Not before: a model of the hub is here only now.
+            self._profile.check_served(self.model_config)
         if refused:
             return
         family = family_of(self.model_config.architecture)

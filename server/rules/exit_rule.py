@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sluice.models.depth.fixed import NAME as FIXED
 from sluice.models.depth.registry import EXIT_METHODS
 from sluice.models.policy import ExitRule, MissingKV
+from sluice.models.profile_fields import ExitThreshold
 from sluice.server.capabilities import Capabilities
 from sluice.server.rules.checks import check_fields, check_layers, check_trained, invalid, number
 from sluice.server.schema import ExitFields
@@ -16,9 +19,12 @@ _ALWAYS_TAKEN = ("layers", "min_layer", "kv")
 def exit_rule(fields: ExitFields, capabilities: Capabilities) -> ExitRule:
     """Check a per-token exit against its method and the model.
 
+    Without a threshold, that of the profile is taken if one was calibrated for the method: with
+    its layers, or with those that are given if they are the same.
+
     Raises:
         RoutingError: unknown or untrained method, a number that the method does not take, misses
-            or refuses, or layers where no token can leave.
+            or refuses, layers where no token can leave, or others than a threshold's own.
     """
     method = EXIT_METHODS.get(fields.method)
     if method is None:
@@ -27,6 +33,9 @@ def exit_rule(fields: ExitFields, capabilities: Capabilities) -> ExitRule:
     check_trained(method, capabilities, EXIT)
     taken = (*_ALWAYS_TAKEN, *method.parameters, *(["decay"] if method.decays else []))
     check_fields(fields, taken, method.name, EXIT)
+    calibrated = capabilities.calibrated_exits(method.name)
+    if calibrated and fields.threshold is None:
+        fields = _with_calibrated(fields, calibrated, capabilities.layers)
     numbers = {
         name: number(getattr(fields, name), parameter, method.name, f"{EXIT}.{name}")
         for name, parameter in method.parameters.items()
@@ -40,6 +49,35 @@ def exit_rule(fields: ExitFields, capabilities: Capabilities) -> ExitRule:
         decay=fields.decay,
         kv=fields.kv or MissingKV.PROPAGATE,
     )
+
+
+def _with_calibrated(
+    fields: ExitFields, calibrated: Sequence[ExitThreshold], num_layers: int
+) -> ExitFields:
+    """Fields without a threshold, with one that the profile has for their layers.
+
+    Raises:
+        RoutingError: none was calibrated for these layers, or with a decay.
+    """
+    param = f"{EXIT}.threshold"
+    if fields.decay is not None:
+        raise invalid("the calibrated threshold holds without decay: name one beside decay", param)
+    asked = calibrated[0].layers
+    if fields.layers is not None or fields.min_layer is not None:
+        asked = _exit_layers(fields, num_layers)
+    for entry in calibrated:
+        if entry.layers == asked:
+            return fields.model_copy(update={"threshold": entry.threshold, "layers": [*asked]})
+    sets = " or ".join(_enumerated(entry.layers) for entry in calibrated)
+    raise invalid(
+        f"the threshold of {fields.method!r} was calibrated for exits after layers {sets}, "
+        f"and these are {_enumerated(asked)}: name a threshold, or leave the layers out",
+        param,
+    )
+
+
+def _enumerated(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
 
 
 def _exit_layers(fields: ExitFields, num_layers: int) -> tuple[int, ...]:

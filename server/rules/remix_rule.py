@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from sluice.models.depth.method import Parameter
 from sluice.models.expert_policy import Remix, RemixMethod, RemixScope
-from sluice.models.profile import ReferenceSet
+from sluice.models.profile_fields import ReferenceSet
 from sluice.server.errors import RoutingError
 from sluice.server.rules import expert_controls as controls
 from sluice.server.rules.checks import check_fields, in_range, invalid, number

@@ -1,6 +1,7 @@
 """From the fields of `routing` to a policy: presets merged, controls combined.
 
-Every control has a module of its own: `skip_set`, `exit_rule`, `adaptive_rule`, `expert_rule`.
+Every control has a module of its own: `skip_set`, `exit_rule`, `adaptive_rule`, `effort`,
+`expert_rule`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from sluice.server.errors import RoutingError
 from sluice.server.rules.adaptive_rule import ADAPTIVE, adaptive_rule
 from sluice.server.rules.checks import combination, invalid
 from sluice.server.rules.contrast_rule import CONTRAST
+from sluice.server.rules.effort import EFFORT, effort_set
 from sluice.server.rules.exit_rule import EXIT, exit_rule
 from sluice.server.rules.expert_rule import expert_rule, merge_experts
-from sluice.server.rules.skip_set import effort_set, fixed_exit, skip_set
+from sluice.server.rules.skip_set import fixed_exit, skip_set
 from sluice.server.schema import DepthFields, PresetFields, RoutingFields
 
 _PHASE = "routing.depth.phase"
-_EFFORT = "routing.effort"
 
 
 def merge_preset(
@@ -100,7 +101,7 @@ def resolve(fields: RoutingFields, capabilities: Capabilities) -> RoutingPolicy:
             raise combination(
                 "effort leaves the choice to the server: "
                 "it does not go together with depth.skip, depth.exit or depth.adaptive",
-                _EFFORT,
+                EFFORT,
             )
         skip = effort_set(fields.effort, depth.phase or Phase.DECODE, capabilities)
     experts = expert_rule(fields.experts, capabilities)

@@ -1,4 +1,4 @@
-"""Skip sets from their wire forms: named layers, a fraction, a fixed exit, an effort."""
+"""Skip sets from their wire forms: named layers, a fraction, a fixed exit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 from sluice.models.depth.fixed import NAME as FIXED
 from sluice.models.depth.fixed import blocks_behind
-from sluice.models.depth.order import Unit, drop_order, skip_first
+from sluice.models.depth.order import drop_order, skip_first
 from sluice.models.policy import Phase, SkipSet
 from sluice.server.capabilities import Capabilities
 from sluice.server.errors import RoutingError
@@ -83,24 +83,6 @@ def fixed_exit(
     merged = SkipSet.of(blocks=blocks, attention=skip.attention, mlp=skip.mlp, phase=phase)
     check_something_runs(merged, capabilities, param)
     return merged
-
-
-def effort_set(effort: float, phase: Phase, capabilities: Capabilities) -> SkipSet:
-    """`routing.effort`: the first `floor((1 - effort) * layers + 1/2)` blocks of the drop order.
-
-    Smaller efforts leave out what larger ones do and more, so the sets are nested; the result is
-    elastic, so that the rows of a step may agree.
-
-    Raises:
-        RoutingError: nothing would be left to run.
-    """
-    count = math.floor((1.0 - effort) * capabilities.layers + 0.5)
-    if count == 0:
-        return SkipSet()
-    order = drop_order(Unit.BLOCK, capabilities.layers, capabilities.importance)
-    skip = skip_first(order, count, phase, elastic=True)
-    check_something_runs(skip, capabilities, "routing.effort")
-    return skip
 
 
 def check_something_runs(skip: SkipSet, capabilities: Capabilities, param: str) -> None:

@@ -20,6 +20,7 @@ from references.choices import random_heads, threshold_between
 from tiny import LAYERS, VOCABULARY, make_model
 from written import assert_same_kv, in_pairs, record_writes
 
+from sluice.kernels.dispatch import AUTO, REFERENCE, TRITON
 from sluice.models.cost_model import CostModel
 from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
 from sluice.models.plan import Arrange, compact
@@ -118,12 +119,49 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"])
-def served(request: pytest.FixtureRequest, models_folder: Path) -> Iterator[Served]:
-    folder = make_model(request.param, models_folder / f"depth-{request.param}")
+OPERATIONS = {
+    "confidence": {"exit_test"},
+    "entropy": {"exit_test"},
+    "saturation": {"layer_stats"},
+    "lac": {"layer_stats"},
+    "similarity": {"layer_stats"},
+    "mod": {"layer_stats"},
+}
+"""What methods decide by; the others decide without an operation."""
+
+
+def operations(case: str) -> set[str]:
+    """What must run, beside the counts of experts."""
+    name, _, variant = case.partition(" ")
+    moved = {"row_compact", "row_scatter"} if variant == MissingKV.RECOMPUTE else set()
+    return OPERATIONS.get(name, set()) | moved
+
+
+def also_interpreted(value: object) -> object:
+    return pytest.param(value, marks=pytest.mark.interpreted)
+
+
+FAMILIES = ("llama", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
+CHOSEN = ("llama", "qwen3_moe", "deepseek_v3")
+"""A dense model, one with softmax routing, one with groups, sigmoid and latent attention."""
+SETTINGS = [
+    *((family, AUTO) for family in FAMILIES),
+    *((family, choice) for choice in (REFERENCE, TRITON) for family in CHOSEN),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "served" in metafunc.fixturenames:
+        metafunc.parametrize(("family", "kernels"), SETTINGS, indirect=["kernels"], scope="module")
+
+
+@pytest.fixture(scope="module")
+def served(family: str, kernels: str, models_folder: Path) -> Iterator[Served]:
+    name = f"{family}-{kernels}"
+    folder = make_model(family, models_folder / f"depth-{name}")
     reference = Reference(folder)
     heads = random_heads(reference.states(PROMPT))
-    profile = write_profile(models_folder / f"profile-{request.param}", reference, heads)
+    profile = write_profile(models_folder / f"profile-{name}", reference, heads)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(PROFILE_ENV, str(profile))
         with engine(folder) as running:
@@ -135,8 +173,10 @@ def test_every_method_is_tested() -> None:
     assert tested == {*EXIT_METHODS, *PROMPT_METHODS, "mod", "elastic"}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_equals_the_reference(served: Served, case: str) -> None:
+@pytest.mark.parametrize(
+    "case", [also_interpreted(case) if operations(case) else case for case in CASES]
+)
+def test_equals_the_reference(served: Served, case: str, ran: set[str]) -> None:
     assert served.engine.llm.reset_prefix_cache()
     policy = served.policy(case)
     expected = served.reference.run(PROMPT, policy, TOKENS, served.heads, block_size=served.block)
@@ -151,6 +191,7 @@ def test_equals_the_reference(served: Served, case: str) -> None:
     if expected.mask is not None:
         assert record["mask"] == {"attention": sorted(expected.mask), "mlp": sorted(expected.mask)}
     _check_kv(served, policy, expected, written)
+    assert ran >= operations(case)
     if policy.exit is not None:
         assert exits[:-1].any(), "some tokens must leave early"
         assert exits[-1] or policy.exit.method == "patience", "and some stay"
@@ -182,7 +223,7 @@ KEEP_ALL = CostModel(*(np.full(10, seconds) for seconds in (0.0, 1.0, 0.0, 1.0))
 """Costs under which no row that may stay is ever taken out."""
 
 
-@pytest.mark.parametrize("arrange", [None, compact, KEEP_ALL.arrange])
+@pytest.mark.parametrize("arrange", [None, also_interpreted(compact), KEEP_ALL.arrange])
 def test_neighbours_do_not_matter(
     served: Served, monkeypatch: pytest.MonkeyPatch, arrange: Arrange | None
 ) -> None:
@@ -207,7 +248,10 @@ def test_neighbours_do_not_matter(
     assert together[-1] == served.reference.greedy(PROMPT, SkipSet(), TOKENS)
 
 
-def test_first_masks_the_prompt_too(models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", [AUTO], indirect=True, scope="module")
+def test_first_masks_the_prompt_too(
+    kernels: str, models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`masked_prefill` needs whole prompts, so it runs without chunked prefill."""
     folder = make_model("llama", models_folder / "depth-masked")
     reference = Reference(folder)

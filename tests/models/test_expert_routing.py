@@ -3,7 +3,6 @@ experts, weights to 1e-5 and the same tokens, alone and among neighbours."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Iterator
@@ -18,9 +17,9 @@ from references.experts import ExpertReference
 from references.remixes import ReferenceStore
 from references.routes import TIE
 from references.streams import ExpertRun
-from safetensors.torch import save_file
 from tiny import LAYERS, VOCABULARY, make_model
 
+from sluice.kernels.dispatch import AUTO, REFERENCE, TRITON
 from sluice.models.expert_policy import (
     BudgetMethod,
     Contrast,
@@ -32,8 +31,10 @@ from sluice.models.expert_policy import (
     RemixScope,
 )
 from sluice.models.expert_shape import ExpertShape
+from sluice.models.fingerprint import fingerprint
 from sluice.models.policy import Phase, RoutingPolicy, SkipSet
-from sluice.models.profile import JSON_NAME, PROFILE_ENV, REFERENCES_NAME, SCHEMA
+from sluice.models.profile import PROFILE_ENV
+from sluice.models.profile_writer import write_profile
 
 TOKENS = 6
 
@@ -61,9 +62,22 @@ class Served:
         )
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def served(request: pytest.FixtureRequest, models_folder: Path) -> Iterator[Served]:
-    folder = make_model(request.param, models_folder / f"routed-{request.param}")
+CHOSEN = ("olmoe", "deepseek_v3")
+"""Softmax, and groups with sigmoid and correction."""
+SETTINGS = [
+    *((family, AUTO) for family in FAMILIES),
+    *((family, choice) for choice in (REFERENCE, TRITON) for family in CHOSEN),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "served" in metafunc.fixturenames:
+        metafunc.parametrize(("family", "kernels"), SETTINGS, indirect=["kernels"], scope="module")
+
+
+@pytest.fixture(scope="module")
+def served(family: str, kernels: str, models_folder: Path) -> Iterator[Served]:
+    folder = make_model(family, models_folder / f"routed-{family}-{kernels}")
     reference = ExpertReference(folder)
     references = drawn_references(reference)
     super_experts = tuple((layer, layer % reference.experts) for layer in reference.layers)
@@ -88,23 +102,24 @@ def write_expert_profile(
     references: dict[str, ReferenceStore],
 ) -> Path:
     config = reference.model.config
-    folder.mkdir(parents=True, exist_ok=True)
     fields = {
-        "schema_version": SCHEMA,
-        "model": {"layers": config.num_hidden_layers, "hidden": config.hidden_size},
+        "model": {
+            "layers": config.num_hidden_layers,
+            "hidden": config.hidden_size,
+            "fingerprint": fingerprint(Path(config.name_or_path)),
+        },
         "super_experts": super_experts,
         "references": {
             name: {"layers": store.layers, "width": store.embeddings.shape[1]}
             for name, store in references.items()
         },
     }
-    (folder / JSON_NAME).write_text(json.dumps(fields))
     tensors = {
-        f"{name}.{part}": getattr(store, part).contiguous()
+        f"{name}.{part}": getattr(store, part)
         for name, store in references.items()
         for part in ("embeddings", "pathways")
     }
-    save_file(tensors, folder / REFERENCES_NAME)
+    write_profile(folder, fields, {}, tensors)
     return folder
 
 
@@ -207,34 +222,55 @@ def assert_dispatched(
         assert_dispatched(served, dispatch, record, run.weak, weak=True)
 
 
-def test_every_control_alone_and_among_neighbours(served: Served) -> None:
+@dataclass(frozen=True)
+class Controls:
+    """Every control with its prompt and what the reference makes of it, by name."""
+
+    prompts: dict[str, list[int]]
+    routed: dict[str, RoutingPolicy]
+    runs: dict[str, ExpertRun]
+
+
+@pytest.fixture(scope="module")
+def controls(served: Served) -> Controls:
     asked = policies(served)
     prompts = {name: prompt(number) for number, name in enumerate(asked)}
     runs = {name: served.expected(prompts[name], policy) for name, policy in asked.items()}
     for name, run in runs.items():
         assert run.margin > TIE, f"{name}: choose another prompt"
     routed = {name: RoutingPolicy(experts=policy) for name, policy in asked.items()}
+    return Controls(prompts, routed, runs)
+
+
+def test_every_control_alone(served: Served, controls: Controls) -> None:
     with recorded(served.engine.runner) as dispatch:
-        for name, run in runs.items():
-            (output,) = served.engine.run([prompts[name]], [routed[name]], TOKENS, [f"{name}/one"])
-            assert list(output.outputs[0].token_ids) == run.tokens, name
-            assert_dispatched(served, dispatch, f"{name}/one", run)
-    stock = served.engine.generate([prompts["mask"]], [None], TOKENS)[0]
+        for name, run in controls.runs.items():
+            own, asked = controls.prompts[name], controls.routed[name]
+            assert served.engine.generate([own], [asked], TOKENS, records=[name]) == [run.tokens]
+            assert_dispatched(served, dispatch, name, run)
+
+
+@pytest.mark.interpreted
+def test_every_control_among_neighbours(served: Served, controls: Controls, ran: set[str]) -> None:
+    own = controls.prompts["mask"]
+    (stock,) = served.engine.generate([own], [None], TOKENS)
     with recorded(served.engine.runner) as dispatch:
-        names = list(asked)
+        names = list(controls.runs)
         outputs = served.engine.generate(
-            [*prompts.values(), prompts["mask"]],
-            [*routed.values(), None],
+            [*controls.prompts.values(), own],
+            [*controls.routed.values(), None],
             TOKENS,
             records=[*names, ""],
         )
         for name, tokens in zip(names, outputs[:-1], strict=True):
-            assert tokens == runs[name].tokens, name
-            assert_dispatched(served, dispatch, name, runs[name])
+            assert tokens == controls.runs[name].tokens, name
+            assert_dispatched(served, dispatch, name, controls.runs[name])
         assert outputs[-1] == stock
+    assert ran >= {"route_topk", "contrast_logits"}
 
 
-def test_budgets_of_a_batch(served: Served) -> None:
+@pytest.mark.interpreted
+def test_budgets_of_a_batch(served: Served, ran: set[str]) -> None:
     """Requests whose prompts end together share a set from their first generated token on."""
     budgets = [
         ExpertBudget(BudgetMethod.OEA, k0=1),
@@ -254,8 +290,10 @@ def test_budgets_of_a_batch(served: Served) -> None:
     for name, tokens, run in zip(names, outputs, runs, strict=True):
         assert tokens == run.tokens
         assert_dispatched(served, dispatch, name, run)
+    assert ran >= {"router_scores", "batch_budget", "route_topk"}
 
 
+@pytest.mark.interpreted
 def test_with_skipped_sublayers(served: Served) -> None:
     """Rows that leave a layer out are not routed there, and the others keep their controls."""
     skips = [

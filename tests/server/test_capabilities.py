@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from checkpoints import TENSORS, write_checkpoint
 from edge import (
     CAPABILITIES,
     EXPERT_PROFILE,
@@ -19,10 +21,12 @@ from edge import (
     PROFILE,
     PROFILED,
     UNCHUNKED,
+    changed,
 )
 
 from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
-from sluice.models.profile import Profile, ProfileError, ReferenceSet
+from sluice.models.fingerprint import FingerprintError, fingerprint
+from sluice.models.profile import Profile, ProfileError
 from sluice.server.capabilities import Capabilities
 from sluice.server.schema import ExpertFields, RemixFields
 
@@ -76,7 +80,7 @@ def test_what_hangs_on_the_engine() -> None:
 
 def test_a_refused_engine_lists_nothing() -> None:
     wire = replace(CAPABILITIES, refusal="it is an OPT").to_wire()
-    assert (wire["depth"], wire["effort"], wire["report"]) == ({}, False, False)
+    assert (wire["depth"], wire["effort"], wire["report"]) == ({}, {}, False)
 
 
 def vllm_config(
@@ -86,9 +90,12 @@ def vllm_config(
     blocks: int | None = 9,
     window: int | None = None,
     architecture: str = "OlmoeForCausalLM",
+    folder: Path = Path("nowhere"),
 ) -> Any:
     """The part of vLLM's configuration that capabilities are read from."""
     model = SimpleNamespace(
+        model=str(folder),
+        revision=None,
         architecture=architecture,
         get_total_num_hidden_layers=lambda: layers,
         get_hidden_size=lambda: hidden,
@@ -129,12 +136,30 @@ def capabilities_of(
     )
 
 
-def test_a_profile_of_another_model_stops_the_server() -> None:
-    fitting = capabilities_of(PROFILE, DENSE, experts=0)
-    assert fitting.profile is PROFILE
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("served") / "small")
+
+
+def bound(profile: Profile, folder: Path, **fields: Any) -> Profile:
+    """A profile of the model in a folder."""
+    model = {**profile.fields.model.model_dump(), "fingerprint": fingerprint(folder)}
+    return changed(profile, model=model, **fields)
+
+
+def test_a_profile_of_another_model_stops_the_server(folder: Path, tmp_path: Path) -> None:
+    profile = bound(PROFILE, folder)
+    fitting = capabilities_of(profile, DENSE, experts=0, folder=folder)
+    assert fitting.profile is profile
     assert not fitting.chunked_prefill
-    with pytest.raises(ProfileError, match=f"{LAYERS} layers of hidden size {HIDDEN}"):
-        Capabilities.of(vllm_config(LAYERS, HIDDEN + 1), ("m",), PROFILE, DENSE, True)
+    wider = vllm_config(LAYERS, HIDDEN + 1, folder=folder)
+    with pytest.raises(ProfileError, match=f"{LAYERS} layers of hidden size {HIDDEN}, and"):
+        Capabilities.of(wider, ("m",), profile, DENSE, True)
+    other = write_checkpoint(tmp_path, {**TENSORS, "a": TENSORS["a"] + 1})
+    with pytest.raises(ProfileError, match=f"that of {tmp_path} is {fingerprint(other)[:12]}"):
+        capabilities_of(profile, DENSE, experts=0, folder=other)
+    with pytest.raises(FingerprintError, match="nobody/nothing: neither a folder nor a model"):
+        capabilities_of(profile, DENSE, experts=0, folder=Path("nobody/nothing"))
 
 
 def test_the_workers_answer_about_experts() -> None:
@@ -162,44 +187,60 @@ def test_a_contrast_needs_room_for_two_passes() -> None:
     assert capabilities_of(blocks=16, window=16).contrast_refusal is not None
 
 
+BEHAVIOUR = {
+    "experts": ((2, 1), (3, 4)),
+    "scores": (0.5, 0.25),
+    "measure": "weight",
+    "prompts": (9, 8),
+}
+
 MISFITS: dict[str, tuple[dict[str, Any], str]] = {
     "super expert of a dense layer": ({"super_experts": ((0, 1), (1, 1))}, r"super_experts\.1"),
     "super expert of no layer": ({"super_experts": ((6, 1),)}, r"super_experts\.0"),
     "super expert that is not there": ({"super_experts": ((0, 8),)}, "expert 8 in layer 0"),
     "negative super expert": ({"super_experts": ((0, -1),)}, "expert -1 in layer 0"),
+    "behaviour of a dense layer": (
+        {"behaviours": {"a": {**BEHAVIOUR, "experts": ((0, 1), (1, 1))}}},
+        r"behaviours\.a\.experts\.1",
+    ),
+    "behaviour of no expert": (
+        {"behaviours": {"a": {**BEHAVIOUR, "experts": ((0, 8), (0, 1))}}},
+        "expert 8 in layer 0",
+    ),
     "references of a dense layer": (
-        {"references": {"a": ReferenceSet(layers=(0, 1), width=HIDDEN)}},
+        {"references": {"a": {"layers": (0, 1), "width": HIDDEN}}},
         r"references\.a: layer 1",
     ),
     "references of no layer": (
-        {"references": {"a": ReferenceSet(layers=(), width=HIDDEN)}},
+        {"references": {"a": {"layers": (), "width": HIDDEN}}},
         r"references\.a: layers",
     ),
     "references out of order": (
-        {"references": {"a": ReferenceSet(layers=(3, 2), width=HIDDEN)}},
+        {"references": {"a": {"layers": (3, 2), "width": HIDDEN}}},
         r"references\.a: layers",
     ),
     "embeddings of another width": (
-        {"references": {"a": ReferenceSet(layers=(2,), width=HIDDEN + 1)}},
+        {"references": {"a": {"layers": (2,), "width": HIDDEN + 1}}},
         r"references\.a: the model's embeddings are 8 wide",
     ),
 }
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_a_profile_of_other_experts_stops_the_server(name: str) -> None:
+def test_a_profile_of_other_experts_stops_the_server(name: str, folder: Path) -> None:
     changes, complaint = MISFITS[name]
     with pytest.raises(ProfileError, match=complaint):
-        capabilities_of(replace(PROFILE, **changes))
+        capabilities_of(bound(PROFILE, folder, **changes), folder=folder)
 
 
-def test_a_profile_with_experts_on_other_engines() -> None:
-    assert capabilities_of(EXPERT_PROFILE).profile is EXPERT_PROFILE
+def test_a_profile_with_experts_on_other_engines(folder: Path) -> None:
+    profile = bound(EXPERT_PROFILE, folder)
+    assert capabilities_of(profile, folder=folder).profile is profile
     with pytest.raises(ProfileError, match=r"super_experts\.0"):
-        capabilities_of(EXPERT_PROFILE, DENSE, experts=0)
+        capabilities_of(profile, DENSE, experts=0, folder=folder)
     # The model has experts, and this engine cannot control them: the profile may still be right.
     fused = {"shape": None, "refusal": "one kernel does it all"}
-    assert capabilities_of(EXPERT_PROFILE, fused).profile is EXPERT_PROFILE
+    assert capabilities_of(profile, fused, folder=folder).profile is profile
 
 
 def routing_of(capabilities: Capabilities) -> dict[str, Any]:

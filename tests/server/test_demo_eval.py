@@ -11,7 +11,7 @@ from serving import Server
 
 from sluice.models.demo.longer import LONGER_TASKS
 from sluice.server.cli import main
-from sluice.server.demo_eval import read_policies
+from sluice.server.policy_arguments import read_policies
 
 
 def test_policies_keep_their_order_and_names(tmp_path: Path) -> None:
@@ -32,6 +32,7 @@ def test_policies_keep_their_order_and_names(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[]", "not an object"),
+        ("{}", "no policies"),
         ('{"a": []}', "a is no routing object"),
         ('{"none": {}}', "none was given before"),
     ],
@@ -53,6 +54,14 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | No
 
 
 URL = ("--url", "http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--policy", "none")])
+def test_no_server_is_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    assert evaluate(monkeypatch, *URL, "--items", "1", *arguments) == 2
+    assert "no server answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -99,6 +108,7 @@ def test_a_row_per_policy_of_a_server(
     assert shallow["generated_compute_fraction"] == pytest.approx(0.75, abs=0.01)
     assert shallow["generated_compute_fraction"] < shallow["compute_fraction"] < 1
     assert full["exact_match"] >= 0.95
+    assert full["interval"][0] < full["exact_match"] <= full["interval"][1]
     assert "per token" in capsys.readouterr().out
 
 
@@ -130,5 +140,5 @@ def test_a_policy_that_the_server_refuses_is_named(
 ) -> None:
     assert evaluate(monkeypatch, *asking(server, "none", "fastest")) == 2
     shown = capsys.readouterr()
-    assert "policy fastest" in shown.err
+    assert "policy fastest: routing.preset: preset 'fastest' does not exist" in shown.err
     assert "none" in shown.out, "what was measured before is shown"

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from edge import MOE
+from edge import MOE, SMALL
+from full_profile import frontier, point
 from prometheus_client import CollectorRegistry
 
 from sluice.models.profile import PROFILE_ENV
+from sluice.models.profile_writer import write_profile
 from sluice.server import plugin
 from sluice.server.access.access import Caller, Capability
 from sluice.server.capabilities import Capabilities
@@ -34,17 +36,25 @@ class FakeEngine:
         return [{"shape": "of the first rank", "refusal": None}, {}]
 
 
-def started(monkeypatch: pytest.MonkeyPatch, *, flag: bool, presets: Path | None = None) -> Any:
-    """State of an edge on a model with experts."""
+def started(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    flag: bool = True,
+    presets: Path | None = None,
+    folder: Path | None = None,
+    registry: CollectorRegistry | None = None,
+) -> Any:
+    """State of an edge on a model with experts, with the profile in `folder`."""
 
     def of(config: Any, models: Any, profile: Any, answer: Any, expert_routing: bool) -> Any:
-        assert (config, models, profile) == ("the configuration", ("m",), None)
+        assert (config, models) == ("the configuration", ("m",))
+        assert (profile and profile.folder) == folder
         assert answer["shape"] == "of the first rank"
-        return replace(MOE, expert_routing=expert_routing)
+        return replace(MOE, expert_routing=expert_routing, profile=profile)
 
-    monkeypatch.delenv(PROFILE_ENV, raising=False)
+    monkeypatch.setenv(PROFILE_ENV, str(folder or ""))
     monkeypatch.setattr(Capabilities, "of", of)
-    monkeypatch.setattr(plugin, "REGISTRY", CollectorRegistry())
+    monkeypatch.setattr(plugin, "REGISTRY", registry or CollectorRegistry())
     cards = [SimpleNamespace(name="m")]
     state = SimpleNamespace(openai_serving_models=SimpleNamespace(base_model_paths=cards))
     args = Namespace(presets=presets, expert_routing=flag)
@@ -70,3 +80,23 @@ def test_presets_with_experts_are_resolved_whatever_the_flag(
     presets.write_text("presets: {few: {experts: {top_k: 99}}}")
     with pytest.raises(PresetsFileError, match=r"presets\.few\.experts\.top_k"):
         started(monkeypatch, flag=flag, presets=presets)
+
+
+def test_presets_of_the_profile_join_those_of_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    points = [point("few", experts={"top_k": 2}), point("odd", experts={"top_k": 99})]
+    measured = frontier(points, {"fast": "few", "balanced": "odd"})
+    write_profile(tmp_path, {"model": SMALL, "frontier": measured}, {}, {})
+    presets = tmp_path / "presets.yaml"
+    presets.write_text("presets: {mine: {experts: {top_k: 1}}}")
+    registry = CollectorRegistry()
+    edge = started(monkeypatch, presets=presets, folder=tmp_path, registry=registry)
+    assert [*edge.admission.presets] == ["mine", "fast", "balanced"]
+    assert edge.admission.preset_policy("fast").experts.top_k == 2
+    for name in ("mine", "fast", "balanced", "custom", "none"):
+        labels = {"preset": name, "outcome": "ok"}
+        assert registry.get_sample_value("sluice_requests_total", labels) == 0, name
+    presets.write_text("presets: {fast: {experts: {top_k: 1}}}")
+    with pytest.raises(PresetsFileError, match=f"'fast' is in presets file {presets} and in"):
+        started(monkeypatch, presets=presets, folder=tmp_path)

@@ -16,6 +16,7 @@ from edge import (
     MOE,
     MOE_PROFILED,
     PLAIN_SHAPE,
+    changed,
     expert_policy,
     experts,
     policy,
@@ -151,7 +152,7 @@ def test_resolved_with_references(name: str) -> None:
 
 def test_the_only_reference_set_needs_no_name() -> None:
     only = {"sums": EXPERT_PROFILE.references["sums"]}
-    capabilities = replace(MOE, profile=replace(EXPERT_PROFILE, references=only))
+    capabilities = replace(MOE, profile=changed(EXPERT_PROFILE, references=only))
     assert expert_policy(capabilities, remix={"method": "kernel"}).remix == NEIGHBOURHOOD
 
 
@@ -341,5 +342,5 @@ def test_the_encoder_is_named() -> None:
 
 
 def test_references_of_a_profile_without_any() -> None:
-    bare = replace(MOE, profile=replace(EXPERT_PROFILE, references={}))
+    bare = replace(MOE, profile=changed(EXPERT_PROFILE, references={}))
     assert refused(experts(**remix("kernel")), bare) == (f"{REMIX}.method", NO_PROFILE)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
+from checkpoints import write_checkpoint
+from full_profile import frontier, point
 from serving import running_server
 
-from sluice.models.profile import PROFILE_ENV
+from sluice.models.fingerprint import fingerprint
+from sluice.models.profile import PROFILE_ENV, Profile
+from sluice.models.profile_writer import write_profile
 from sluice.server import serve
 
 
@@ -40,10 +44,9 @@ def test_front_ends_without_our_plugin_are_refused(
     assert "not supported" in capsys.readouterr().err
 
 
-def profile_folder(folder: Path, layers: int = 3, hidden: int = 4) -> Path:
-    folder.mkdir()
-    fields = {"schema_version": 1, "model": {"layers": layers, "hidden": hidden}}
-    (folder / "profile.json").write_text(json.dumps(fields))
+def profile_folder(folder: Path, made_for: str = "0" * 64, **fields: Any) -> Path:
+    model = {"layers": 3, "hidden": 4, "fingerprint": made_for}
+    write_profile(folder, {"model": model, **fields}, {}, {})
     return folder
 
 
@@ -75,6 +78,54 @@ def test_a_profile_that_is_none_stops_the_server(
     with pytest.raises(SystemExit):
         chosen(tmp_path if through == "flag" else None)
     assert f"profile {tmp_path}" in capsys.readouterr().err
+
+
+def test_the_profile_of_another_model_stops_the_server(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    parser = argparse.ArgumentParser()
+    served = write_checkpoint(tmp_path / "served")
+    fitting = Profile.load(profile_folder(tmp_path / "fitting", fingerprint(served)))
+    other = Profile.load(profile_folder(tmp_path / "other"))
+    serve.check_model(parser, fitting, str(served))
+    serve.check_model(parser, None, str(served))
+    serve.check_model(parser, other, "someone/on-the-hub")  # The engine's part, once it is here.
+    with pytest.raises(SystemExit):
+        serve.check_model(parser, other, str(served))
+    complaint = capsys.readouterr().err
+    for name in (other.folder, "0" * 12, served, fingerprint(served)[:12]):
+        assert str(name) in complaint
+    (served / "model-0.safetensors").unlink()
+    with pytest.raises(SystemExit):
+        serve.check_model(parser, fitting, str(served))
+    assert f"{served}: no safetensors weights" in capsys.readouterr().err
+
+
+def test_presets_are_checked_before_the_engine_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    parser = argparse.ArgumentParser()
+    measured = frontier([point("full")], {"fast": "full"})
+    profile = Profile.load(profile_folder(tmp_path / "profile", frontier=measured))
+    presets = tmp_path / "presets.yaml"
+    presets.write_text("presets: {mine: {effort: 0.5}}")
+    serve.check_presets(parser, presets, profile)
+    serve.check_presets(parser, None, None)
+    presets.write_text("presets: {fast: {effort: 0.5}}")
+    serve.check_presets(parser, presets, None)
+    with pytest.raises(SystemExit):
+        serve.check_presets(parser, presets, profile)
+    complaint = capsys.readouterr().err
+    assert all(str(name) in complaint for name in ("'fast'", presets, profile.folder))
+    presets.write_text("presets: {fast: {effort: 2}}")
+    with pytest.raises(SystemExit):
+        serve.check_presets(parser, presets, None)
+    assert "presets.fast.effort" in capsys.readouterr().err
+    odd = frontier([point("full", depth={"deep": 1})], {"fast": "full"})
+    profile = Profile.load(profile_folder(tmp_path / "odd", frontier=odd))
+    with pytest.raises(SystemExit):
+        serve.check_presets(parser, None, profile)
+    assert "frontier.presets.fast.routing.depth.deep" in capsys.readouterr().err
 
 
 def demo_arguments(profile: Path | None) -> argparse.Namespace:
@@ -186,8 +237,9 @@ def test_one_door_has_one_gate(
 def test_a_profile_of_another_model_is_named_at_start_up(tmp_path: Path) -> None:
     profile = profile_folder(tmp_path / "profile")
     arguments = ["--enforce-eager", "--profile", str(profile)]
+    complaint = f"serve: error: profile {profile} was made for a model of 3 layers of hidden size 4"
     with (
-        pytest.raises(pytest.fail.Exception, match="was made for 3 layers of hidden size 4"),
+        pytest.raises(pytest.fail.Exception, match=complaint),
         running_server(tmp_path / "log", *arguments),
     ):
         pass

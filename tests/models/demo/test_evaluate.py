@@ -1,18 +1,15 @@
-"""Scoring, the server backend against a stub server, and the table."""
+"""Scoring, and the server backend against a stub server."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from sluice.models.demo.evaluate import (
     evaluate_server,
     heldout_items,
     score,
     server_answerer,
-    table,
 )
 from sluice.models.demo.tasks import TASKS, is_heldout
 
@@ -53,15 +50,3 @@ def test_routing_is_sent_with_every_request(stub: tuple[str, list[dict[str, Any]
     assert set(scores) == set(TASKS)
     assert len(bodies) == 2 * len(TASKS)
     assert all(body["routing"] == routing and body["model"] == "m@fast" for body in bodies)
-
-
-def test_table_shows_every_task_and_a_miss() -> None:
-    items = heldout_items(4, seed=1, tasks=("copy", "sort"))
-    scores = score(items, lambda prompts: ["[b]nonsense"] * len(prompts))
-    console = Console(file=io.StringIO(), width=120, record=True)
-    console.print(table(scores))
-    text = console.export_text()
-    assert "copy" in text
-    assert "sort" in text
-    assert "0.0 %" in text
-    assert "[b]nonsense" in text

@@ -35,7 +35,9 @@ from sluice.models.demo.traces import (
 )
 from sluice.models.depth.order import Unit, drop_order
 from sluice.models.depth.registry import EXIT_METHODS
-from sluice.models.profile import HEADS_NAME, Profile
+from sluice.models.fingerprint import fingerprint
+from sluice.models.profile import Profile
+from sluice.models.profile_writer import HEADS_NAME
 
 UNITS = (Unit.BLOCK, Unit.ATTENTION, Unit.MLP)
 QUICK = HeadConfig(runs=1, steps=40, inner=8)
@@ -46,6 +48,13 @@ QUICK_ROUTERS = RouterConfig(steps=2, rows=2)
 def tiny() -> Model:
     model: Model = build_model(demo_config(layers=3, hidden=64, experts=8), seed=1)
     return model.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def saved(tiny: Model, tmp_path: Path) -> Model:
+    """As it is once its weights are files: a profile is bound to those."""
+    tiny.save_pretrained(tmp_path / "model")
+    return load_model(tmp_path / "model")
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +182,13 @@ def test_dear_blocks_are_skipped_and_a_price_is_needed_for_that(tiny: Model) -> 
     assert free > dear + 0.2
 
 
-def test_one_seed_makes_one_profile(tiny: Model, tmp_path: Path) -> None:
+def test_one_seed_makes_one_profile(saved: Model, tmp_path: Path) -> None:
     """Up to rounding: several threads may add in another order."""
     made = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        profile = make_profile(tiny, tmp_path / name, seed, QUICK, QUICK_ROUTERS, 4)
-        profile.check_model(3, 64)
+        profile = make_profile(saved, tmp_path / name, seed, QUICK, QUICK_ROUTERS, 4)
+        profile.check_folder(tmp_path / "model")
+        assert (profile.layers, profile.hidden) == (3, 64)
         assert profile.methods >= {"first", "classifier", "q_exit"}
         assert profile.importance is not None
         importance = torch.tensor(
@@ -193,7 +203,7 @@ def test_one_seed_makes_one_profile(tiny: Model, tmp_path: Path) -> None:
 
 def test_shipped_profile_fits_the_demo_model(demo: Model, shipped: Profile) -> None:
     layers, hidden = demo.config.num_hidden_layers, demo.config.hidden_size
-    shipped.check_model(layers, hidden)
+    shipped.check_model(layers, hidden, fingerprint(DEMO_MODEL_DIR))
     shapes = {
         method: {name: tuple(tensor.shape) for name, tensor in shipped.tensors(method).items()}
         for method in ("first", "classifier", "q_exit")

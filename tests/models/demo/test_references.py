@@ -15,7 +15,8 @@ from sluice.models.demo.traces import Model, load_model
 from sluice.models.expert_policy import Remix, RemixMethod, RemixScope
 from sluice.models.experts.references import ReferenceStore
 from sluice.models.experts.softmax_routers import softmax_routers
-from sluice.models.profile import HEADS_NAME, REFERENCES_NAME, Profile, ProfileError
+from sluice.models.profile import Profile, ProfileError
+from sluice.models.profile_writer import HEADS_NAME, REFERENCES_NAME
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,61 @@
+"""Suites of the engine that run under several choices of `SLUICE_KERNELS`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from sluice.kernels import dispatch
+from sluice.kernels.dispatch import TRITON, VARIABLE, Operation
+
+INTERPRETED = (
+    "interpreted: of tests with the fixture `kernels`, also runs with Triton's interpreter"
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", INTERPRETED)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what would run with Triton's interpreter and is not marked so.
+
+    The interpreter is slow: all tests of a family take it ten times as long as PyTorch.
+    """
+    out = [
+        item for item in items if interprets(item) and not item.get_closest_marker("interpreted")
+    ]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
+
+
+def interprets(item: pytest.Item) -> bool:
+    params: dict[str, object] = getattr(getattr(item, "callspec", None), "params", {})
+    return params.get("kernels") == TRITON
+
+
+@pytest.fixture(scope="module")
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What `SLUICE_KERNELS` says from before an engine starts: the parameter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, request.param)
+        dispatch.chosen.cache_clear()
+        yield request.param
+    dispatch.chosen.cache_clear()
+
+
+@pytest.fixture
+def ran(kernels: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Operations that have run in this test, all of them under the choice of its engine."""
+    names: set[str] = set()
+    plain = Operation._run
+
+    def run(operation: Operation[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert dispatch.chosen() == kernels
+        names.add(operation.name)
+        return plain(operation, *args, **kwargs)
+
+    monkeypatch.setattr(Operation, "_run", run)
+    return names
