@@ -22,18 +22,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what would run with Triton's interpreter and is not marked so.
 
-    The interpreter is slow: all tests of a family take it ten times as long as PyTorch.
+    Interpreted, all of a family's tests take three times as long for depth and thirty times for
+    routing. Marked are those that reach a kernel, one where several give it the same to do; exits
+    of several requests side by side are in `test_kernel_choices.py` under every choice.
     """
-    out = [
-        item for item in items if interprets(item) and not item.get_closest_marker("interpreted")
-    ]
+    out = [item for item in items if not wanted(item)]
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in out]
 
 
-def interprets(item: pytest.Item) -> bool:
+def wanted(item: pytest.Item) -> bool:
     params: dict[str, object] = getattr(getattr(item, "callspec", None), "params", {})
-    return params.get("kernels") == TRITON
+    if params.get("kernels") != TRITON:
+        return True
+    return item.get_closest_marker("interpreted") is not None
 
 
 @pytest.fixture(scope="module")

@@ -242,6 +242,7 @@ def controls(served: Served) -> Controls:
     return Controls(prompts, routed, runs)
 
 
+# Not interpreted: the same rows as among neighbours, in many more calls.
 def test_every_control_alone(served: Served, controls: Controls) -> None:
     with recorded(served.engine.runner) as dispatch:
         for name, run in controls.runs.items():
@@ -293,7 +294,6 @@ def test_budgets_of_a_batch(served: Served, ran: set[str]) -> None:
     assert ran >= {"router_scores", "batch_budget", "route_topk"}
 
 
-@pytest.mark.interpreted
 def test_with_skipped_sublayers(served: Served) -> None:
     """Rows that leave a layer out are not routed there, and the others keep their controls."""
     skips = [
