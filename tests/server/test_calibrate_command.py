@@ -166,7 +166,14 @@ def test_ctrl_c_loses_nothing(prompts: Path, tmp_path: Path) -> None:
         if step.name not in ("importance", "heads"):
             arguments += ["--skip", step.name]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    running = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment)
+    running = subprocess.Popen(
+        arguments,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A shell's background jobs ignore the signal, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert running.stderr is not None
     done = out / ".calibration" / "importance.json"
     deadline = time.monotonic() + 300
