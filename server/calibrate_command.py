@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,27 +130,31 @@ def _run(args: argparse.Namespace, kinds: Sequence[type[Step]], named: type[Step
         for kind in kinds
     ]
     console = Console(stderr=True)
+    say = partial(console.print, markup=False)
     with _progress(console) as progress:
         calibration = _calibration(args, progress)
         open_workspace(calibration, args.out)
         if named:
             _add_earlier_parts(calibration, named)
-        asked = []
-        for step in steps:
-            refusal = step.refusal(calibration)
-            if refusal is None:
-                asked.append(step)
-            elif named:
-                raise CalibrationError(f"{step.name}: {refusal}")
-            else:
-                console.print(f"{step.name}: left out: {refusal}", markup=False)
-        profile = run_steps(
-            calibration, asked, args.out, lambda line: console.print(line, markup=False)
-        )
+            steps[0].check(calibration)
+        else:
+            steps = _able(steps, calibration, say)
+        profile = run_steps(calibration, steps, args.out, say)
     if profile.frontier is not None:
         write_plots(profile.frontier, args.out)
         Console().print(frontier_table(profile.frontier))
-    console.print(f"wrote {args.out}", markup=False)
+    say(f"wrote {args.out}")
+
+
+def _able(
+    steps: Sequence[Step], calibration: Calibration, say: Callable[[str], None]
+) -> list[Step]:
+    """Steps that have something to do; of the others it is said why they have not."""
+    refusals = {step: step.refusal(calibration) for step in steps}
+    for step, refusal in refusals.items():
+        if refusal is not None:
+            say(f"{step.name}: left out: {refusal}")
+    return [step for step, refusal in refusals.items() if refusal is None]
 
 
 def _calibration(args: argparse.Namespace, progress: Progress) -> Calibration:

@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
         help="exact match of a model on tasks, by policy",
         description="Asks tasks of a running server (--url), or of a model in this process "
         "(--model FOLDER), under one policy after the other. Prints exact match per task, the "
-        "average of the tasks with its 95 %% interval, and the work it took. Of a task with "
+        "average of the tasks with its 95 % interval, and the work it took. Of a task with "
         "choices, the likeliest counts.",
     )
     parser.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -178,33 +178,35 @@ def in_process(
 
     if kv_cache_memory_bytes is None and current_platform.is_cpu():
         kv_cache_memory_bytes = _CPU_CACHE_BYTES
-    try:
-        llm = LLM(
-            str(subject.folder),
-            worker_cls=worker_class(),
-            enforce_eager=True,
-            max_model_len=longest,
-            max_num_seqs=at_once,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-            seed=0,
-        )
-    except (ValueError, RuntimeError) as error:
-        raise EvaluationError(f"{model}: the engine does not start: {error}") from error
-    try:
-        answer = llm.collective_rpc("describe_experts")[0]
-        able = Capabilities.of(
-            llm.llm_engine.vllm_config, (_NAME,), held, answer, expert_routing=True
-        )
-        admission = Admission(able, own)
-        admission.check_presets()
+    with ExitStack() as stack:
+        # After an engine that did not start as well: the next one would take its process groups.
+        stack.callback(cleanup_dist_env_and_memory)
+        try:
+            llm = LLM(
+                str(subject.folder),
+                worker_cls=worker_class(),
+                enforce_eager=True,
+                max_model_len=longest,
+                max_num_seqs=at_once,
+                kv_cache_memory_bytes=kv_cache_memory_bytes,
+                seed=0,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise EvaluationError(f"{model}: the engine does not start: {error}") from error
+        stack.callback(llm.llm_engine.engine_core.shutdown)
+        try:
+            answer = llm.collective_rpc("describe_experts")[0]
+            able = Capabilities.of(
+                llm.llm_engine.vllm_config, (_NAME,), held, answer, expert_routing=True
+            )
+            admission = Admission(able, own)
+            admission.check_presets()
+        except ProfileError as error:
+            raise EvaluationError(str(error)) from None
+        except RoutingError as error:
+            message = f"presets file {presets}: {error.param}: {error.message}"
+            raise EvaluationError(message) from None
         yield InProcess(llm, subject, admission, at_once, answered)
-    except ProfileError as error:
-        raise EvaluationError(str(error)) from None
-    except RoutingError as error:
-        raise EvaluationError(f"presets file {presets}: {error.param}: {error.message}") from None
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
 
 
 def _encoded(subject: Subject, example: Example) -> tuple[int, ...]:

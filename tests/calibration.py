@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tiny import FAMILIES, VOCABULARY, make_model
@@ -65,6 +66,12 @@ def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         folder, dtype=dtype, experts_implementation="eager"
     )
     return model.requires_grad_(False).train(False)
+
+
+def one_text_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no text stand beside another in a batch."""
+    batches = Subject.batches
+    monkeypatch.setattr(Subject, "batches", lambda self, samples: batches(self, samples, 1))
 
 
 def plain_track(things: Iterable[Any], _what: str, _total: int) -> Iterable[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,11 @@ class Engine:
             )
         return requests, params
 
+    def close(self) -> None:
+        """End the engine."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+
     @property
     def runner(self) -> Any:
         """The live model runner."""
@@ -145,13 +150,11 @@ class Engine:
 
 @contextmanager
 def engine(folder: Path, worker: str = CPU_WORKER, **flags: Any) -> Iterator[Engine]:
-    """An engine that leaves the process fit for the next one."""
+    """An engine that leaves the process fit for the next one, also where it does not start."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    running = Engine(folder, worker, **flags)
-    try:
+    with ExitStack() as stack:
+        stack.callback(cleanup_dist_env_and_memory)
+        running = Engine(folder, worker, **flags)
+        stack.callback(running.close)
         yield running
-    finally:
-        running.llm.llm_engine.engine_core.shutdown()
-        del running.llm
-        cleanup_dist_env_and_memory()

@@ -15,8 +15,7 @@ from typing import Any
 from sluice.models.calibrate.examples import Example
 from sluice.models.demo.evaluate import MAX_ANSWER_TOKENS, heldout_items
 from sluice.models.evaluate.served import CONCURRENCY, Served
-
-_DECODE_PHASES = ("decode", "both")
+from sluice.models.policy import Phase
 
 
 def recorded(server: Served, routing: Mapping[str, Any], items: int, seed: int) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def _left_out(report: Mapping[str, Any]) -> dict[str, list[int]]:
     if "mask" in report:
         return {"attention": report["mask"], "mlp": report["mask"]}
     depth = report["policy"].get("depth", {})
-    skip = depth.get("skip", {}) if depth.get("phase") in _DECODE_PHASES else {}
+    skip = depth.get("skip", {}) if depth.get("phase") in (Phase.DECODE, Phase.BOTH) else {}
     return {module: skip.get(module, []) for module in ("attention", "mlp")}
 
 

@@ -51,6 +51,13 @@ class Example(Strict):
         """File and line that it was read from."""
         return self._where
 
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """Messages of a `prompt` or of `messages`, as OpenAI has them."""
+        if self.messages is None:
+            return [{"role": "user", "content": self.prompt or ""}]
+        return [message.model_dump() for message in self.messages]
+
     @model_validator(mode="after")
     def _consistent(self) -> Example:
         given = [name for name in ("text", "prompt", "messages") if getattr(self, name) is not None]

@@ -33,17 +33,11 @@ class ExpertK(Step):
     name: ClassVar[str] = "expert-k"
     help: ClassVar[str] = "experts per token of each layer under budgets"
     needs_experts: ClassVar[bool] = True
+    needs_several_experts: ClassVar[bool] = True
 
     shares: str = option("0.875,0.75,0.625,0.5", "of the model's own experts per token: budgets")
     tokens: int = option(512, "of noise in a draw")
     draws: int = option(4, "of noise")
-
-    def refusal(self, calibration: Calibration) -> str | None:
-        """Why there is nothing to choose, or None."""
-        found = super().refusal(calibration)
-        if found is None and calibration.subject.config.num_experts_per_tok == 1:
-            return "the model runs one expert per token"
-        return found
 
     def run(self, calibration: Calibration) -> Part:
         """Measure every layer, and choose.
@@ -52,9 +46,7 @@ class ExpertK(Step):
             CalibrationError: an option is out of range, a budget is below one expert a layer, or
                 the model has no experts, runs one per token or gives no finite output.
         """
-        reason = self.refusal(calibration)
-        if reason is not None:
-            raise CalibrationError(f"expert-k: {reason}")
+        self.check(calibration)
         for name in ("tokens", "draws"):
             if getattr(self, name) < 1:
                 raise CalibrationError(f"expert-k: {name}: must be at least 1")

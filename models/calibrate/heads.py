@@ -158,7 +158,7 @@ def train_classifier(data: ExitData, options: Heads, calibration: Calibration) -
         return (each.mean(1) * data.weights[rows]).mean()
 
     _descend(head, loss, data, options, calibration)
-    weight, bias = _folded(head, data.mean, data.scale)
+    weight, bias = folded(head, data.mean, data.scale)
     return {"weight": weight.squeeze(0), "bias": bias.squeeze(0)}
 
 
@@ -186,7 +186,7 @@ def train_q_exit(data: ExitData, options: Heads, calibration: Calibration) -> di
     _descend(head, loss, data, options, calibration)
     mean = torch.cat([data.mean, data.mean_before])
     scale = torch.cat([data.scale, data.scale_before])
-    parts = [_folded(layers[0], mean, scale)]
+    parts = [folded(layers[0], mean, scale)]
     parts += [(layer.weight.detach(), layer.bias.detach()) for layer in layers[1:]]
     tensors: dict[str, Tensor] = {}
     for index, (weight, bias) in enumerate(parts):
@@ -214,7 +214,8 @@ def _scaling(states: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def _folded(layer: nn.Linear, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def folded(layer: nn.Linear, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias for inputs as they are, of a layer that was trained on standardised ones."""
     weight = layer.weight.detach() / scale
     return weight, layer.bias.detach() - weight @ mean
 

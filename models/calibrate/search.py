@@ -3,20 +3,22 @@
 One choice a sub-layer, two objectives: quality, and measured time over full depth's. It is the
 search of Draft & Verify (arXiv 2309.08168) over attention and MLP apart, with quality as a second
 objective where self-speculation has one, since a draft is verified and an answer is not. Optuna's
-tree-structured Parzen estimator proposes; what LLM-Drop's orders leave out (arXiv 2406.15786) is
-tried first.
+tree-structured Parzen estimator proposes; the levels of the chain (`sluice.models.calibrate.chain`)
+and what LLM-Drop's orders leave out (arXiv 2406.15786) are tried first.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sluice.models.calibrate.chain import LayerUnit, chain
 from sluice.models.calibrate.engine import engine_of
+from sluice.models.calibrate.evenly import evenly
 from sluice.models.calibrate.options import check_least
 from sluice.models.calibrate.pareto import on_frontier
 from sluice.models.calibrate.step import Calibration, Step, option
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 _KEPT = "search-trials"
 _SEED_SHARES = (0.125, 0.25, 0.375, 0.5)
-"""Of the units of each order, what the first trials leave out."""
+"""Of the units of each order and of the chain, what the first trials leave out."""
 _CHOICES = (False, True)
 
 
@@ -64,6 +66,7 @@ class Search(Step):
     batch: int = option(8, "requests at a time while time is measured")
     timed: int = option(16, "answers that time is measured on")
     repeats: int = option(3, "times that a skip set and full depth are timed in turn")
+    samples: int = option(64, "prompts that the chain's levels are chosen by, at most")
     floor: float = option(0.5, "share of full depth's quality under which a set is not kept")
 
     def run(self, calibration: Calibration) -> Part:
@@ -73,16 +76,19 @@ class Search(Step):
             CalibrationError: an option is out of range, no answer has a second token, or full depth
                 has none of the tasks right.
         """
-        positive = ("trials", "items", "batch", "timed", "repeats")
+        positive = ("trials", "items", "batch", "timed", "repeats", "samples")
         check_least(self, dict.fromkeys(positive, 1))
         # More trials go on from those that are there.
         asked = calibration.key(replace(self, trials=0, timeout=0.0))
         kept = _Kept(calibration, key_of(asked, str(calibration.subject.device)))
+        first = seeds(
+            calibration.subject.layers, _importance(calibration), self._chain(calibration)
+        )
         items = Items.of(calibration, self.items)
         at_once = max(self.batch, min(AT_ONCE, len(items.prompts)))
         with engine_of(calibration, items.longest, at_once) as engine, _quiet():
             yardstick = Yardstick(calibration, engine, items, self.batch, self.timed)
-            study = _study(calibration, kept.trials)
+            study = _study(calibration, kept.trials, first)
             until = time.monotonic() + self.timeout
             left = range(len(kept.trials), self.trials)
             for _ in calibration.track(left, "skip sets", len(left)):
@@ -92,6 +98,14 @@ class Search(Step):
         least = self.floor * yardstick.full.value
         found = [trial for trial in kept.trials if trial.quality >= least]
         return Part({"skip_sets": dict(_named(found))})
+
+    def _chain(self, calibration: Calibration) -> Sequence[LayerUnit]:
+        """Blocks in the order in which the chain leaves them out."""
+        samples = calibration.samples
+        read = [samples[i] for i in evenly(self.samples, len(samples))]
+        length = round(_SEED_SHARES[-1] * calibration.subject.layers)
+        links = chain(calibration, read, length, sub_layers=False)
+        return [link.unit for link in links]
 
     def _try(
         self, study: Study, yardstick: Yardstick, kept: _Kept, calibration: Calibration
@@ -133,19 +147,27 @@ class _Kept:
         self._workspace.keep(_KEPT, self._key, wire)
 
 
-def seeds(layers: int, importance: Importance | None) -> list[SkipSet]:
-    """What is tried first: full depth, then shares of LLM-Drop's orders, the smallest first."""
+def seeds(layers: int, importance: Importance | None, nested: Sequence[LayerUnit]) -> list[SkipSet]:
+    """What is tried first: full depth, then shares of each order, the smallest first.
+
+    Args:
+        layers: of the model.
+        importance: that LLM-Drop orders units by.
+        nested: blocks in the order of the chain.
+    """
+    orders: list[Sequence[LayerUnit]] = [nested]
+    orders += [drop_order(unit, layers, importance) for unit in Unit]
     found = [SkipSet(phase=Phase.DECODE)]
     for share in _SEED_SHARES:
-        for unit in Unit:
-            order = drop_order(unit, layers, importance)
-            skip = skip_first(order, round(share * len(order)), Phase.DECODE)
+        for order in orders:
+            whole = layers if order is nested else len(order)
+            skip = skip_first(order, round(share * whole), Phase.DECODE)
             if skip not in found:
                 found.append(skip)
     return found
 
 
-def _study(calibration: Calibration, done: list[Trial]) -> Study:
+def _study(calibration: Calibration, done: list[Trial], first: Sequence[SkipSet]) -> Study:
     """A study that knows the trials so far, and what to try first."""
     import optuna
 
@@ -160,7 +182,7 @@ def _study(calibration: Calibration, done: list[Trial]) -> Study:
                 values=[trial.quality, trial.seconds],
             )
         )
-    for skip in seeds(layers, _importance(calibration))[len(done) :]:
+    for skip in first[len(done) :]:
         study.enqueue_trial(_params(skip, layers))
     return study
 

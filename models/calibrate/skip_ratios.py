@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sluice.models.calibrate.examples import CalibrationError
 from sluice.models.calibrate.moe import MoeLayer, Routed, moe_layers, recorded
 from sluice.models.calibrate.passes import final_states
 from sluice.models.calibrate.step import Calibration, Step
@@ -35,13 +34,7 @@ class SkipRatios(Step):
     name: ClassVar[str] = "skip-ratios"
     help: ClassVar[str] = "share of the best expert's score under which half of the others are"
     needs_experts: ClassVar[bool] = True
-
-    def refusal(self, calibration: Calibration) -> str | None:
-        """Why there is nothing to skip, or None."""
-        found = super().refusal(calibration)
-        if found is None and calibration.subject.config.num_experts_per_tok == 1:
-            return "the model runs one expert per token"
-        return found
+    needs_several_experts: ClassVar[bool] = True
 
     def run(self, calibration: Calibration) -> Part:
         """Run the samples, and look at what the routers select.
@@ -49,9 +42,7 @@ class SkipRatios(Step):
         Raises:
             CalibrationError: the model has no experts, or runs one per token.
         """
-        reason = self.refusal(calibration)
-        if reason is not None:
-            raise CalibrationError(f"skip-ratios: {reason}")
+        self.check(calibration)
         subject = calibration.subject
         layers = moe_layers(subject.model)
         counts = {

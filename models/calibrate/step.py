@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from sluice.models.calibrate.examples import CalibrationError, Example, digest
 from sluice.models.calibrate.passes import continued
@@ -16,7 +16,6 @@ from sluice.models.experts.sample_batch import Sample
 from sluice.models.policy import RoutingPolicy
 from sluice.models.profile import Profile
 
-T = TypeVar("T")
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """(things, what is done, how many there are) to the things, with a progress bar moving."""
 Resolver = Callable[[Any, Profile, Mapping[str, Any]], Callable[[Mapping[str, Any]], RoutingPolicy]]
@@ -35,6 +34,8 @@ class Step(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     """Steps whose results it reads, if they are to be had."""
     needs_experts: ClassVar[bool] = False
+    needs_several_experts: ClassVar[bool] = False
+    """It chooses among the experts of a token."""
     reads_tasks: ClassVar[bool] = False
 
     @abstractmethod
@@ -49,7 +50,19 @@ class Step(ABC):
         """Why the step has nothing to do with this model or these examples, or None."""
         if self.needs_experts and not calibration.subject.family.moe:
             return f"{calibration.subject.family.name} has no mixture-of-experts layers"
+        if self.needs_several_experts and calibration.subject.config.num_experts_per_tok == 1:
+            return "the model runs one expert per token"
         return None
+
+    def check(self, calibration: Calibration) -> None:
+        """Refuse to run where there is nothing to do.
+
+        Raises:
+            CalibrationError: names the step and the reason.
+        """
+        reason = self.refusal(calibration)
+        if reason is not None:
+            raise CalibrationError(f"{self.name}: {reason}")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -138,5 +151,4 @@ class Calibration:
         part = self.parts.get(name)
         if part is None:
             return None
-        sums = {n: float(t.double().sum()) for n, t in {**part.heads, **part.references}.items()}
-        return key_of(part.fields, sums)
+        return key_of(part.fields, part.tensor_digests())

@@ -148,10 +148,9 @@ class Subject:
             return tuple(tokenizer(example.prompt)["input_ids"])
         if tokenizer.chat_template is None:
             raise CalibrationError(f"{self.folder}: messages need a chat template, it has none")
-        messages = [{"role": "user", "content": example.prompt}]
-        if example.messages is not None:
-            messages = [message.model_dump() for message in example.messages]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        ids = tokenizer.apply_chat_template(
+            example.conversation, add_generation_prompt=True, return_dict=True
+        )
         return tuple(ids["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -31,6 +31,12 @@ class Part:
     heads: Mapping[str, Tensor] = field(default_factory=dict)
     references: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def tensor_digests(self) -> dict[str, str]:
+        """SHA-256 of each of its tensors by name."""
+        tensors = {**self.heads, **self.references}
+        contents = {name: save({"": tensor.contiguous()}) for name, tensor in tensors.items()}
+        return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
 
 def key_of(*depends: Any) -> str:
     """Digest of what a result depends on, JSON values."""
@@ -63,10 +69,12 @@ class Workspace:
 
     def part(self, name: str, key: str) -> Part | None:
         """A step's result, or None."""
-        fields = self.value(name, key)
-        if fields is None:
-            return None
-        path = self.folder / f"{name}.safetensors"
+        held = self._held(name)
+        return self._part(name, held) if held and held["key"] == key else None
+
+    def _part(self, name: str, held: Any) -> Part:
+        fields = held["value"]
+        path = self._tensors_of(name, held["key"])
         tensors = load(path.read_bytes()) if fields["tensors"] else {}
         heads = _without("heads/", tensors)
         return Part(fields["fields"], heads, _without("references/", tensors))
@@ -77,12 +85,15 @@ class Workspace:
         Raises:
             OSError: it cannot be written.
         """
-        tensors = {f"heads/{key}": tensor for key, tensor in part.heads.items()}
-        tensors |= {f"references/{key}": tensor for key, tensor in part.references.items()}
+        tensors = {f"heads/{own}": tensor for own, tensor in part.heads.items()}
+        tensors |= {f"references/{own}": tensor for own, tensor in part.references.items()}
         if tensors:
-            whole = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-            write_whole(self.folder / f"{name}.safetensors", whole)
+            whole = save({own: tensor.cpu().contiguous() for own, tensor in tensors.items()})
+            write_whole(self._tensors_of(name, key), whole)
+        before = self._held(name)
         self.keep(name, key, {"fields": part.fields, "tensors": bool(tensors)})
+        if before and before["key"] != key:
+            self._tensors_of(name, before["key"]).unlink(missing_ok=True)
 
     def value(self, name: str, key: str) -> Any:
         """A JSON value, or None."""
@@ -97,7 +108,11 @@ class Workspace:
     def latest_part(self, name: str) -> Part | None:
         """A step's result whatever its key, or None."""
         held = self._held(name)
-        return held and self.part(name, held["key"])
+        return held and self._part(name, held)
+
+    def _tensors_of(self, name: str, key: str) -> Path:
+        """A file for each key: stopped between two files, a result is still the one before."""
+        return self.folder / f"{name}-{key[:16]}.safetensors"
 
     def _held(self, name: str) -> Any:
         try:

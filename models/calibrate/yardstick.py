@@ -51,8 +51,6 @@ class Items:
     def of(cls, calibration: Calibration, most: int) -> Items:
         """Tasks if there are any, or else prompts; of more than `most`, as many evenly spread.
 
-        Loads the model, whose files say how an answer ends.
-
         Raises:
             CalibrationError: a prompt leaves no room for an answer.
         """

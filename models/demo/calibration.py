@@ -1,7 +1,7 @@
 """The demo model's prompts and tasks as `sluice calibrate` reads them.
 
 ``python -m sluice.models.demo.calibration --prompts FILE --tasks FILE``. Everything is of the
-training split; no item is in both files.
+training split; no item is in both files, and tasks take turns, so that the first lines have all.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def draw(seed: int, prompts: int, tasks: int) -> tuple[list[Item], list[Item]]:
         tasks: items per task to measure quality on.
     """
     drawn = [distinct(task, "train", seed, prompts + tasks) for task in TASKS]
-    first = [item for items in drawn for item in items[:prompts]]
-    return first, [item for items in drawn for item in items[prompts:]]
+    turns = [item for turn in zip(*drawn, strict=True) for item in turn]
+    return turns[: prompts * len(TASKS)], turns[prompts * len(TASKS) :]
 
 
 def write(path: Path, items: Iterable[Item]) -> None:

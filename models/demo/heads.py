@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sluice.models.calibrate.heads import folded, log_exit_shares
 from sluice.models.demo import losses
 from sluice.models.demo.traces import Conversations, Model, answer_logits, run
 
@@ -105,7 +106,7 @@ def train_classifier(data: DecodeStates, config: HeadConfig, seed: int) -> Tenso
         return (each.mean(1) * data.weights[rows]).mean()
 
     _descend(head, loss, len(inputs), config, seed)
-    weight, bias = _fold(head, mean, scale)
+    weight, bias = folded(head, mean, scale)
     return {"weight": weight.squeeze(0), "bias": bias.squeeze(0)}
 
 
@@ -128,16 +129,16 @@ def train_q_exit(data: DecodeStates, config: HeadConfig, seed: int) -> Tensors:
     ]
     head = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
     exits = data.loss.size(1)
-    prior = _exit_shares(torch.full((1, exits - 1), config.prior).logit())
+    prior = log_exit_shares(torch.full((1, exits - 1), config.prior).logit())
 
     def loss(rows: Tensor) -> Tensor:
-        shares = _exit_shares(head((inputs[rows] - mean) / scale).squeeze(-1))
+        shares = log_exit_shares(head((inputs[rows] - mean) / scale).squeeze(-1))
         away = (shares.exp() * (shares - prior)).sum(1)
         each = (shares.exp() * data.loss[rows]).sum(1) + config.beta * away
         return (each * data.weights[rows]).mean()
 
     _descend(head, loss, len(inputs), config, seed)
-    parts = [_fold(layers[0], mean, scale)]
+    parts = [folded(layers[0], mean, scale)]
     parts += [(layer.weight.detach(), layer.bias.detach()) for layer in layers[1:]]
     tensors: Tensors = {}
     for index, (weight, bias) in enumerate(parts):
@@ -145,21 +146,9 @@ def train_q_exit(data: DecodeStates, config: HeadConfig, seed: int) -> Tensors:
     return tensors
 
 
-def _exit_shares(halting: Tensor) -> Tensor:
-    """Log probability of each exit, (tokens, exits), from halting logits, (tokens, exits - 1)."""
-    stays = nn.functional.logsigmoid(-halting).cumsum(1)
-    before = torch.cat([torch.zeros_like(stays[:, :1]), stays[:, :-1]], dim=1)
-    return torch.cat([before + nn.functional.logsigmoid(halting), stays[:, -1:]], dim=1)
-
-
 def _scaling(inputs: Tensor) -> tuple[Tensor, Tensor]:
     flat = inputs.flatten(0, 1)
     return flat.mean(0), flat.std(0)
-
-
-def _fold(layer: nn.Linear, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    weight = layer.weight.detach() / scale
-    return weight, layer.bias.detach() - weight @ mean
 
 
 def _descend(

@@ -150,7 +150,8 @@ class Served:
             completion = await client.completions.create(prompt=text, **common)
             answer, given = completion.choices[0].text, completion
         else:
-            chat = await client.chat.completions.create(messages=messages_of(example), **common)
+            messages: Any = example.conversation
+            chat = await client.chat.completions.create(messages=messages, **common)
             answer, given = chat.choices[0].message.content or "", chat
         cut = given.choices[0].finish_reason == "length"
         return Reply(answer, cut, _reports([given.model_extra]))
@@ -164,7 +165,7 @@ class Served:
     ) -> Reply:
         assert example.choices is not None
         text = self._plain(example)
-        asked = {"messages": messages_of(example)} if text is None else {"prompt": text}
+        asked = {"messages": example.conversation} if text is None else {"prompt": text}
         prompt = await self._tokens(client, asked)
         found: list[list[float]] = []
         extras = []
@@ -260,13 +261,6 @@ class Served:
         from openai import AsyncOpenAI
 
         return AsyncOpenAI(base_url=self.base_url, api_key=self.api_key)
-
-
-def messages_of(example: Example) -> Any:
-    """The conversation of a prompt or of messages."""
-    if example.messages is None:
-        return [{"role": "user", "content": example.prompt}]
-    return [message.model_dump() for message in example.messages]
 
 
 def _extra(routing: Mapping[str, Any] | None) -> dict[str, Any] | None:

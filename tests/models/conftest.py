@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sluice.kernels import dispatch
-from sluice.kernels.dispatch import TRITON, VARIABLE, Operation
+from sluice.kernels.dispatch import AUTO, REFERENCE, TRITON, VARIABLE, Operation
 
 INTERPRETED = (
     "interpreted: of tests with the fixture `kernels`, also runs with Triton's interpreter"
@@ -17,6 +17,16 @@ INTERPRETED = (
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", INTERPRETED)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module's `SERVED` families as they are, and its `CHOSEN` under the other choices too."""
+    chosen = getattr(metafunc.module, "CHOSEN", None)
+    if chosen is None or "served" not in metafunc.fixturenames:
+        return
+    settings = [(family, AUTO) for family in metafunc.module.SERVED]
+    settings += [(family, choice) for choice in (REFERENCE, TRITON) for family in chosen]
+    metafunc.parametrize(("family", "kernels"), settings, indirect=["kernels"], scope="module")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

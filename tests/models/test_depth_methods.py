@@ -20,7 +20,7 @@ from references.choices import random_heads, threshold_between
 from tiny import LAYERS, VOCABULARY, make_model
 from written import assert_same_kv, in_pairs, record_writes
 
-from sluice.kernels.dispatch import AUTO, REFERENCE, TRITON
+from sluice.kernels.dispatch import AUTO
 from sluice.models.cost_model import CostModel
 from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
 from sluice.models.plan import Arrange, compact
@@ -137,18 +137,9 @@ def operations(case: str) -> set[str]:
     return OPERATIONS.get(name, set()) | moved
 
 
-FAMILIES = ("llama", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
+SERVED = ("llama", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 CHOSEN = ("llama", "qwen3_moe", "deepseek_v3")
 """A dense model, one with softmax routing, one with groups, sigmoid and latent attention."""
-SETTINGS = [
-    *((family, AUTO) for family in FAMILIES),
-    *((family, choice) for choice in (REFERENCE, TRITON) for family in CHOSEN),
-]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "served" in metafunc.fixturenames:
-        metafunc.parametrize(("family", "kernels"), SETTINGS, indirect=["kernels"], scope="module")
 
 
 @pytest.fixture(scope="module")

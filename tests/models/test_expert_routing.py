@@ -19,7 +19,6 @@ from references.routes import TIE
 from references.streams import ExpertRun
 from tiny import LAYERS, VOCABULARY, make_model
 
-from sluice.kernels.dispatch import AUTO, REFERENCE, TRITON
 from sluice.models.expert_policy import (
     BudgetMethod,
     Contrast,
@@ -62,17 +61,9 @@ class Served:
         )
 
 
+SERVED = FAMILIES
 CHOSEN = ("olmoe", "deepseek_v3")
 """Softmax, and groups with sigmoid and correction."""
-SETTINGS = [
-    *((family, AUTO) for family in FAMILIES),
-    *((family, choice) for choice in (REFERENCE, TRITON) for family in CHOSEN),
-]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "served" in metafunc.fixturenames:
-        metafunc.parametrize(("family", "kernels"), SETTINGS, indirect=["kernels"], scope="module")
 
 
 @pytest.fixture(scope="module")

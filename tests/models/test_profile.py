@@ -250,7 +250,6 @@ def test_an_engine_refuses_it_without_our_server(
 ) -> None:
     from engine import engine
     from tiny import make_model
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     from sluice.models.profile import PROFILE_ENV
 
@@ -264,4 +263,3 @@ def test_an_engine_refuses_it_without_our_server(
     write_profile(tmp_path, {"model": {**shape, "fingerprint": "0" * 64}}, {}, {})
     with pytest.raises(ProfileError, match="with fingerprint 000000000000"), engine(served):
         pass
-    cleanup_dist_env_and_memory()

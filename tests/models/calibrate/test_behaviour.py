@@ -9,13 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibration import MOE_FAMILIES, calibration_of, drawn_prompts, make_biased, plain_model
+from calibration import (
+    MOE_FAMILIES,
+    calibration_of,
+    drawn_prompts,
+    make_biased,
+    one_text_at_a_time,
+    plain_model,
+)
 from tiny import make_model
 
 from sluice.models.calibrate.behaviour import Behaviour
 from sluice.models.calibrate.examples import CalibrationError
 from sluice.models.calibrate.step import Calibration
-from sluice.models.calibrate.subject import Subject
 from sluice.models.profile_fields import BehaviourFields
 
 EXPERTS = 8
@@ -112,8 +118,7 @@ def test_answers_and_neighbours_do_not_count(
     mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = run(calibration_of(mixtral, PROMPTS, tmp_path / "together", labels=LABELS))
-    batches = Subject.batches
-    monkeypatch.setattr(Subject, "batches", lambda self, samples: batches(self, samples, 1))
+    one_text_at_a_time(monkeypatch)
     longer = calibration_of(mixtral, PROMPTS, tmp_path / "alone", labels=LABELS, new_tokens=11)
     alone = run(longer)
     for label, behaviour in together.items():

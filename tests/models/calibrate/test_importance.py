@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibration import calibration_of, drawn_prompts, make_biased, plain_model
+from calibration import calibration_of, drawn_prompts, make_biased, one_text_at_a_time, plain_model
 from safetensors.numpy import load_file
 from tiny import FAMILIES, LAYERS, make_model
 from torch import Tensor
@@ -20,7 +20,6 @@ from sluice.models.calibrate import future_effect as effects
 from sluice.models.calibrate.examples import CalibrationError
 from sluice.models.calibrate.importance import Importance, drawn_places
 from sluice.models.calibrate.step import Calibration
-from sluice.models.calibrate.subject import Subject
 from sluice.models.experts.sample_batch import Sample
 from sluice.models.profile_fields import ImportanceFields, LayerMetrics
 
@@ -191,8 +190,7 @@ def test_texts_side_by_side_do_not_matter_to_each_other(
     folder = make_model("gpt_oss", models_folder / "importance-alone")
     prompts = drawn_prompts(7, seed=2, high=40)
     together = fields_of(calibration_of(folder, prompts, tmp_path / "together"))
-    batches = Subject.batches
-    monkeypatch.setattr(Subject, "batches", lambda self, samples: batches(self, samples, 1))
+    one_text_at_a_time(monkeypatch)
     alone = fields_of(calibration_of(folder, prompts, tmp_path / "alone"))
     for mine, theirs in zip(together, alone, strict=True):
         for name, values in mine.items():

@@ -186,3 +186,31 @@ def started_without_writing(model: Path, out: Path) -> Calibration:
 def test_the_workspace_is_named_as_the_pipeline_reads_it(llama: Path, tmp_path: Path) -> None:
     started(llama, tmp_path)
     assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {f"{pipeline._MODEL}.json"}
+
+
+def test_a_stop_between_two_files_leaves_the_result_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Workspace(tmp_path)
+    held.keep_part("heads", "one", Part({"n": 1}, {"q_exit.w": torch.ones(2)}))
+    write_whole = workspace.write_whole
+
+    def stopped(path: Path, content: bytes) -> None:
+        if path.suffix == ".json":
+            raise KeyboardInterrupt
+        write_whole(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workspace, "write_whole", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            held.keep_part("heads", "two", Part({"n": 2}, {"q_exit.w": torch.zeros(2)}))
+    assert held.part("heads", "two") is None
+    before = held.part("heads", "one")
+    assert before is not None
+    assert before.fields == {"n": 1}
+    assert before.heads["q_exit.w"].tolist() == [1.0, 1.0]
+    held.keep_part("heads", "three", Part({"n": 3}, {"q_exit.w": torch.zeros(2)}))
+    after = held.latest_part("heads")
+    assert after is not None
+    assert after.heads["q_exit.w"].tolist() == [0.0, 0.0]
+    assert held.part("heads", "one") is None

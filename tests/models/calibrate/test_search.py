@@ -13,6 +13,7 @@ from tiny import LAYERS, make_model
 
 from sluice.models.calibrate import search as module
 from sluice.models.calibrate.agreement import agreement
+from sluice.models.calibrate.chain import chain
 from sluice.models.calibrate.engine import engine_of
 from sluice.models.calibrate.examples import CalibrationError
 from sluice.models.calibrate.search import Search, seeds
@@ -127,15 +128,28 @@ def _kept_key(calibration: Calibration) -> str:
     return key
 
 
-def test_what_llm_drop_leaves_out_is_tried_first(
+def first_of(calibration: Calibration) -> list[SkipSet]:
+    links = chain(calibration, calibration.samples, LAYERS // 2, sub_layers=False)
+    importance = {Unit(unit): values for unit, values in IMPORTANCE.items()}
+    return seeds(LAYERS, importance, [link.unit for link in links])
+
+
+def test_the_chain_and_what_llm_drop_leaves_out_are_tried_first(
     model: Path, tmp_path: Path, told: type[Told]
 ) -> None:
-    SEARCH.run(started(model, tmp_path))
-    first = seeds(LAYERS, {Unit(k): v for k, v in IMPORTANCE.items()})
+    calibration = started(model, tmp_path)
+    SEARCH.run(calibration)
+    first = first_of(calibration)
     assert told.asked[: len(first)] == first
     assert first[0].empty
-    assert first[1] == SkipSet.of(blocks=(1,), phase=Phase.DECODE)
-    assert first[2] == SkipSet.of(attention=(2,), phase=Phase.DECODE)
+    links = chain(calibration, calibration.samples, LAYERS // 2, sub_layers=False)
+    nested = [link.unit[1] for link in links]
+    assert nested[0] != 1, "the chain and LLM-Drop's order differ"
+    assert first[1] == SkipSet.of(blocks=nested[:1], phase=Phase.DECODE)
+    assert first[2] == SkipSet.of(blocks=(1,), phase=Phase.DECODE)
+    assert first[3] == SkipSet.of(attention=(2,), phase=Phase.DECODE)
+    assert SkipSet.of(blocks=nested[:2], phase=Phase.DECODE) in first
+    assert SkipSet.of(blocks=nested[:3], phase=Phase.DECODE) in first
     # Joint order: 0.1 attention 2, 0.2 attention 4, 0.2 MLP 1, of equals the deeper one first.
     assert SkipSet.of(attention=(2, 4), phase=Phase.DECODE) in first
     assert SkipSet.of(attention=(2, 4), mlp=(1,), phase=Phase.DECODE) in first
@@ -194,8 +208,9 @@ def test_a_search_that_was_stopped_goes_on(model: Path, tmp_path: Path, told: ty
     assert told.asked[: len(asked)] == asked
     assert len(told.asked) > len(asked)
     told.asked.clear()
-    SEARCH.run(started(model, tmp_path / "cut", seed=1))
-    first = seeds(LAYERS, {Unit(k): v for k, v in IMPORTANCE.items()})
+    other = started(model, tmp_path / "cut", seed=1)
+    SEARCH.run(other)
+    first = first_of(other)
     assert told.asked[: len(first)] == first
     assert told.asked != asked
 

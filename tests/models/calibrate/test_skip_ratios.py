@@ -9,14 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibration import MOE_FAMILIES, calibration_of, drawn_prompts, make_biased, plain_model
+from calibration import (
+    MOE_FAMILIES,
+    calibration_of,
+    drawn_prompts,
+    make_biased,
+    one_text_at_a_time,
+    plain_model,
+)
 from references.routes import Asked, cut
 from tiny import LAYERS, make_model
 
 from sluice.models.calibrate.examples import CalibrationError
 from sluice.models.calibrate.skip_ratios import SkipRatios
 from sluice.models.calibrate.step import Calibration
-from sluice.models.calibrate.subject import Subject
 
 Look = Callable[[int, list[float], list[int]], None]
 """Told layer, scores of all experts and selected experts of each token."""
@@ -106,8 +112,7 @@ def test_texts_side_by_side_do_not_matter_to_each_other(
     folder = make_model("mixtral", models_folder / "ratios-alone")
     prompts = drawn_prompts(7, seed=2, high=40)
     together = run(calibration_of(folder, prompts, tmp_path / "together"))
-    batches = Subject.batches
-    monkeypatch.setattr(Subject, "batches", lambda self, samples: batches(self, samples, 1))
+    one_text_at_a_time(monkeypatch)
     alone = run(calibration_of(folder, prompts, tmp_path / "alone"))
     assert together == pytest.approx(alone, abs=2e-5)
 

@@ -9,13 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibration import MOE_FAMILIES, calibration_of, drawn_prompts, make_biased, plain_model
+from calibration import (
+    MOE_FAMILIES,
+    calibration_of,
+    drawn_prompts,
+    make_biased,
+    one_text_at_a_time,
+    plain_model,
+)
 from tiny import LAYERS, make_model
 from torch import Tensor
 
 from sluice.models.calibrate.examples import CalibrationError
 from sluice.models.calibrate.step import Calibration
-from sluice.models.calibrate.subject import Subject
 from sluice.models.calibrate.super_experts import SuperExperts
 from sluice.models.profile_fields import ExpertMap
 
@@ -160,8 +166,7 @@ def test_texts_side_by_side_do_not_matter_to_each_other(
     folder = make_model("qwen2_moe", models_folder / "supers-alone")
     prompts = drawn_prompts(7, seed=2, high=40)
     supers, together = run(calibration_of(folder, prompts, tmp_path / "together"))
-    batches = Subject.batches
-    monkeypatch.setattr(Subject, "batches", lambda self, samples: batches(self, samples, 1))
+    one_text_at_a_time(monkeypatch)
     supers_alone, alone = run(calibration_of(folder, prompts, tmp_path / "alone"))
     assert supers == supers_alone
     assert together.load == alone.load

@@ -29,8 +29,8 @@ def files(
 def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = files(tmp_path / "a", monkeypatch, 3)
     prompts, tasks = read_examples(first), read_tasks(second)
-    assert [each.task for each in prompts] == [task for task in TASKS for _ in range(12)]
-    assert [each.task for each in tasks] == [task for task in TASKS for _ in range(5)]
+    assert [each.task for each in prompts] == [*TASKS] * 12
+    assert [each.task for each in tasks] == [*TASKS] * 5
     asked = [each.prompt for each in (*prompts, *tasks)]
     assert len(set(asked)) == len(asked)
     assert not any(is_heldout(prompt or "") for prompt in asked)

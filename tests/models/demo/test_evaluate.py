@@ -1,9 +1,9 @@
 """Scoring, and the server backend against a stub server."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import pytest
+from stub_server import Stub, stub_server
 
 from sluice.models.demo.evaluate import (
     evaluate_server,
@@ -36,17 +36,24 @@ def test_score_counts_exact_answers() -> None:
     assert scores["add"].misses == ((wrong, wrong.answer + "0"),)
 
 
-def test_server_answers_come_back_in_order(stub: tuple[str, list[dict[str, Any]]]) -> None:
-    url, bodies = stub
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with stub_server() as server:
+        yield server
+
+
+def test_server_answers_come_back_in_order(stub: Stub) -> None:
     prompts = [f"prompt {index}" for index in range(20)]
-    assert server_answerer(url, "m", concurrency=4)(prompts) == [p[::-1] for p in prompts]
+    assert server_answerer(stub.url, "m", concurrency=4)(prompts) == [p[::-1] for p in prompts]
+    bodies = stub.bodies("/v1/chat/completions")
+    assert len(bodies) == 20
     assert all(body["temperature"] == 0 and "routing" not in body for body in bodies)
 
 
-def test_routing_is_sent_with_every_request(stub: tuple[str, list[dict[str, Any]]]) -> None:
-    url, bodies = stub
+def test_routing_is_sent_with_every_request(stub: Stub) -> None:
     routing = {"depth": {"skip": {"blocks": [5]}}}
-    scores = evaluate_server(url, "m@fast", items_per_task=2, seed=1, routing=routing)
+    scores = evaluate_server(stub.url, "m@fast", items_per_task=2, seed=1, routing=routing)
     assert set(scores) == set(TASKS)
+    bodies = stub.bodies("/v1/chat/completions")
     assert len(bodies) == 2 * len(TASKS)
     assert all(body["routing"] == routing and body["model"] == "m@fast" for body in bodies)
