@@ -120,7 +120,7 @@ def _run(args: argparse.Namespace, kinds: Sequence[type[Step]], named: type[Step
     from rich.console import Console
 
     from sluice.models.calibrate.examples import CalibrationError
-    from sluice.models.calibrate.frontier_report import frontier_table, write_plots
+    from sluice.models.calibrate.frontier_report import TABLE_WIDTH, frontier_table, write_plots
     from sluice.models.calibrate.pipeline import open_workspace, run_steps
 
     if args.new_tokens < 1:
@@ -142,7 +142,8 @@ def _run(args: argparse.Namespace, kinds: Sequence[type[Step]], named: type[Step
         profile = run_steps(calibration, steps, args.out, say)
     if profile.frontier is not None:
         write_plots(profile.frontier, args.out)
-        Console().print(frontier_table(profile.frontier))
+        # In a narrower terminal names would vanish; it wraps lines by itself.
+        Console(width=max(Console().width, TABLE_WIDTH)).print(frontier_table(profile.frontier))
     say(f"wrote {args.out}")
 
 
@@ -217,9 +218,11 @@ def _progress(console: Any) -> Progress:
 def _tracker(progress: Progress) -> Any:
     def track(things: Iterable[Any], description: str, total: int) -> Iterator[Any]:
         task = progress.add_task(description, total=total or None)
-        for thing in things:
-            yield thing
-            progress.advance(task)
-        progress.update(task, visible=False)
+        try:
+            for thing in things:
+                yield thing
+                progress.advance(task)
+        finally:  # A step may have seen enough before the end.
+            progress.update(task, visible=False)
 
     return track

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 FRONTIER_PNG = "frontier.png"
 EQUAL_COMPUTE_PNG = "equal_compute.png"
+TABLE_WIDTH = 140
+"""Columns of a console that show the table whole."""
 _MARKERS = ("s", "^", "v", "D")
 """Of full depth and three presets."""
 _COLOURS = {"chain": "#1f5a99", "uniform": "#c07020", "random": "#888888"}

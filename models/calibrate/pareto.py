@@ -73,9 +73,9 @@ def choose(points: Sequence[FrontierPoint]) -> dict[str, str]:
 
     Allowed are points of the frontier whose quality, as measured, is at most `ALLOWED_LOSS` under
     full depth's. The cheapest is the fastest of them. Those whose own speed lies within the
-    fastest's interval tie with it, and of those the one with the least compute on all tokens is
-    taken, then the best, then the fastest. Where no setting is as good as that at a gain, full
-    depth is the choice.
+    fastest's interval tie with it: of those `quality` takes the best, and the others take the one
+    with the least compute on all tokens, then the best. Where no setting is as good as that at a
+    gain, full depth is the choice.
 
     Args:
         points: full depth first.
@@ -85,14 +85,19 @@ def choose(points: Sequence[FrontierPoint]) -> dict[str, str]:
     chosen = {}
     for preset, loss in ALLOWED_LOSS.items():
         least = points[0].quality.value - loss - _ROUNDING
-        chosen[preset] = _cheapest([p for p in best if p.quality.value >= least]).name
+        ties = _fastest([p for p in best if p.quality.value >= least])
+        if preset == "quality":
+            order = [(-p.quality.value, p.compute_fraction, -p.speed.value) for p in ties]
+        else:
+            order = [(p.compute_fraction, -p.quality.value, -p.speed.value) for p in ties]
+        chosen[preset] = ties[order.index(min(order))].name
     return chosen
 
 
-def _cheapest(allowed: Sequence[FrontierPoint]) -> FrontierPoint:
+def _fastest(allowed: Sequence[FrontierPoint]) -> list[FrontierPoint]:
+    """The fastest, and those that tie with it."""
     fastest = max(allowed, key=lambda point: point.speed.value)
-    ties = [point for point in allowed if point.speed.value >= fastest.speed.low]
-    return min(ties, key=lambda p: (p.compute_fraction, -p.quality.value, -p.speed.value))
+    return [point for point in allowed if point.speed.value >= fastest.speed.low]
 
 
 def _beats(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:

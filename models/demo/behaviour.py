@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sluice.models.demo import facts
 from sluice.models.demo.deactivation import Mode, deactivated, most_away
+from sluice.models.demo.model import Model
 from sluice.models.demo.references import encoded
 from sluice.models.demo.tasks import TASKS, Item, Split, distinct
-from sluice.models.demo.traces import Model
 from sluice.models.expert_policy import ExpertId
 from sluice.models.experts.sample_batch import SampleBatch
 from sluice.models.experts.softmax_routers import SoftmaxRouter, recorded_scores, softmax_routers

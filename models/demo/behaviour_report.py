@@ -26,8 +26,8 @@ from sluice.models.demo.behaviour import (
 )
 from sluice.models.demo.deactivation import Mode
 from sluice.models.demo.evaluate import Answerer, percent, score, server_answerer
+from sluice.models.demo.model import load_model
 from sluice.models.demo.tasks import Item
-from sluice.models.demo.traces import load_model
 from sluice.models.expert_policy import ExpertId
 from sluice.models.experts.softmax_routers import softmax_routers
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sluice.models.demo import DEMO_MODEL_DIR
+from sluice.models.demo.model import Model, load_model
 from sluice.models.demo.references import (
     PER_TASK,
     References,
@@ -25,7 +26,6 @@ from sluice.models.demo.references import (
     find_references,
 )
 from sluice.models.demo.tasks import Item
-from sluice.models.demo.traces import Model, load_model
 from sluice.models.expert_policy import (
     REMIX_BANDWIDTH,
     REMIX_LAYERS,
@@ -41,6 +41,7 @@ from sluice.models.experts.remix_gradient import (
     OptimisedPathway,
     optimise_pathway,
 )
+from sluice.models.experts.softmax_routers import softmax_routers
 
 
 class Neighbourhood:
@@ -166,9 +167,10 @@ def main() -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     model = load_model(DEMO_MODEL_DIR)
-    references = find_references(model, arguments.seed, arguments.references, arguments.last_layers)
+    references = find_references(model, arguments.seed, arguments.references)
+    layers = tuple(softmax_routers(model))[-arguments.last_layers :]
     near = Neighbourhood(references, arguments.neighbors, arguments.max_similarity)
-    found = found_pathways(model, prompts, near, references.layers, arguments.steps, arguments.rate)
+    found = found_pathways(model, prompts, near, layers, arguments.steps, arguments.rate)
     seconds = 0.0
     with arguments.out.open("w", encoding="utf-8") as out:
         for prompt, pathway in zip(prompts, found, strict=True):

@@ -34,15 +34,15 @@ def reference() -> ExpertReference:
 @pytest.fixture(scope="module")
 def store() -> ReferenceStore:
     profile = Profile.load(DEMO_PROFILE_DIR)
-    tensors = {name: part.float() for name, part in profile.reference_tensors("tasks").items()}
-    return ReferenceStore(**tensors, layers=profile.references["tasks"].layers)
+    tensors = {name: part.float() for name, part in profile.reference_tensors("all").items()}
+    return ReferenceStore(**tensors, layers=profile.references["all"].layers)
 
 
 def remix(method: RemixMethod, scope: RemixScope, **values: Any) -> Remix:
     """With the defaults of the wire form."""
     found: dict[str, Any] = {"alpha": 0.5, "layers": LAYERS, "top": 16}
     if method is not RemixMethod.SUPPLIED:
-        found |= {"references": "tasks", "neighbors": 3, "kernel": "gaussian", "bandwidth": 0.5}
+        found |= {"references": "all", "neighbors": 3, "kernel": "gaussian", "bandwidth": 0.5}
     if method is RemixMethod.KERNEL:
         found |= {"max_similarity": 0.95}
     return Remix(method, scope, **{**found, **values})
@@ -117,7 +117,7 @@ def test_remixed_tokens_are_those_of_transformers(
     policy = ExpertPolicy(remix=value)
     for item in ITEMS:
         answer = ask(client, item.prompt, {"remix": fields})
-        run = reference.run(encoded(item).prompt, policy, TOKENS, references={"tasks": store})
+        run = reference.run(encoded(item).prompt, policy, TOKENS, references={"all": store})
         assert tokens_of(answer) == run.tokens, item.prompt
 
 

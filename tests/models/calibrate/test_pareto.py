@@ -72,7 +72,11 @@ def test_presets_are_the_cheapest_points_allowed(drawn: list[FrontierPoint]) -> 
         fastest = max(allowed, key=lambda p: p.speed.value)
         assert chosen.speed.value >= fastest.speed.low
         for other in allowed:
-            if other.speed.value >= fastest.speed.low:
+            if other.speed.value < fastest.speed.low:
+                continue
+            if preset == "quality":
+                assert chosen.quality.value >= other.quality.value
+            else:
                 assert chosen.compute_fraction <= other.compute_fraction
 
 
@@ -92,6 +96,12 @@ def test_a_clear_lead_in_speed_decides_over_compute() -> None:
     full = point("full", 1.0, 1.0, 1.0, 0.02)
     fast, lean = point("fast", 1.0, 1.6, 0.6, 0.02), point("lean", 1.0, 1.5, 0.5, 0.02)
     assert set(choose([full, fast, lean]).values()) == {"fast"}
+
+
+def test_of_equally_fast_points_quality_takes_the_best() -> None:
+    full = point("full", 1.0, 1.0, 1.0, 0.02)
+    same, lean = point("same", 1.0, 1.55, 0.6, 0.2), point("lean", 0.996, 1.6, 0.5, 0.2)
+    assert choose([full, same, lean]) == {"quality": "same", "balanced": "lean", "fast": "lean"}
 
 
 def test_full_depth_where_nothing_else_is_good_enough() -> None:

@@ -29,9 +29,9 @@ from sluice.models.demo.behaviour_report import (
     trial_table,
 )
 from sluice.models.demo.deactivation import Mode, deactivated
+from sluice.models.demo.model import Model, load_model
 from sluice.models.demo.references import encoded
 from sluice.models.demo.tasks import TASKS, Item, is_heldout
-from sluice.models.demo.traces import Model, load_model
 from sluice.models.expert_policy import ExpertPolicy
 from sluice.models.experts.softmax_routers import rerouted, softmax_routers
 
