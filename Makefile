@@ -12,6 +12,7 @@ serve: $(STAMP)
 
 test: $(STAMP)
 	tests/tools/get-promtool.sh
+	tests/tools/get-chromium.sh
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
 
 # mypy does not follow setuptools' package-dir mapping, so it gets the import names as links.

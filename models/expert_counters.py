@@ -12,25 +12,25 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sluice.kernels.route_columns import EXTRA, MASKED, ROWS
-from sluice.models.telemetry import WINDOW_SECONDS
+from sluice.models import counter_file
+from sluice.models.counter_file import NANOSECONDS, WINDOW_SECONDS, IntArray
 
 SUFFIX = ".experts"
 """Of the files' names, beside `engine-N.counts`."""
 
-_HEADER = 2
+_LAYERS, _EXPERTS, _BEGAN, _HEADER = 0, 1, 2, 3
 _TOTAL, _PREVIOUS, _CURRENT = 0, 1, 2
-IntArray = NDArray[np.int64]
 
 
 class ExpertCounters:
     """Selections per layer and expert.
 
-    The file holds int64: the number of layers with experts and of experts, those layers' numbers,
-    then (3, layers, experts + 2): the total since start, and what it was when the window before
-    the current one, and the current one, began. The two extra columns are `ROWS` and `MASKED`.
+    The file holds int64: the number of layers with experts and of experts, when the current window
+    began, those layers' numbers, then (3, layers, experts + 2): the total since start, and what it
+    was when the window before the current one, and the current one, began. The two extra columns
+    are `ROWS` and `MASKED`.
 
     Attributes:
         layers: decoder layers that have routed experts, ascending.
@@ -38,7 +38,8 @@ class ExpertCounters:
     """
 
     def __init__(self, flat: IntArray) -> None:
-        layers, experts = (int(number) for number in flat[:_HEADER])
+        layers, experts = int(flat[_LAYERS]), int(flat[_EXPERTS])
+        self._began = flat[_BEGAN:_HEADER]
         self.layers = tuple(flat[_HEADER : _HEADER + layers].tolist())
         self._array = flat[_HEADER + layers :].reshape(3, layers, experts + EXTRA)
         self.total = self._array[_TOTAL]
@@ -46,24 +47,26 @@ class ExpertCounters:
 
     @classmethod
     def create(cls, path: Path | None, layers: Sequence[int], experts: int) -> Self:
-        """Make the file, zeroed, or counters in memory that nobody else reads if `path` is None."""
-        size = _HEADER + len(layers) + 3 * len(layers) * (experts + EXTRA)
+        """Make the file, or counters in memory that nobody else reads if `path` is None.
+
+        An engine that restarts goes on from its predecessor's totals, as `LayerCounters` does.
+        """
+        words = np.zeros(
+            _HEADER + len(layers) + 3 * len(layers) * (experts + EXTRA), dtype=np.int64
+        )
+        header = [len(layers), experts, 0, *layers]
+        words[: len(header)] = header
         if path is None:
-            flat = np.zeros(size, dtype=np.int64)
-            flat[: _HEADER + len(layers)] = [len(layers), experts, *layers]
-        else:
-            partial = path.with_suffix(".partial")
-            made = np.memmap(partial, dtype=np.int64, mode="w+", shape=(size,))
-            made[: _HEADER + len(layers)] = [len(layers), experts, *layers]
-            made.flush()
-            partial.replace(path)
-            flat = np.memmap(path, dtype=np.int64, mode="r+", shape=(size,))
-        return cls(flat)
+            return cls(words)
+        left = counter_file.left_behind(path, len(words))
+        if left is not None and (before := cls(left)).layers == tuple(layers):
+            cls(words)._array[:] = before.total
+        return cls(counter_file.create(path, words))
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Map an existing file read-only."""
-        return cls(np.memmap(path, dtype=np.int64, mode="r"))
+        return cls(counter_file.read(path))
 
     def roll(self) -> None:
         """Begin a new window if the current one is over; called once per step by the writer."""
@@ -71,7 +74,13 @@ class ExpertCounters:
         if now >= self._window_ends:
             self._array[_PREVIOUS] = self._array[_CURRENT]
             self._array[_CURRENT] = self.total
+            self._began[0] = int(now * NANOSECONDS)
             self._window_ends = now + WINDOW_SECONDS
+
+    @property
+    def began(self) -> int:
+        """When the current window began, in nanoseconds of the machine's monotonic clock."""
+        return int(self._began[0])
 
     @property
     def selections(self) -> IntArray:

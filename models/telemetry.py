@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from sluice.models import counter_file
+from sluice.models.counter_file import NANOSECONDS, WINDOW_SECONDS, IntArray
 from sluice.models.depth.skip import ATTENTION, MODULES, PHASES
 from sluice.models.plan import EXECUTED, FILLED, OUTCOMES
 
@@ -27,12 +29,9 @@ TELEMETRY_ENV = "SLUICE_TELEMETRY_DIR"
 """Folder of the counter files. An environment variable, because every process vLLM starts inherits
 it, and because vLLM's `additional_config` is part of its compile cache's key."""
 
-WINDOW_SECONDS = 10.0
 _MAX_RECORDS = 16_384
 _TOTAL, _PREVIOUS, _CURRENT = 0, 1, 2
 _WORDS_PER_LAYER = 3 * len(MODULES) * len(OUTCOMES) + 1
-
-IntArray = NDArray[np.int64]
 
 
 def telemetry_folder() -> Path | None:
@@ -46,34 +45,40 @@ class LayerCounters:
 
     The file holds int64: first (3, layers, 2 modules, 3 outcomes), the total since start, the last
     whole window of work and the window now being filled; then (layers,), generated rows by the
-    last layer they ran. A window is counted in steps' time, so an idle server keeps showing the
-    last work it did.
+    last layer they ran; then when the current window began. A window is counted in steps' time, so
+    an idle server keeps showing the last work it did.
     """
 
     def __init__(self, flat: IntArray) -> None:
         num_layers = len(flat) // _WORDS_PER_LAYER
-        outcomes, self._exits = np.split(flat, [len(flat) - num_layers])
+        outcomes, self._exits, self._began = np.split(flat, [len(flat) - 1 - num_layers, -1])
         self._array = outcomes.reshape(3, num_layers, len(MODULES), len(OUTCOMES))
         self._window_ends = 0.0
 
     @classmethod
     def create(cls, path: Path, num_layers: int) -> Self:
-        """Make the file, zeroed. An engine that restarts starts from zero, as counters may."""
-        shape = (num_layers * _WORDS_PER_LAYER,)
-        partial = path.with_suffix(".partial")
-        np.memmap(partial, dtype=np.int64, mode="w+", shape=shape).flush()
-        partial.replace(path)
-        return cls(np.memmap(path, dtype=np.int64, mode="r+", shape=shape))
+        """Make the file. An engine that restarts goes on from its predecessor's totals.
+
+        From zero, the sum over engines would fall, which Prometheus takes for a restart of them
+        all: it would count the others' work again.
+        """
+        words = _zeros(num_layers)
+        left = counter_file.left_behind(path, len(words))
+        if left is not None:
+            own, before = cls(words), cls(left)
+            own._array[_TOTAL] = before.totals
+            own._exits[:] = before.exits
+        return cls(counter_file.create(path, words))
 
     @classmethod
     def in_memory(cls, num_layers: int) -> Self:
         """Counters that nobody else reads."""
-        return cls(np.zeros(num_layers * _WORDS_PER_LAYER, dtype=np.int64))
+        return cls(_zeros(num_layers))
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Map an existing file read-only."""
-        return cls(np.memmap(path, dtype=np.int64, mode="r"))
+        return cls(counter_file.read(path))
 
     def add(self, counts: IntArray, exits: IntArray) -> None:
         """Add one step.
@@ -86,6 +91,7 @@ class LayerCounters:
         if now >= self._window_ends:
             self._array[_PREVIOUS] = self._array[_CURRENT]
             self._array[_CURRENT] = 0
+            self._began[0] = int(now * NANOSECONDS)
             self._window_ends = now + WINDOW_SECONDS
         self._array[_TOTAL] += counts
         self._array[_CURRENT] += counts
@@ -101,6 +107,11 @@ class LayerCounters:
         self.add(counts, exits)
 
     @property
+    def began(self) -> int:
+        """When the current window began, in nanoseconds of the machine's monotonic clock."""
+        return int(self._began[0])
+
+    @property
     def exits(self) -> IntArray:
         """Copy of generated rows since start by the last layer they ran, (layers,)."""
         return np.array(self._exits)
@@ -114,6 +125,10 @@ class LayerCounters:
     def window(self) -> IntArray:
         """Copy of the last one to two windows, shape (layers, 2 modules, 3 outcomes)."""
         return np.array(self._array[_PREVIOUS] + self._array[_CURRENT])
+
+
+def _zeros(num_layers: int) -> IntArray:
+    return np.zeros(num_layers * _WORDS_PER_LAYER + 1, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)

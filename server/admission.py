@@ -8,6 +8,8 @@ in `vllm_xargs`, and a `cache_salt` that keeps K/V of different policies apart.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,22 +94,23 @@ class Admission:
         fields = _with_model_preset(fields, model_preset)
         param = "model" if model_preset is not None else "routing.preset"
         merged = merge_preset(fields, self.presets, param)
-        flag = self.capabilities.expert_routing
-        check_access(fields, merged, param, caller, expert_routing=flag)
-        if path not in ROUTED_PATHS:
-            raise RoutingError(
-                f"routing is not available on {path}; use {' or '.join(sorted(ROUTED_PATHS))}",
-                param="model" if body.get("routing") is None else "routing",
-                reason="unsupported_endpoint",
-            )
-        policy = self._resolve(fields, merged, param)
-        for field, name in _INCOMPATIBLE.items():
-            if body.get(field):
+        with _refusals_of(fields.preset):
+            flag = self.capabilities.expert_routing
+            check_access(fields, merged, param, caller, expert_routing=flag)
+            if path not in ROUTED_PATHS:
                 raise RoutingError(
-                    f"routing does not run together with {name}",
-                    param=field,
-                    reason="unsupported_combination",
+                    f"routing is not available on {path}; use {' or '.join(sorted(ROUTED_PATHS))}",
+                    param="model" if body.get("routing") is None else "routing",
+                    reason="unsupported_endpoint",
                 )
+            policy = self._resolve(fields, merged, param)
+            for field, name in _INCOMPATIBLE.items():
+                if body.get(field):
+                    raise RoutingError(
+                        f"routing does not run together with {name}",
+                        param=field,
+                        reason="unsupported_combination",
+                    )
         ticket = PolicyTicket(policy, uuid.uuid4().hex)
         return Admitted(
             body=_engine_body(body, model, ticket),
@@ -158,6 +161,16 @@ class Admission:
             if separator and base in self.capabilities.models:
                 return base, preset
         return model, None
+
+
+@contextmanager
+def _refusals_of(preset: str | None) -> Iterator[None]:
+    """Name the preset of a request that is refused for what it asks."""
+    try:
+        yield
+    except RoutingError as error:
+        error.preset = preset
+        raise
 
 
 def _with_model_preset(fields: RoutingFields, preset: str | None) -> RoutingFields:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sluice.models.seams.tracing import RequestSpans
 from sluice.server.admission import Admission
 from sluice.server.telemetry.metrics import RequestMetrics
 
@@ -17,11 +18,13 @@ class Edge:
         admission: decides about routing.
         metrics: counts requests.
         engine: vLLM's `EngineClient`.
+        spans: of routed requests, or None where vLLM traces nothing.
     """
 
     admission: Admission
     metrics: RequestMetrics
     engine: Any
+    spans: RequestSpans | None = None
 
     async def take_record(self, record: str) -> dict[str, Any] | None:
         """The worker's record of an ended request; every rank forgets it.

@@ -36,6 +36,8 @@ class RoutingError(Exception):
         message: what is wrong and what would be right.
         param: dotted path of the field in the request body.
         reason: label of `sluice_policy_rejections_total`.
+        preset: that the request named, if there is one of that name; label of
+            `sluice_requests_total`.
     """
 
     status = 400
@@ -46,6 +48,7 @@ class RoutingError(Exception):
         self.message = message
         self.param = param
         self.reason = reason
+        self.preset: str | None = None
 
     def body(self) -> dict[str, Any]:
         """OpenAI-shaped error object, as vLLM's own routes send it."""

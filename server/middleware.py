@@ -24,6 +24,7 @@ from sluice.server.errors import ForbiddenError, RoutingError
 from sluice.server.paths import route_path
 from sluice.server.presets import CUSTOM_PRESET, NO_PRESET
 from sluice.server.telemetry.report import EventSplitter, build_report, is_usage_chunk, with_report
+from sluice.server.telemetry.span_attributes import policy_attributes, ran_attributes
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class RoutingMiddleware:
                 log_refused(caller, error)
             edge.metrics.rejected(error.reason)
             if path in ROUTED_PATHS:
-                edge.metrics.finished(CUSTOM_PRESET, "rejected")
+                edge.metrics.finished(error.preset or CUSTOM_PRESET, "rejected")
             await JSONResponse(error.body(), error.status)(scope, receive, send)
             return
         if path not in ROUTED_PATHS:
@@ -66,6 +67,8 @@ class RoutingMiddleware:
             raw = json.dumps(admitted.body, ensure_ascii=False).encode()
             headers = MutableHeaders(scope=scope)
             headers["content-length"] = str(len(raw))
+            if edge.spans is not None:
+                edge.spans.open(admitted.ticket.record, policy_attributes(admitted))
         answer = _Answer(edge, admitted.ticket if admitted else None, send)
         try:
             await self._app(scope, _replay(raw, receive), answer.send)
@@ -74,13 +77,15 @@ class RoutingMiddleware:
 
 
 async def _finish(edge: Edge, admitted: Admitted | None, caller: Caller, answer: _Answer) -> None:
-    """Count a request that ended, however it did, and log it if it had expert controls."""
+    """Count a request that ended, however it did; log it if it had expert controls; trace it."""
     edge.metrics.finished(admitted.preset if admitted else NO_PRESET, answer.outcome)
     try:
         await answer.count()
     finally:
         if admitted is not None:
             log_expert_routing(caller, admitted, answer.outcome, answer.status, answer.record)
+            if edge.spans is not None:
+                edge.spans.close(admitted.ticket.record, ran_attributes(admitted, answer.record))
 
 
 class _Answer:
@@ -104,7 +109,8 @@ class _Answer:
             return "aborted"
         if self.status < 400:
             return "ok"
-        return "rejected" if self.status < 500 else "error"
+        # 503 asks to come back: the server was full.
+        return "rejected" if self.status < 500 or self.status == 503 else "error"
 
     async def send(self, message: Message) -> None:
         """ASGI send."""

@@ -12,15 +12,18 @@ from prometheus_client import REGISTRY
 from starlette.middleware import Middleware
 
 from sluice.models.profile import PROFILE_ENV, Profile
+from sluice.models.seams.tracing import RequestSpans
 from sluice.models.telemetry import telemetry_folder
 from sluice.server.access.audit import show_audit_log
 from sluice.server.access.authentication import CallerMiddleware
 from sluice.server.access.keys import Keys
 from sluice.server.admission import Admission
 from sluice.server.capabilities import Capabilities
+from sluice.server.console.page import build_console_router
 from sluice.server.edge import Edge
 from sluice.server.errors import RoutingError
 from sluice.server.middleware import RoutingMiddleware
+from sluice.server.overload import OverloadMiddleware
 from sluice.server.presets import PresetsFileError
 from sluice.server.profile_presets import all_presets
 from sluice.server.routes import build_router
@@ -51,10 +54,14 @@ class RoutingPlugin:
         registry.register(LayerCollector(folder))
         registry.register(ExpertCollector(folder, per_expert=args.expert_metrics))
         app.include_router(build_router(registry, folder))
+        if args.console:
+            app.include_router(build_console_router())
         keys = None if args.keys is None else Keys.load(args.keys)
         # `add_middleware` would put ours outside vLLM's authentication, which is added later.
         app.user_middleware.append(Middleware(CallerMiddleware, keys=keys))
         app.user_middleware.append(Middleware(RoutingMiddleware))
+        overload = {"limit": args.max_open_requests, "retry_after": args.retry_after}
+        app.user_middleware.append(Middleware(OverloadMiddleware, **overload))
         # Not in `sluice serve`: each API server process has logging of its own.
         show_audit_log()
 
@@ -82,4 +89,5 @@ class RoutingPlugin:
             raise PresetsFileError(
                 f"presets file {args.presets}: {error.param}: {error.message}"
             ) from None
-        state.sluice = Edge(admission, RequestMetrics(presets, REGISTRY), engine_client)
+        metrics, spans = RequestMetrics(presets, REGISTRY), RequestSpans.attach(engine_client)
+        state.sluice = Edge(admission, metrics, engine_client, spans)

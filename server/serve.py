@@ -19,6 +19,7 @@ from sluice.models.fingerprint import FingerprintError
 from sluice.models.profile import PROFILE_ENV, Profile, ProfileError
 from sluice.models.seams import CPU_WORKER, CUDA_WORKER
 from sluice.models.telemetry import TELEMETRY_ENV
+from sluice.server import overload
 from sluice.server.access.keys import Keys, KeysFileError
 from sluice.server.presets import PresetsFileError
 from sluice.server.profile_presets import all_presets
@@ -107,6 +108,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="a series per layer and expert in /metrics",
     )
+    group.add_argument(
+        "--console",
+        action="store_true",
+        help="a page at /console to try policies and watch layers and experts",
+    )
+    overload.add_arguments(group)
     make_arg_parser(parser)
     parser.set_defaults(host="127.0.0.1")
     return parser

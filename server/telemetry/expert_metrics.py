@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sluice.models.expert_counters import SUFFIX, ExpertCounters, IntArray
+from sluice.models.counter_file import IntArray, at_work
+from sluice.models.expert_counters import SUFFIX, ExpertCounters
 
 _NAN = float("nan")
 
@@ -25,7 +26,8 @@ class ExpertUse:
         layers: decoder layers that have routed experts, ascending.
         selections: int64, (layers, experts), since start.
         masked: int64, (layers,), selections that policies took away since start.
-        window: int64, (layers, experts), selections in the last one to two windows.
+        window: int64, (layers, experts), selections in the last one to two windows, of the
+            engines that worked in them.
         window_rows: int64, (layers,), token rows routed in them.
     """
 
@@ -41,12 +43,13 @@ class ExpertUse:
         engines = [ExpertCounters.read(path) for path in sorted(folder.glob(f"*{SUFFIX}"))]
         if not engines:
             return None
+        recent = at_work(engines)
         return cls(
             layers=engines[0].layers,
             selections=np.sum([engine.selections for engine in engines], axis=0),
             masked=np.sum([engine.masked for engine in engines], axis=0),
-            window=np.sum([engine.window for engine in engines], axis=0),
-            window_rows=np.sum([engine.window_rows for engine in engines], axis=0),
+            window=np.sum([engine.window for engine in recent], axis=0),
+            window_rows=np.sum([engine.window_rows for engine in recent], axis=0),
         )
 
     def active_mean(self) -> NDArray[np.float64]:

@@ -8,9 +8,10 @@ from typing import Self
 
 import numpy as np
 
+from sluice.models.counter_file import IntArray, at_work
 from sluice.models.depth.skip import MODULES
 from sluice.models.plan import OUTCOMES
-from sluice.models.telemetry import IntArray, LayerCounters
+from sluice.models.telemetry import LayerCounters
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,8 @@ class LayerUse:
 
     Attributes:
         totals: int64, (layers, 2 modules, 3 outcomes), token rows since start.
-        window: int64, (layers, 2 modules, 3 outcomes), in the last one to two windows.
+        window: int64, (layers, 2 modules, 3 outcomes), in the last one to two windows,
+            of the engines that worked in them.
         exits: int64, (layers,), generated tokens since start by the last layer that they ran.
     """
 
@@ -35,7 +37,7 @@ class LayerUse:
             return None
         return cls(
             totals=np.sum([engine.totals for engine in engines], axis=0),
-            window=np.sum([engine.window for engine in engines], axis=0),
+            window=np.sum([engine.window for engine in at_work(engines)], axis=0),
             exits=np.sum([engine.exits for engine in engines], axis=0),
         )
 

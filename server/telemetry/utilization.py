@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sluice.models.telemetry import WINDOW_SECONDS
+from sluice.models.counter_file import WINDOW_SECONDS
 from sluice.server.telemetry.expert_metrics import ExpertUse
 from sluice.server.telemetry.layer_use import LayerUse, by_outcome
 

@@ -11,8 +11,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from sluice.kernels.route_columns import MASKED, ROWS
+from sluice.models.counter_file import WINDOW_SECONDS
 from sluice.models.expert_counters import ExpertCounters
-from sluice.models.telemetry import WINDOW_SECONDS, LayerCounters
+from sluice.models.telemetry import LayerCounters
 from sluice.server.telemetry.expert_metrics import ExpertCollector
 from sluice.server.telemetry.utilization import utilization
 
@@ -61,24 +62,64 @@ def test_layers_without_rows_have_no_ratio_and_dense_ones_no_series(folder: Path
 
 
 def test_ratios_are_of_the_window_and_totals_of_all_time(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "b.experts").unlink()
     now = [1000.0]
     monkeypatch.setattr("sluice.models.expert_counters.time.monotonic", lambda: now[0])
-    made = ExpertCounters.create(folder / "a.experts", LAYERS, EXPERTS)
+    made = ExpertCounters.create(tmp_path / "a.experts", LAYERS, EXPERTS)
     for selected in ([9, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]):
         made.roll()
         made.total[0, :EXPERTS] += selected
         made.total[0, ROWS] += 2
         made.total[0, MASKED] += 1
         now[0] += WINDOW_SECONDS
-    registry = series(folder, per_expert=True)
+    registry = series(tmp_path, per_expert=True)
     assert registry.get_sample_value("sluice_experts_active_mean", {"layer": "1"}) == 1.0
     assert registry.get_sample_value("sluice_expert_load_max_mean_ratio", {"layer": "1"}) == 1.0
     assert registry.get_sample_value("sluice_expert_masked_total", {"layer": "1"}) == 3
     total = {"layer": "1", "expert": "0"}
     assert registry.get_sample_value("sluice_expert_selections_total", total) == 10
+
+
+def test_an_idle_engine_leaves_the_window_and_stays_in_the_totals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("sluice.models.expert_counters.time.monotonic", lambda: now[0])
+    registry = series(tmp_path)
+    layer = {"layer": "1"}
+    counters(tmp_path, "idle", [[8, 0, 0, 0, 8, 3], [0] * 6])
+    now[0] += 2 * WINDOW_SECONDS - 1
+    counters(tmp_path, "busy", [[2, 2, 2, 2, 4, 1], [0] * 6])
+    # 16 selections of 12 rows, and the busiest expert has 10 of them.
+    assert registry.get_sample_value("sluice_experts_active_mean", layer) == 16 / 12
+    assert registry.get_sample_value("sluice_expert_load_max_mean_ratio", layer) == 2.5
+    now[0] += 1
+    counters(tmp_path, "busy", [[2, 2, 2, 2, 4, 1], [0] * 6])
+    assert registry.get_sample_value("sluice_experts_active_mean", layer) == 2.0
+    assert registry.get_sample_value("sluice_expert_load_max_mean_ratio", layer) == 1.0
+    assert registry.get_sample_value("sluice_expert_masked_total", layer) == 5
+
+
+def test_a_restarted_engine_goes_on_counting(folder: Path) -> None:
+    registry = series(folder, per_expert=True)
+    masked, layer = "sluice_expert_masked_total", {"layer": "1"}
+    expert = {"layer": "1", "expert": "0"}
+    again = ExpertCounters.create(folder / "b.experts", LAYERS, EXPERTS)
+    assert registry.get_sample_value(masked, layer) == 6
+    assert registry.get_sample_value("sluice_expert_selections_total", expert) == 8
+    # Its window starts afresh: what is left is the other engine's.
+    assert again.window.sum() == 0
+    again.roll()
+    again.total[0, MASKED] += 1
+    assert registry.get_sample_value(masked, layer) == 7
+    assert again.window_rows.tolist() == [0, 0]
+
+
+def test_an_engine_of_another_shape_starts_from_zero(folder: Path) -> None:
+    other = ExpertCounters.create(folder / "b.experts", (0, 1), EXPERTS)
+    assert other.layers == (0, 1)
+    assert other.total.sum() == 0
 
 
 def test_single_experts_are_shown_on_demand_only(folder: Path) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from prometheus import promtool
 from serving import Server
 
+from sluice.server.errors import REASONS
+
 QUESTION = [{"role": "user", "content": "copy hello"}]
-UNPACKED_PROMTOOL = Path(__file__).parents[2] / "build/promtool/usr/bin/promtool"
 
 
 def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
@@ -26,7 +25,6 @@ def ask(client: openai.OpenAI, **options: Any) -> Any:
 
 
 def test_promtool_is_content(server: Server) -> None:
-    promtool = shutil.which("promtool") or str(UNPACKED_PROMTOOL)
     ours = "".join(line + "\n" for line in server.metrics_text().splitlines() if "sluice_" in line)
     for name in (
         "sluice_layer_tokens_total",
@@ -41,10 +39,26 @@ def test_promtool_is_content(server: Server) -> None:
         "sluice_policy_rejections_total",
     ):
         assert f"\n{name}{{" in ours
-    check = subprocess.run(
-        [promtool, "check", "metrics"], input=ours, capture_output=True, text=True, check=False
-    )
+    check = promtool("check", "metrics", input=ours)
     assert (check.returncode, check.stdout, check.stderr) == (0, "", "")
+
+
+def test_every_known_series_is_there(server: Server, client: openai.OpenAI) -> None:
+    there = server.samples()
+    presets = [entry["id"] for entry in client.get("/routing/presets", cast_to=dict)["data"]]
+    assert {"shallow", "leave-early"} <= set(presets)
+    for preset in ("none", "custom", *presets):
+        for outcome in ("ok", "rejected", "error", "aborted"):
+            assert key("sluice_requests_total", preset=preset, outcome=outcome) in there
+    for reason in REASONS:
+        assert key("sluice_policy_rejections_total", reason=reason) in there
+    for layer in map(str, range(8)):
+        assert key("sluice_exit_tokens_total", layer=layer) in there
+        assert key("sluice_expert_masked_total", layer=layer) in there
+        for name in ("sluice_experts_active_mean", "sluice_expert_load_max_mean_ratio"):
+            assert key(name, layer=layer) in there
+        for module in ("attention", "mlp"):
+            assert key("sluice_layer_utilization_ratio", layer=layer, module=module) in there
 
 
 def test_vllms_own_series_are_there(server: Server) -> None:
@@ -137,6 +151,8 @@ def test_requests_rejections_and_compute_fraction(server: Server, client: openai
     with pytest.raises(openai.BadRequestError):
         ask(client, extra_body={"routing": {"depth": {"skip": {"blocks": [8]}}}})
     with pytest.raises(openai.BadRequestError):
+        ask(client, model="demo@shallow", extra_body={"routing": {"effort": 0.5}})
+    with pytest.raises(openai.BadRequestError):
         ask(client, max_tokens=-1)
     wanted = {
         key("sluice_requests_total", preset="none", outcome="ok"): 1,
@@ -144,7 +160,9 @@ def test_requests_rejections_and_compute_fraction(server: Server, client: openai
         key("sluice_requests_total", preset="shallow", outcome="ok"): 1,
         key("sluice_requests_total", preset="custom", outcome="ok"): 2,
         key("sluice_requests_total", preset="custom", outcome="rejected"): 1,
+        key("sluice_requests_total", preset="shallow", outcome="rejected"): 1,
         key("sluice_policy_rejections_total", reason="layer_out_of_range"): 1,
+        key("sluice_policy_rejections_total", reason="unsupported_combination"): 1,
         key("sluice_request_compute_fraction_count"): 4,
         # Block 1 of 8 left out, twice: both fall between 0.8 and 0.9.
         key("sluice_request_compute_fraction_bucket", le="0.8"): 0,

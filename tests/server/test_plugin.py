@@ -23,13 +23,14 @@ from sluice.server.errors import ForbiddenError
 from sluice.server.presets import PresetsFileError
 
 ADMIN = Caller(None, Capability.ADMIN)
+CONFIG = SimpleNamespace(observability_config=SimpleNamespace(otlp_traces_endpoint=None))
 FEW = {"model": "m", "routing": {"experts": {"top_k": 2}}}
 
 
 class FakeEngine:
     """Two ranks that describe their routers."""
 
-    vllm_config = "the configuration"
+    vllm_config = CONFIG
 
     async def collective_rpc(self, name: str) -> list[dict[str, Any]]:
         assert name == "describe_experts"
@@ -47,7 +48,7 @@ def started(
     """State of an edge on a model with experts, with the profile in `folder`."""
 
     def of(config: Any, models: Any, profile: Any, answer: Any, expert_routing: bool) -> Any:
-        assert (config, models) == ("the configuration", ("m",))
+        assert (config, models) == (CONFIG, ("m",))
         assert (profile and profile.folder) == folder
         assert answer["shape"] == "of the first rank"
         return replace(MOE, expert_routing=expert_routing, profile=profile)

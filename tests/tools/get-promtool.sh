@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Puts promtool where the tests look: on PATH already, or unpacked (not installed) from Debian's
-# package `prometheus` into build/promtool.
+# Puts promtool and prometheus where the tests look: on PATH already, or unpacked (not installed)
+# from Debian's package `prometheus` into build/promtool.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-if command -v promtool >/dev/null || [ -x build/promtool/usr/bin/promtool ]; then
+there() {
+    command -v "$1" >/dev/null || [ -x "build/promtool/usr/bin/$1" ]
+}
+if there promtool && there prometheus; then
     exit 0
 fi
 if ! command -v apt-get >/dev/null; then
-    echo "promtool not found: install Prometheus so that the tests can check /metrics" >&2
+    echo "promtool or prometheus not found: install Prometheus so that the tests can use it" >&2
     exit 1
 fi
 mkdir -p build/promtool

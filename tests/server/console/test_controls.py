@@ -1,0 +1,132 @@
+"""The console's controls: what they write, and where their ranges come from."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from console_visit import FULL, POLICY, Visit
+from playwright.sync_api import Route, expect
+from serving import Server
+
+
+def capabilities(server: Server) -> Any:
+    with urllib.request.urlopen(f"{server.url}/v1/routing/capabilities", timeout=30) as response:
+        return json.load(response)
+
+
+def own_threshold(visit: Visit) -> None:
+    """Leave the profile's calibrated threshold, if it has one."""
+    calibrated = visit.page.get_by_label("calibrated threshold")
+    if calibrated.is_visible():
+        calibrated.uncheck()
+
+
+def test_controls_write_the_policy(visit: Visit, console_server: Server) -> None:
+    page = visit.page
+    lowest = capabilities(console_server)["effort"]["lowest"]
+    visit.controls(preset="", depth="effort")
+    effort = page.get_by_label("Effort", exact=True)
+    assert visit.routing() == {"effort": 1, "report": True}
+    effort.press("Home")
+    assert visit.routing() == {"effort": lowest, "report": True}
+    expect(effort).to_have_attribute("aria-valuetext", f"{lowest:.4g}")
+    visit.controls(depth="early exit")
+    page.get_by_label("Exit method").select_option("confidence")
+    own_threshold(visit)
+    page.get_by_label("threshold", exact=True).press("End")
+    page.get_by_label("first layer to leave after").press("ArrowRight")
+    exits = {"method": "confidence", "threshold": 1, "min_layer": 1}
+    assert visit.routing() == {"depth": {"exit": exits}, "report": True}
+    page.get_by_label("Exit method").select_option("q_exit")
+    own_threshold(visit)
+    default = capabilities(console_server)["depth"]["exit"]["q_exit"]["parameters"]["threshold"]
+    assert visit.routing()["depth"] == {
+        "exit": {"method": "q_exit", "threshold": default["default"]}
+    }
+    page.get_by_label("Exit method").select_option("fixed")
+    page.get_by_label("leave after layer").press("ArrowLeft")
+    assert visit.routing()["depth"] == {"exit": {"method": "fixed", "layers": [5]}}
+    page.get_by_label("Exit method").select_option("patience")
+    own_threshold(visit)
+    page.get_by_label("patience", exact=True).press("End")
+    assert visit.routing()["depth"] == {"exit": {"method": "patience", "patience": 7}}
+    page.get_by_label("set experts per token").check()
+    top_k = page.get_by_label("Experts per token", exact=True)
+    assert visit.routing()["experts"] == {"top_k": 4}
+    top_k.press("ArrowLeft")
+    assert visit.routing()["experts"] == {"top_k": 3}
+    top_k.press("End")
+    assert visit.routing()["experts"] == {"top_k": 16}
+    visit.run()
+    assert visit.state(POLICY) == "done"
+
+
+def test_the_controls_are_the_servers(
+    console_server: Server, visiting: Callable[..., Visit]
+) -> None:
+    """Another server's answer, made from this one's."""
+    visit = visiting(console_server.url)
+    page = visit.page
+
+    def other(route: Route) -> None:
+        answer = route.fetch()
+        found = answer.json()
+        exits = found["depth"]["exit"]
+        exits["entropy"] |= {"available": False, "reason": "nothing was trained"}
+        bound = {"tolerance": 0.05, "error": 0.05, "agreement": 0.99, "mean_layers": 3.5}
+        calibrated = {"layers": [2, 4], "threshold": 0.8371, **bound}
+        exits["confidence"]["calibrated"] = [calibrated]
+        exits["confidence"]["parameters"]["threshold"] = {
+            "low": 0.25,
+            "high": 0.9,
+            "default": 0.8371,
+        }
+        found["effort"] |= {"lowest": 0.4375, "source": "frontier"}
+        route.fulfill(response=answer, json=found)
+
+    page.route("**/v1/routing/capabilities", other)
+    visit.open()
+    visit.controls(preset="", depth="effort")
+    page.get_by_label("Effort", exact=True).press("Home")
+    assert visit.routing() == {"effort": 0.4375, "report": True}
+    expect(page.locator("#effort-note")).to_contain_text("measured frontier. Lowest: 0.4375.")
+    visit.controls(depth="early exit")
+    method = page.get_by_label("Exit method")
+    entropy = method.locator('option[value="entropy"]')
+    expect(entropy).to_be_disabled()
+    expect(entropy).to_have_text("entropy (not here: nothing was trained)")
+    method.select_option("confidence")
+    threshold = page.get_by_label("threshold", exact=True)
+    expect(threshold).to_be_disabled()
+    assert visit.routing()["depth"] == {"exit": {"method": "confidence"}}
+    page.get_by_label("calibrated threshold").uncheck()
+    assert visit.routing()["depth"] == {"exit": {"method": "confidence", "threshold": 0.8371}}
+    threshold.press("Home")
+    assert visit.routing()["depth"] == {"exit": {"method": "confidence", "threshold": 0.25}}
+
+
+def test_a_server_without_routing(console_server: Server, visiting: Callable[..., Visit]) -> None:
+    """What such a server says, by hand: the demo model can be routed."""
+    visit = visiting(console_server.url)
+    page = visit.page
+
+    def other(route: Route) -> None:
+        answer = route.fetch()
+        refused = {"supported": False, "reason": "the V2 runner is live"}
+        experts = {**answer.json()["experts_routing"], **refused, "controls": {}}
+        more = {"depth": {}, "effort": {}, "report": False, "experts_routing": experts}
+        route.fulfill(response=answer, json={**answer.json(), **refused, **more})
+
+    page.route("**/v1/routing/capabilities", other)
+    visit.open()
+    expect(page.locator("#policy-refused")).to_have_text(
+        "Not on this server: the V2 runner is live."
+    )
+    for control in ("effort", "early exit"):
+        expect(page.get_by_role("radio", name=control, exact=True)).to_be_disabled()
+    full, _ = visit.run()
+    assert "routing" not in full
+    assert visit.state(FULL) == "done"
