@@ -47,8 +47,8 @@ BAD = {
         routed({"depth": {"exit": {"method": "lucky"}}}),
         "routing.depth.exit.method",
     ),
-    "exit without its threshold": (
-        routed({"depth": {"exit": {"method": "entropy"}}}),
+    "exit after layers that no threshold was calibrated for": (
+        routed({"depth": {"exit": {"method": "entropy", "layers": [1, 2]}}}),
         "routing.depth.exit.threshold",
     ),
     "exit after the last layer": (

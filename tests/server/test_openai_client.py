@@ -113,10 +113,13 @@ def test_presets_by_name_and_by_model_id(client: openai.OpenAI) -> None:
     }
 
 
+PRESETS = ("shallow", "no-attention-3", "light", "leave-early", "quality", "balanced", "fast")
+"""Of the file, and of the demo model's profile."""
+
+
 def test_models_lists_presets_with_their_parent(client: openai.OpenAI) -> None:
     cards = {card.id: card for card in client.models.list()}
-    presets = {"shallow", "no-attention-3", "light", "leave-early"}
-    assert set(cards) == {"demo", *(f"demo@{name}" for name in presets)}
+    assert set(cards) == {"demo", *(f"demo@{name}" for name in PRESETS)}
     assert cards["demo"].parent is None
     assert cards["demo@shallow"].parent == "demo"
 
@@ -131,10 +134,7 @@ def test_capabilities_and_presets(client: openai.OpenAI) -> None:
     assert capabilities["depth"]["adaptive"]["lac"]["available"]
     presets = client.get("/routing/presets", cast_to=dict[str, Any])["data"]
     assert [(preset["id"], preset["model"]) for preset in presets] == [
-        ("shallow", "demo@shallow"),
-        ("no-attention-3", "demo@no-attention-3"),
-        ("light", "demo@light"),
-        ("leave-early", "demo@leave-early"),
+        (name, f"demo@{name}") for name in PRESETS
     ]
     for preset in presets:
         answer = ask(client, {"report": True}, model=preset["model"])
