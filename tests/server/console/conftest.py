@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from serving import Server, running_server
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from console_visit import Visit
+from console_visit import ENDLESS, Visit
 
 FLAGS = (
     "--no-sandbox",
@@ -29,9 +30,14 @@ FLAGS = (
 
 @pytest.fixture(scope="session")
 def console_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The demo model as `sluice serve --console` serves it."""
+    """The demo model as `sluice serve --console` serves it, but with room for long answers.
+
+    What a test does while an answer runs must not find it at its end, however slow the page is: a
+    model that may say 1,000 tokens has said them in five seconds.
+    """
     log = tmp_path_factory.mktemp("console") / "log"
-    with running_server(log, "--enforce-eager", "--console") as running:
+    longer = ("--hf-overrides", json.dumps({"max_position_embeddings": 2 * ENDLESS}))
+    with running_server(log, "--enforce-eager", "--console", *longer) as running:
         yield running
 
 

@@ -14,6 +14,8 @@ from playwright.sync_api import ConsoleMessage, Locator, Page, Request, Route, e
 FULL, POLICY = "Full depth", "Under the policy"
 CHAT = "**/v1/chat/completions"
 SKIPS = {"depth": {"skip": {"blocks": [4, 5, 6, 7]}}, "report": True}
+ENDLESS = 15_000
+"""Tokens of an answer that is still running whenever a test looks: minutes of them."""
 ENDED = re.compile("done|stopped|failed")
 
 
@@ -101,8 +103,9 @@ class Visit:
         })"""
         return list(self.page.evaluate(script, [tokens, [*titles] or [FULL, POLICY]]))
 
-    def endless(self) -> None:
-        """From now on the model may not stop by itself: answers have all the tokens they may."""
+    def endless(self, tokens: int = ENDLESS) -> None:
+        """From now on the model may not stop by itself: answers have so many tokens."""
+        self.page.get_by_label("Max tokens").fill(str(tokens))
 
         def longer(route: Route) -> None:
             body = {**json.loads(route.request.post_data or ""), "ignore_eos": True}

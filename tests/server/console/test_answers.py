@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from console_visit import CHAT, FULL, POLICY, SKIPS, Visit, fixed
+from console_visit import CHAT, ENDLESS, FULL, POLICY, SKIPS, Visit, fixed
 from playwright.sync_api import expect
 from relay import relayed
 from serving import Server
@@ -141,7 +141,6 @@ def test_meters_move_while_it_streams_and_stop_ends_it(
     visit: Visit, console_server: Server
 ) -> None:
     visit.endless()
-    visit.page.get_by_label("Max tokens").fill("900")
     aborted = ("sluice_requests_total", frozenset({("preset", "custom"), ("outcome", "aborted")}))
     before = console_server.samples()[aborted]
     visit.editor.fill(json.dumps(SKIPS))
@@ -156,7 +155,7 @@ def test_meters_move_while_it_streams_and_stop_ends_it(
     assert all(float(visit.meter(title, "rate")) > 0 for title in (FULL, POLICY))
     shown = [visit.text(FULL), visit.meter(FULL, "tokens")]
     assert shown[0]
-    assert 50 <= int(shown[1]) < 900
+    assert 50 <= int(shown[1]) < ENDLESS
     deadline = time.monotonic() + 60
     while console_server.samples()[aborted] < before + 2 and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -166,27 +165,23 @@ def test_meters_move_while_it_streams_and_stop_ends_it(
 
 
 def test_one_after_the_other(visit: Visit) -> None:
-    visit.endless()
     page = visit.page
-    page.get_by_label("Max tokens").fill("60")
     page.get_by_label("one after the other").check()
+    visit.endless()
     page.get_by_role("button", name="Run both").click()
     assert visit.running(1, FULL) == ["running", "waiting"]
-    visit.ended()
-    assert [visit.state(FULL), visit.state(POLICY)] == ["done", "done"]
-    assert (visit.meter(POLICY, "tokens"), len(visit.bodies)) == ("60", 2)
-    page.get_by_label("Max tokens").fill("900")
-    page.get_by_role("button", name="Run both").click()
-    visit.running(1, FULL)
     page.get_by_role("button", name="Stop").click()
     visit.ended()
     assert [visit.state(FULL), visit.state(POLICY)] == ["stopped", "stopped"]
-    assert len(visit.bodies) == 3
+    assert len(visit.bodies) == 1
+    page.get_by_label("Max tokens").fill("60")
+    visit.run()
+    assert [visit.state(FULL), visit.state(POLICY)] == ["done", "done"]
+    assert visit.meter(POLICY, "tokens") == "60"
 
 
 def test_a_new_run_takes_the_place_of_one_that_runs(visit: Visit) -> None:
     visit.endless()
-    visit.page.get_by_label("Max tokens").fill("900")
     visit.page.get_by_role("button", name="Run both").click()
     visit.running(tokens=3)
     visit.page.unroute(CHAT)
@@ -202,7 +197,6 @@ def test_a_server_that_goes_away(console_server: Server, visiting: Callable[...,
         visit.refusals = True
         visit.open()
         visit.endless()
-        visit.page.get_by_label("Max tokens").fill("900")
         visit.page.get_by_role("button", name="Run both").click()
         visit.running(tokens=3)
         relay.cut()
