@@ -1,11 +1,11 @@
-# make serve | test | lint | bench | profile: each makes .venv first and reuses it while the pins stand.
+# make serve | test | lint | bench | load | profile: each makes .venv first and reuses it while the pins stand.
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test lint bench profile clean
+.PHONY: serve test lint bench load profile clean
 
 serve: $(STAMP)
 	$(BIN)/sluice serve --enforce-eager --port 8000
@@ -23,10 +23,15 @@ lint: $(STAMP)
 	ln -sfn ../../../server build/typing/sluice/server
 	ln -sfn ../../../models build/typing/sluice/models
 	ln -sfn ../../../kernels build/typing/sluice/kernels
-	MYPYPATH=build/typing $(BIN)/mypy -p sluice.server -p sluice.models -p sluice.kernels
+	ln -sfn ../../../loadtest build/typing/sluice/loadtest
+	MYPYPATH=build/typing $(BIN)/mypy -p sluice.server -p sluice.models -p sluice.kernels -p sluice.loadtest
 
 bench: $(STAMP)
 	cd $(VENV) && HF_HUB_OFFLINE=1 $(BIN)/python -m sluice.models.bench --out $(CURDIR)/bench-results
+
+# The short scenarios, against a server that it starts and stops.
+load: $(STAMP)
+	cd $(VENV) && HF_HUB_OFFLINE=1 $(BIN)/python -m sluice.loadtest steady burst mixed --serve --out $(CURDIR)/load-results
 
 # The demo model's profile; a run that was stopped goes on where it was.
 DEMO_DATA := build/demo-calibration

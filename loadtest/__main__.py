@@ -1,0 +1,102 @@
+"""`python -m sluice.loadtest SCENARIO --url URL --out FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from sluice.loadtest.guided import GuidedError
+from sluice.loadtest.memory import ServerNotFoundError
+from sluice.loadtest.report import write_report
+from sluice.loadtest.run import ServerRefusesError, run_scenario
+from sluice.loadtest.scenario import Scenario, ScenarioError, shipped
+from sluice.loadtest.served import NotStartedError, served
+from sluice.loadtest.show import show
+from sluice.loadtest.verdict import verdicts
+
+_OVERRIDES = ("seed", "duration", "rounds")
+_SERVE = "--enforce-eager"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Play scenarios: 0, 1 if a bar was missed, 2 if one could not be played."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    changed = {name: getattr(args, name) for name in _OVERRIDES if getattr(args, name) is not None}
+    try:
+        scenarios = {name: Scenario.load(name) for name in args.scenario}
+        if changed:
+            scenarios = {name: each.changed(**changed) for name, each in scenarios.items()}
+        args.out.mkdir(parents=True, exist_ok=True)
+        with _server(args) as url:
+            met = [_play(name, scenario, url, args) for name, scenario in scenarios.items()]
+    except (
+        ScenarioError,
+        ServerRefusesError,
+        ServerNotFoundError,
+        NotStartedError,
+        GuidedError,
+        httpx.HTTPError,
+        OSError,
+    ) as error:
+        parser.error(str(error) or repr(error))
+    return 0 if all(met) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sluice.loadtest",
+        description="Plays load test scenarios against a server and writes a report of each.",
+    )
+    parser.add_argument("scenario", nargs="+", help=f"file, or one of: {', '.join(shipped())}")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--url", help="server to ask, for example http://127.0.0.1:8000")
+    where.add_argument(
+        "--serve",
+        nargs="?",
+        const=_SERVE,
+        metavar="ARGUMENTS",
+        help="start `sluice serve ARGUMENTS` (default: %(const)s, the demo model), and stop it "
+        "afterwards",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the reports")
+    parser.add_argument("--api-key", help="bearer key of the server")
+    parser.add_argument("--seed", type=int, help="instead of the scenario's")
+    parser.add_argument(
+        "--duration", type=float, metavar="SECONDS", help="of each stage, instead of the scenario's"
+    )
+    parser.add_argument("--rounds", type=int, help="instead of the scenario's")
+    return parser
+
+
+@contextmanager
+def _server(args: argparse.Namespace) -> Iterator[str]:
+    if args.url is not None:
+        yield args.url.rstrip("/").removesuffix("/v1")
+        return
+    with served(args.serve.split(), args.out / "server.log") as url:
+        yield url
+
+
+def _play(name: str, scenario: Scenario, url: str, args: Any) -> bool:
+    """Play one scenario and write its report: whether all bars were met."""
+
+    def say(line: str) -> None:
+        print(f"{name}: {line}", file=sys.stderr, flush=True)
+
+    results = asyncio.run(run_scenario(scenario, url, args.api_key, say))
+    folder = args.out / Path(name).stem
+    write_report(results, folder)
+    show(results, folder)
+    return all(verdict.met for verdict in verdicts(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
