@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from sluice.loadtest.scenario import Bursts
+from sluice.loadtest.scenario_fields import Bursts
 
 Seconds = npt.NDArray[np.float64]
 

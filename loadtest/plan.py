@@ -15,7 +15,8 @@ from sluice.loadtest.arrivals import arrival_times
 from sluice.loadtest.client import Ask
 from sluice.loadtest.prompts import prompts
 from sluice.loadtest.results import Phase
-from sluice.loadtest.scenario import UNSCRAPED, Arrivals, Policy, Scenario, ScenarioError
+from sluice.loadtest.scenario import UNSCRAPED, Scenario, ScenarioError
+from sluice.loadtest.scenario_fields import Arrivals, Policy
 
 _EACH_PER_SECOND, _ALL_PER_SECOND = 8, 200
 """Prompts drawn for clients that ask without end: once they are used up, the phase is over."""

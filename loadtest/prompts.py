@@ -1,11 +1,11 @@
-"""What is asked: items of the demo model's tasks, drawn by seed."""
+"""What is asked, drawn by seed: items of the demo model's tasks, or lines of a file."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 
-from sluice.loadtest.scenario import Prompts
+from sluice.loadtest.scenario_fields import Prompts
 from sluice.models.demo.tasks import Item, generate
 
 
@@ -15,6 +15,10 @@ def prompts(fields: Prompts, seed: str) -> Iterator[str]:
     With `characters`, solved items come before the question, one a line, until the prompt is at
     least so long.
     """
+    if fields.texts:
+        rng = random.Random(f"{seed}/file")
+        while True:
+            yield from rng.sample(fields.texts, len(fields.texts))
     items = _items(fields, seed)
     while True:
         question = next(items).prompt

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sluice.loadtest.scenario import Objectives
+from sluice.loadtest.scenario_fields import Objectives
 from sluice.loadtest.sent import Sent
 
 PERCENTILES = (50, 90, 95, 99)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from sluice.loadtest.arrivals import arrival_times
 from sluice.loadtest.plan import Plan, phases, plan, saturating, split
 from sluice.loadtest.prompts import prompts
-from sluice.loadtest.scenario import Bursts, Policy, Prompts, Scenario, ScenarioError
+from sluice.loadtest.scenario import Scenario, ScenarioError
+from sluice.loadtest.scenario_fields import Bursts, Policy, Prompts
 from sluice.models.demo.tasks import is_heldout
 
 MIXED: dict[str, Any] = {
@@ -49,6 +51,18 @@ def test_the_same_seed_has_the_same_clients_leave() -> None:
     assert [load.streams for load in first[0]] == [11, 4]
     assert len(first[2]) == 4 + 1
     assert {ask.leave_after for asks in first[2] for ask in asks} == {2, 3, 4}
+
+
+def test_each_line_of_a_file_is_asked_before_one_is_asked_again(tmp_path: Path) -> None:
+    lines = [f"question {number}" for number in range(30)]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(f'{{"prompt": "{line}"}}\n' for line in lines))
+    fields = Prompts(file=str(path))
+    asked = list(islice(prompts(fields, "1"), 60))
+    assert sorted(asked[:30]) == sorted(asked[30:]) == sorted(lines)
+    assert asked == list(islice(prompts(fields, "1"), 60))
+    assert asked[:30] != asked[30:] != lines
+    assert asked != list(islice(prompts(fields, "2"), 60))
 
 
 def test_requests_are_shared_out_by_weight_and_all_are_there() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sluice.loadtest.scenario import FULL_DEPTH, Scenario, ScenarioError, shipped
+from sluice.loadtest.scenario import Scenario, ScenarioError, shipped
+from sluice.loadtest.scenario_fields import FULL_DEPTH
 from sluice.models.demo.tasks import TASKS
 
 GOOD: dict[str, Any] = {
@@ -141,6 +142,39 @@ def test_files(tmp_path: Path) -> None:
         Scenario.load(str(path))
     with pytest.raises(ScenarioError, match="shipped scenarios: burst"):
         Scenario.load("no-such-scenario")
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "one"}\n\n{"prompt": "two", "answer": "2"}\n')
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(changed(prompts={"file": "mine.jsonl"})))
+    scenario = Scenario.load(str(path))
+    assert scenario.prompts.texts == ("one", "two")
+    assert scenario.changed(seed=3).prompts == scenario.prompts
+
+
+@pytest.mark.parametrize(
+    ("line", "more", "named"),
+    [
+        ('{"prompt": "one"}', {"tasks": {"sort": 1}}, "prompts: tasks does not go with file"),
+        ('{"prompt": "one"}', {"characters": 9}, "prompts: characters does not go with file"),
+        ('{"text": "one"}', {}, "mine.jsonl:1: prompt is missing"),
+        ('{"prompt": "one"', {}, "mine.jsonl:1: not JSON"),
+        ('{"prompt": ""}', {}, "mine.jsonl:1: prompt is empty"),
+        ("", {}, "mine.jsonl: no examples"),
+        (None, {}, "mine.jsonl: No such file"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_used(
+    tmp_path: Path, line: str | None, more: dict[str, Any], named: str
+) -> None:
+    if line is not None:
+        (tmp_path / "mine.jsonl").write_text(line)
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(changed(prompts={"file": "mine.jsonl", **more})))
+    with pytest.raises(ScenarioError) as caught:
+        Scenario.load(str(path))
+    assert named in str(caught.value)
 
 
 def test_changes_are_checked_too() -> None:

@@ -9,7 +9,7 @@ from math import floor
 import pytest
 from load_results import answered, ended, requests
 
-from sluice.loadtest.scenario import Objectives
+from sluice.loadtest.scenario_fields import Objectives
 from sluice.loadtest.summary import PERCENTILES, is_good, summarize, window
 
 TIGHT = Objectives(ttft_ms=300.0, tpot_ms=60.0, e2el_ms=700.0)
