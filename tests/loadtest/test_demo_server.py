@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -233,3 +237,27 @@ def test_a_server_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
         main(["steady", "--url", "http://127.0.0.1:9", "--out", str(tmp_path)])
     assert caught.value.code == 2
     assert "no process of this machine" in capsys.readouterr().err
+
+
+def test_vllms_load_generator_as_the_documents_have_it(bounded: Server, tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    written = (root / "docs" / "load.md").read_text().split("## Cross-check")[1].split("## ")[0]
+    program, command = re.findall(r"    BENCH='(.*)'\n((?:    .*\n)+)", written)[0]
+    given = shlex.split(command.replace("\\\n", " "))
+    assert given[:3] == ["python", "-c", "$BENCH"]
+    ours = {
+        "http://127.0.0.1:8000": bounded.url,
+        "models/demo/weights": str(root / "models" / "demo" / "weights"),
+        '{"routing": {"preset": "fast"}}': json.dumps({"routing": {"preset": "shallow"}}),
+        "40": "12",
+    }
+    arguments = [ours.get(argument, argument) for argument in given[3:]]
+    assert len(set(arguments) & set(ours.values())) == 4
+    lines = [json.dumps({"prompt": f"reverse ab{letter}"}) for letter in "cdefghijklmn"]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    counted = ("sluice_requests_total", frozenset({("preset", "shallow"), ("outcome", "ok")}))
+    before = bounded.samples()[counted]
+    subprocess.run([sys.executable, "-c", program, *arguments], cwd=tmp_path, check=True)
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert (found["completed"], found["total_output_tokens"]) == (12, 12 * 32)
+    assert bounded.samples()[counted] - before >= 12
