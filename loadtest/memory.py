@@ -66,7 +66,8 @@ class MemoryWatch:
     async def run(self) -> None:
         """Sample until cancelled, or until the server is gone."""
         while self._server.is_running():
-            self._samples.append((time.time(), self._resident()))
+            # Reading all of /proc must not delay the clients, nor the scrape that is being timed.
+            self._samples.append((time.time(), await asyncio.to_thread(self._resident)))
             await asyncio.sleep(_EVERY)
 
     @property

@@ -120,7 +120,9 @@ class _Answer:
                 self._start = message  # The length is known once the report is in.
                 return
         elif message["type"] == "http.response.body":
-            self._complete = not message.get("more_body", False)
+            # `null` is vLLM's answer to nobody: the client left before there was one.
+            left = message.get("body") == b"null"
+            self._complete = not message.get("more_body", False) and not left
             if self._reports:
                 await self._send_reported(message)
                 return

@@ -72,6 +72,11 @@ def test_an_answer_that_breaks_off_was_aborted() -> None:
     assert counted(route) == {("none", "aborted"): 1}
 
 
+def test_an_answer_that_nobody_waited_for_was_aborted() -> None:
+    """vLLM answers `null` where the client left before there was an answer."""
+    assert counted(JSONResponse(None)) == {("none", "aborted"): 1}
+
+
 @pytest.mark.parametrize("preset", ["fast", None])
 def test_a_refused_policy_counts_under_its_preset(preset: str | None) -> None:
     error = RoutingError("no", param="routing", reason="invalid_field")
