@@ -43,17 +43,15 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """What `/metrics` showed at one moment, and how long it took.
+    """What `/metrics` showed at one moment.
 
     Attributes:
         values: of all series.
         counted: those of them that only grow.
-        seconds: from asking to the last byte.
     """
 
     values: Mapping[Series, float]
     counted: frozenset[Series]
-    seconds: float
 
     def total(self, name: str) -> float:
         """Sum over the series of a name; 0 if there is none."""
@@ -66,14 +64,16 @@ async def scrape(client: httpx.AsyncClient) -> Scrape:
     Raises:
         httpx.HTTPError: there is no answer, or an error.
     """
-    started = time.perf_counter()
+    return parse(await _text(client))
+
+
+async def _text(client: httpx.AsyncClient) -> str:
     response = await client.get("/metrics")
-    seconds = time.perf_counter() - started
     response.raise_for_status()
-    return parse(response.text, seconds)
+    return response.text
 
 
-def parse(text: str, seconds: float = 0.0) -> Scrape:
+def parse(text: str) -> Scrape:
     """Read the text format."""
     values: dict[Series, float] = {}
     counted: set[Series] = set()
@@ -83,7 +83,7 @@ def parse(text: str, seconds: float = 0.0) -> Scrape:
             values[series] = sample.value
             if family.type in _COUNTED and not sample.name.endswith("_created"):
                 counted.add(series)
-    return Scrape(values, frozenset(counted), seconds)
+    return Scrape(values, frozenset(counted))
 
 
 def changes(before: Scrape, after: Scrape) -> tuple[Change, ...]:
@@ -119,8 +119,7 @@ async def scrape_every(client: httpx.AsyncClient, seconds: float, taken: list[fl
     while True:
         # What is read is not parsed here: that would be the client's time, not the server's.
         started = time.perf_counter()
-        response = await client.get("/metrics")
-        response.raise_for_status()
+        await _text(client)
         taken.append(time.perf_counter() - started)
         due += seconds
         await asyncio.sleep(max(0.0, due - time.perf_counter()))

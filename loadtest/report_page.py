@@ -11,8 +11,9 @@ from sluice.loadtest.plots import charts
 from sluice.loadtest.results import Results
 from sluice.loadtest.summary import PERCENTILES, TIMES
 from sluice.loadtest.verdict import verdicts
+from sluice.models.page.template import page_template
 
-TEMPLATE = "report_page.html"
+_TEMPLATE = Path(__file__).with_suffix(".html")
 _TIME_NAMES = {
     "ttft_ms": "time to first token",
     "tpot_ms": "time per output token, over requests",
@@ -23,20 +24,10 @@ _TIME_NAMES = {
 
 def report_page(results: Results) -> str:
     """The page, UTF-8 HTML; everything that came from outside is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number}
     policies = results.scenario.turns == "policies"
     ratios = results.ratios(lambda found: found.goodput if policies else found.throughput)
     written = results.scenario.model_dump(mode="json", exclude_unset=True)
-    return environment.get_template(TEMPLATE).render(
+    return page_template(_TEMPLATE, {"number": _number}).render(
         results=results,
         scenario=results.scenario,
         written=yaml.safe_dump(written, sort_keys=False, allow_unicode=True),

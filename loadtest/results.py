@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import median
 
 import numpy as np
@@ -71,7 +72,7 @@ class Ratio:
         return median(self.values)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Results:
     """A run.
 
@@ -109,9 +110,14 @@ class Results:
         """Seconds of all scrapes."""
         return tuple(each for measured in self.phases for each in measured.scrapes)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> tuple[Row, ...]:
         """A row per phase and policy, and one of all where a phase has several."""
-        rows = []
+        return self._rows
+
+    @cached_property
+    def _rows(self) -> tuple[Row, ...]:
+        # A report asks for them a dozen times; those of a soak take a quarter of a second each.
+        rows: list[Row] = []
         for measured in self.phases:
             seconds = window(measured.sent)
             by_policy: dict[str, list[Sent]] = {}
@@ -122,7 +128,7 @@ class Results:
                 Row(measured.phase, name, summarize(sent, self.scenario.objectives, seconds))
                 for name, sent in (whole | by_policy).items()
             ]
-        return rows
+        return tuple(rows)
 
     def totals(self) -> list[Row]:
         """Rows of whole phases."""

@@ -80,7 +80,10 @@ class Scenario(Fields):
             raise ValueError("turns: scraping needs scrape_every")
         if self.scrape_every is not None and not self.metrics:
             raise ValueError("scrape_every does not go with metrics: false")
-        if self.disconnects is not None and self.disconnects.after_tokens[1] > self.max_tokens:
+        if (
+            self.disconnects is not None
+            and self.disconnects.after_tokens[1] > self.prompts.max_tokens
+        ):
             raise ValueError("disconnects.after_tokens: more than prompts.max_tokens")
         self._check_bars()
         return self
@@ -103,11 +106,6 @@ class Scenario(Fields):
         if self.turns == "policies":
             return tuple(policy.name for policy in self.policies)
         return (ALL,) if self.turns is None else (UNSCRAPED, SCRAPED)
-
-    @property
-    def max_tokens(self) -> int:
-        """Of an answer."""
-        return self.prompts.max_tokens
 
     @classmethod
     def load(cls, name: str) -> Scenario:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sluice.models.calibrate.report_charts import BarChart, HeatMap
 from sluice.models.calibrate.report_scatter import ScatterChart
+from sluice.models.page.template import page_template
 from sluice.models.profile import Profile
 from sluice.models.profile_fields import (
     EqualCompute,
@@ -18,7 +19,7 @@ from sluice.models.profile_fields import (
     ProfileFields,
 )
 
-TEMPLATE = "report_page.html"
+_TEMPLATE = Path(__file__).with_suffix(".html")
 _UNITS = ("block", "attention", "mlp")
 PARTS = {
     "importance": ("Importance of layers", "importance"),
@@ -38,18 +39,9 @@ PARTS = {
 
 def report_page(profile: Profile) -> str:
     """The page, UTF-8 HTML; everything that the profile says is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "percent": _percent, "wire": _wire}
     fields = profile.fields
-    return environment.get_template(TEMPLATE).render(
+    filters = {"number": _number, "percent": _percent, "wire": _wire}
+    return page_template(_TEMPLATE, filters).render(
         name=profile.folder.resolve().name,
         fields=fields,
         methods=sorted(profile.methods),
