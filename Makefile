@@ -27,7 +27,7 @@ lint: $(STAMP)
 	MYPYPATH=build/typing $(BIN)/mypy -p sluice.server -p sluice.models -p sluice.kernels -p sluice.loadtest
 
 bench: $(STAMP)
-	cd $(VENV) && HF_HUB_OFFLINE=1 $(BIN)/python -m sluice.models.bench --out $(CURDIR)/bench-results
+	cd $(VENV) && HF_HUB_OFFLINE=1 $(BIN)/python -m sluice.models.offline.bench --out $(CURDIR)/bench-results
 
 # The short scenarios, against a server that it starts and stops.
 load: $(STAMP)
@@ -37,7 +37,7 @@ load: $(STAMP)
 DEMO_DATA := build/demo-calibration
 profile: $(STAMP)
 	mkdir -p $(DEMO_DATA)
-	$(BIN)/python -m sluice.models.demo.calibration --prompts $(DEMO_DATA)/prompts.jsonl --tasks $(DEMO_DATA)/tasks.jsonl
+	$(BIN)/python -m sluice.models.offline.demo.calibration --prompts $(DEMO_DATA)/prompts.jsonl --tasks $(DEMO_DATA)/tasks.jsonl
 	HF_HUB_OFFLINE=1 $(BIN)/sluice calibrate models/demo/weights --prompts $(DEMO_DATA)/prompts.jsonl \
 	  --tasks $(DEMO_DATA)/tasks.jsonl --out $(DEMO_DATA)/profile --dtype float32 --super-experts-criterion paper \
 	  --exits-tolerance 0.02 --exits-every 1 --routers-cost 0.005

@@ -12,14 +12,14 @@ from typing import Any
 
 import httpx
 
-from sluice.loadtest.guided import GuidedError
-from sluice.loadtest.memory import ServerNotFoundError
-from sluice.loadtest.report import write_report
+from sluice.loadtest.clients.guidellm_runs import GuidedError
+from sluice.loadtest.probes.memory import ServerNotFoundError
+from sluice.loadtest.probes.server_process import NotStartedError, served
+from sluice.loadtest.report.files import write_report
+from sluice.loadtest.report.terminal import show
+from sluice.loadtest.report.verdict import verdicts
 from sluice.loadtest.run import ServerRefusesError, run_scenario
-from sluice.loadtest.scenario import Scenario, ScenarioError, shipped
-from sluice.loadtest.served import NotStartedError, served
-from sluice.loadtest.show import show
-from sluice.loadtest.verdict import verdicts
+from sluice.loadtest.workload.scenario import Scenario, ScenarioError, shipped
 
 _OVERRIDES = ("seed", "duration", "rounds")
 _SERVE = "--enforce-eager"

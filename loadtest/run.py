@@ -14,15 +14,24 @@ from typing import Any
 
 import httpx
 
-from sluice.loadtest.client import Ask, ask_in_turn, ask_when_due, send
-from sluice.loadtest.guided import Guides, Target, guides
-from sluice.loadtest.memory import MemoryWatch
-from sluice.loadtest.metrics import Scrape, changes, parse, scrape, scrape_every, settled
-from sluice.loadtest.plan import Plan, body_of, phases, plan, questions, saturating
-from sluice.loadtest.results import Measured, Phase, Results
-from sluice.loadtest.scenario import Scenario
-from sluice.loadtest.sent import Sent
-from sluice.loadtest.summary import summarize, window
+from sluice.loadtest.clients.guidellm_runs import Guides, Target, guides
+from sluice.loadtest.clients.request_result import Sent
+from sluice.loadtest.clients.streaming import ask_in_turn, ask_when_due, send
+from sluice.loadtest.probes.memory import MemoryWatch
+from sluice.loadtest.probes.metrics import Scrape, changes, parse, scrape, scrape_every, settled
+from sluice.loadtest.report.results import Measured, Results
+from sluice.loadtest.report.summary import summarize, window
+from sluice.loadtest.workload.scenario import Scenario
+from sluice.loadtest.workload.schedule import (
+    Ask,
+    Phase,
+    Plan,
+    body_of,
+    phases,
+    plan,
+    questions,
+    saturating,
+)
 
 _WARM_UP_CLIENTS = 4
 

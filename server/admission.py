@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sluice.models.policy import EXTRA_ARGS_KEY, PolicyTicket, RoutingPolicy
-from sluice.server.access.access import Caller, Capability, check_access
-from sluice.server.capabilities import Capabilities
-from sluice.server.errors import RoutingError
-from sluice.server.presets import CUSTOM_PRESET, MODEL_SEPARATOR
-from sluice.server.rules.resolve import merge_preset, resolve
-from sluice.server.schema import PresetFields, RoutingFields, parse_routing
+from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, PolicyTicket
+from sluice.models.policy.policy import RoutingPolicy
+from sluice.models.routing.capabilities import Capabilities
+from sluice.models.routing.errors import RoutingError
+from sluice.models.routing.presets import CUSTOM_PRESET, MODEL_SEPARATOR
+from sluice.models.routing.resolve import merge_preset, resolve
+from sluice.models.routing.schema import PresetFields, RoutingFields, parse_routing
+from sluice.server.access.capability import Caller, Capability, check_access
 
 ROUTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 _INCOMPATIBLE = {"use_beam_search": "beam search", "prompt_embeds": "prompt embeddings"}

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from sluice.kernels.bench.catalogue import OPERATIONS, Entry
+from sluice.kernels.bench.cases.catalogue import OPERATIONS, Entry
+from sluice.kernels.bench.cases.counterparts import missing
+from sluice.kernels.bench.cases.shapes import Shapes
 from sluice.kernels.bench.clock import clock_of
-from sluice.kernels.bench.counterparts import missing
 from sluice.kernels.bench.machine import Machine
 from sluice.kernels.bench.measure import Result, measure, served
 from sluice.kernels.bench.report import report
-from sluice.kernels.bench.shapes import Shapes
 
 LEAST_REPEATS = 5
 _ON_A_CPU = (

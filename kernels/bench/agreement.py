@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sluice.kernels.route_columns import ROWS
+from sluice.kernels.ops.routing_args import ROWS
 
 Outputs = tuple[torch.Tensor, ...]
 """What an operation returns, then what it has written to."""

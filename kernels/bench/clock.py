@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from sluice.kernels.bench.case import Call
+from sluice.kernels.bench.cases.case import Call
 
 _BATCH_SECONDS = 2e-3
 _MOST_CALLS = 500
@@ -95,3 +97,30 @@ def interleaved(calls: Mapping[str, Call], repeats: int, clock: Clock) -> dict[s
         for name in order[:: -1 if repeat % 2 else 1]:
             times[name].append(clock.seconds(calls[name], counts[name]))
     return times
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One number a repeat.
+
+    Attributes:
+        values: in the order of the repeats; at least two.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Their middle."""
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The 10th and the 90th percentile."""
+        tenths = statistics.quantiles(self.values, n=10, method="inclusive")
+        return tenths[0], tenths[-1]
+
+    def over(self, other: Sample) -> Sample:
+        """The ratio of each repeat, of which both have as many."""
+        pairs = zip(self.values, other.values, strict=True)
+        return Sample(tuple(one / two for one, two in pairs))

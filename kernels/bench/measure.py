@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from sluice.kernels.bench.agreement import Agreement, MismatchError, Outputs
-from sluice.kernels.bench.case import Bound, Call, Case
-from sluice.kernels.bench.clock import Clock, interleaved
-from sluice.kernels.bench.sample import Sample
+from sluice.kernels.bench.cases.case import Bound, Call, Case
+from sluice.kernels.bench.clock import Clock, Sample, interleaved
 from sluice.kernels.dispatch import AUTO
 
 REFERENCE, OURS, COPY = "reference", "ours", "copy"

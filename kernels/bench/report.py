@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sluice.kernels.bench.clock import Sample
 from sluice.kernels.bench.machine import Machine
 from sluice.kernels.bench.measure import COPY, OURS, REFERENCE, Result
-from sluice.kernels.bench.sample import Sample
 
 COLUMNS = ("operation", "rows", "us", "MB", "GB/s", "of copy", "copy us", "reference", "stock")
 LEGEND = (

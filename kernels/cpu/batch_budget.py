@@ -1,4 +1,4 @@
-"""`batch_budget` on a CPU; the rules are in `sluice.kernels.batch_budget`."""
+"""`batch_budget` on a CPU; the rules are in `sluice.kernels.ops.batch_budget`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import math
 import numpy as np
 import torch
 
-from sluice.kernels.batch_budget import LYNX, LYNX_LEVELS, LYNX_SCALE, OEA
 from sluice.kernels.cpu.jit import Array, compiled
 from sluice.kernels.cpu.router_rows import best_of
+from sluice.kernels.ops.batch_budget import LYNX, LYNX_LEVELS, LYNX_SCALE, OEA
 
 
 def batch_budget(
     choice: torch.Tensor, scores: torch.Tensor, method: int, size: int
 ) -> torch.Tensor:
-    """See `sluice.kernels.batch_budget.batch_budget`."""
+    """See `sluice.kernels.ops.batch_budget.batch_budget`."""
     members = np.zeros(choice.shape[1], dtype=np.bool_)
     _share(choice.contiguous().numpy(), scores.contiguous().numpy(), method, size, members)
     return torch.from_numpy(members)

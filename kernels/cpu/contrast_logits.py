@@ -1,4 +1,4 @@
-"""`contrast_logits` on a CPU; the rules are in `sluice.kernels.contrast_logits`.
+"""`contrast_logits` on a CPU; the rules are in `sluice.kernels.ops.contrast_logits`.
 
 Few tokens of a vocabulary are plausible, so the weak pass is read, and logits are combined, at
 those places only.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from sluice.kernels.contrast_logits import IMPLAUSIBLE
+from sluice.kernels.ops.contrast_logits import IMPLAUSIBLE
 
 
 def contrast_logits(
     strong: torch.Tensor, weak: torch.Tensor, beta: torch.Tensor, alpha: torch.Tensor
 ) -> torch.Tensor:
-    """See `sluice.kernels.contrast_logits.contrast_logits`."""
+    """See `sluice.kernels.ops.contrast_logits.contrast_logits`."""
     plain = strong.float()
     best = plain.amax(-1, keepdim=True)
     out = plain < best + alpha.log().unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""`layer_stats` on a CPU; arguments are in `sluice.kernels.layer_stats`."""
+"""`layer_stats` on a CPU; arguments are in `sluice.kernels.ops.layer_stats`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from sluice.kernels.cpu.jit import Array, compiled
-from sluice.kernels.layer_stats import SMALLEST
+from sluice.kernels.ops.layer_stats import SMALLEST
 
 _LANES = 32
 """Sums that are kept side by side: as many additions do not wait for each other."""
@@ -14,7 +14,7 @@ _SMALLEST = np.float32(SMALLEST)
 
 
 def layer_stats(delta: torch.Tensor, residual: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """See `sluice.kernels.layer_stats.layer_stats`."""
+    """See `sluice.kernels.ops.layer_stats.layer_stats`."""
     stats = np.empty((len(delta), 3), dtype=np.float32)
     deltas, befores = _numbers(delta), _numbers(before)
     paired = residual.numel() > 0

@@ -10,7 +10,8 @@ import torch
 from sluice.kernels.cpu.jit import Array, compiled
 from sluice.kernels.cpu.router_rows import best_of, choice_row, remix_row, score_row
 from sluice.kernels.cpu.selected_row import keep_within, put_back, select_row, weigh_forced
-from sluice.kernels.route_columns import (
+from sluice.kernels.ops.route_topk import SMALLEST
+from sluice.kernels.ops.routing_args import (
     ACTIVE,
     CHANGES,
     FORCED,
@@ -23,9 +24,8 @@ from sluice.kernels.route_columns import (
     TOP_P,
     K,
 )
-from sluice.kernels.route_topk import SMALLEST
 
-Tensors = Any  # A list, or one of the groups of `sluice.kernels.route_rows`.
+Tensors = Any  # A list, or one of the groups of `sluice.kernels.ops.routing_args`.
 
 _NOTHING = (np.empty((0, 0), dtype=np.float32), np.empty((0, 0), dtype=np.int32))
 _SMALLEST = np.float32(SMALLEST)
@@ -41,7 +41,7 @@ def route_topk(
     correction: torch.Tensor,
     *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `sluice.kernels.route_topk.route_topk`; as wide as the fullest row needs."""
+    """See `sluice.kernels.ops.route_topk.route_topk`; as wide as the fullest row needs."""
     *numbers, width, _ = rest
     weights = np.empty((len(logits), width), dtype=np.float32)
     ids = np.empty((len(logits), width), dtype=np.int32)
@@ -72,7 +72,7 @@ def router_scores(
     correction: torch.Tensor,
     *numbers: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `sluice.kernels.router_scores.router_scores`."""
+    """See `sluice.kernels.ops.router_scores.router_scores`."""
     scores = np.empty(logits.shape, dtype=np.float32)
     choice = np.empty(logits.shape, dtype=np.float32)
     _scores(
@@ -89,7 +89,7 @@ def router_scores(
 
 
 def count_selections(ids: torch.Tensor, owners: torch.Tensor, counts: Tensors, place: int) -> None:
-    """See `sluice.kernels.count_selections.count_selections`."""
+    """See `sluice.kernels.ops.route_topk.count_selections`."""
     _count(ids.contiguous().numpy(), owners.numpy(), *_arrays(counts), place)
 
 

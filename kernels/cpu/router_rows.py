@@ -1,7 +1,7 @@
 """Router logits of one row to selection scores; what the CPU's routing operations share.
 
 One pass per row in machine code: at 64 experts a PyTorch operator costs more than its arithmetic.
-All arrays are contiguous; the rules are those of `sluice.kernels.route_topk`.
+All arrays are contiguous; the rules are those of `sluice.kernels.ops.route_topk`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 
 from sluice.kernels.cpu.exponential import exponential
 from sluice.kernels.cpu.jit import Array, compiled, compiled_sums
-from sluice.kernels.route_columns import FORCED
+from sluice.kernels.ops.routing_args import FORCED
 
 _ZERO, _ONE, _NAN = (np.float32(value) for value in (0.0, 1.0, np.nan))
 _SIGN, _MAGNITUDE = np.int32(31), np.int32(0x7FFFFFFF)

@@ -11,7 +11,7 @@ import numpy as np
 
 from sluice.kernels.cpu.jit import Array, compiled
 from sluice.kernels.cpu.router_rows import best_of
-from sluice.kernels.route_columns import DROPPED, FORCED, PROTECTED
+from sluice.kernels.ops.routing_args import DROPPED, FORCED, PROTECTED
 
 
 @compiled

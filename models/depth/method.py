@@ -8,6 +8,7 @@ tensors of their own: the HTTP edge lists and checks them without loading torch.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +16,27 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from numpy.typing import NDArray
 
-from sluice.models.depth.decay import decayed
-from sluice.models.policy import AdaptiveRule, ExitRule
+from sluice.models.policy.policy import AdaptiveRule, ExitRule
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+
+def decayed(threshold: float, temperature: float | None, index: int, max_tokens: int) -> float:
+    """`clip(0.9 threshold + 0.1 exp(-temperature index / max_tokens), 0, 1)`.
+
+    Args:
+        threshold: of the rule.
+        temperature: CALM's tau, or None for a constant threshold.
+        index: of the generated token, from 0.
+        max_tokens: longest output the client allowed.
+    """
+    if temperature is None:
+        return threshold
+    loosened = 0.9 * threshold + 0.1 * math.exp(-temperature * index / max_tokens)
+    return min(max(loosened, 0.0), 1.0)
+
 
 Tensors = Mapping[str, "Tensor"]
 
@@ -127,6 +143,6 @@ class PromptMethod(ABC):
 
 def row_cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of each row of `a` with the same row of `b`, (rows, hidden) each; fp32, (rows,)."""
-    from sluice.kernels.layer_stats import COSINE, layer_stats
+    from sluice.kernels.ops.layer_stats import COSINE, layer_stats
 
     return layer_stats(a, a.new_empty(0), b)[:, COSINE]

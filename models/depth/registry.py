@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from sluice.models.depth.classifier import Classifier
-from sluice.models.depth.confidence import Confidence
-from sluice.models.depth.entropy import Entropy
-from sluice.models.depth.first import First
-from sluice.models.depth.lac import LAC
+from sluice.models.depth.adaptive.first import First
+from sluice.models.depth.adaptive.lac import LAC
+from sluice.models.depth.adaptive.similarity import Similarity
+from sluice.models.depth.exits.classifier import Classifier
+from sluice.models.depth.exits.confidence import Confidence
+from sluice.models.depth.exits.entropy import Entropy
+from sluice.models.depth.exits.patience import Patience
+from sluice.models.depth.exits.q_exit import QExit
+from sluice.models.depth.exits.replay import Replay
+from sluice.models.depth.exits.saturation import Saturation
 from sluice.models.depth.method import ExitMethod, PromptMethod
-from sluice.models.depth.patience import Patience
-from sluice.models.depth.q_exit import QExit
-from sluice.models.depth.replay import Replay
-from sluice.models.depth.saturation import Saturation
-from sluice.models.depth.similarity import Similarity
 
 EXIT_METHODS: dict[str, ExitMethod] = {
     method.name: method

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from sluice.kernels.contrast_logits import contrast_logits
-from sluice.models.expert_policy import Contrast
-from sluice.models.plan import Segment
+from sluice.kernels.ops.contrast_logits import contrast_logits
+from sluice.models.depth.masks import Segment
+from sluice.models.policy.axes import IntArray
+from sluice.models.policy.experts import Contrast
 
-IntArray = NDArray[np.int64]
 BlockIds = tuple[list[int], ...]
 
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice.models.expert_policy import ExpertId, ExpertPolicy
-from sluice.models.expert_shape import ExpertShape
+from sluice.models.policy.axes import BoolArray, IntArray
+from sluice.models.policy.expert_shape import ExpertShape
+from sluice.models.policy.experts import ExpertId, ExpertPolicy
 
 FloatArray = NDArray[np.float32]
-BoolArray = NDArray[np.bool_]
-IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

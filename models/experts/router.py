@@ -1,7 +1,7 @@
 """The routers of a loaded model, with policies: logits in, experts and weights out.
 
-vLLM's router objects ask here (`sluice.models.seams.router`). Rows without a control get what
-vLLM's own routine gives, bit for bit; in a step without any, nothing else runs but a count.
+vLLM's router objects ask here (`sluice.models.vllm_adapter.routers`). Rows without a control get
+what vLLM's own routine gives, bit for bit; in a step without any, nothing else runs but a count.
 """
 
 from __future__ import annotations
@@ -10,21 +10,35 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from sluice.kernels.count_selections import count_selections
-from sluice.kernels.route_columns import EXTRA
-from sluice.kernels.route_rows import PolicyTable, Shared
-from sluice.kernels.route_topk import route_topk
-from sluice.kernels.router_scores import plain_scores, router_scores
-from sluice.kernels.router_spec import RouterSpec
-from sluice.models.expert_counters import ExpertCounters
-from sluice.models.experts.budget import shared_set
-from sluice.models.experts.ledger import StepSums
-from sluice.models.experts.live_counts import LiveCounts
+from sluice.kernels.ops.batch_budget import LYNX, OEA, XSHARE, batch_budget
+from sluice.kernels.ops.route_topk import count_selections, route_topk
+from sluice.kernels.ops.router_scores import plain_scores, router_scores
+from sluice.kernels.ops.routing_args import EXTRA, PolicyTable, RouterSpec, Shared
+from sluice.models.experts.routing_counts import LiveCounts, StepSums
 from sluice.models.experts.selection import CallRows, LayerRows, StepExperts
+from sluice.models.policy.axes import IntArray
+from sluice.models.policy.experts import BudgetMethod, ExpertBudget
+from sluice.models.telemetry.expert_counters import ExpertCounters
 
-IntArray = NDArray[np.int64]
+_METHODS = {BudgetMethod.OEA: OEA, BudgetMethod.XSHARE: XSHARE, BudgetMethod.LYNX: LYNX}
+
+
+def shared_set(budget: ExpertBudget, choice: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Experts that the rows share.
+
+    Args:
+        budget: of all of them.
+        choice: fp32, (rows, experts), selection scores.
+        scores: fp32, (rows, experts), what weights are made of.
+
+    Returns:
+        bool, (experts,).
+    """
+    size = budget.k0 if budget.method is BudgetMethod.OEA else budget.experts
+    assert size is not None
+    return batch_budget(choice, scores, _METHODS[budget.method], size)
+
 
 Routed = tuple[torch.Tensor, torch.Tensor]
 """Weights, fp32, and ids, int32, (rows, width) each."""

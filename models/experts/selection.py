@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sluice.kernels.route_rows import RouteRows
-from sluice.models.expert_policy import ExpertBudget
-from sluice.models.expert_shape import ExpertShape
-from sluice.models.experts.ledger import StepLedger
+from sluice.kernels.ops.routing_args import RouteRows
+from sluice.models.experts.policy_table import STOCK_ROW, ExpertTable
 from sluice.models.experts.remix import Pathway
-from sluice.models.experts.table import STOCK_ROW, ExpertTable
-
-IntArray = NDArray[np.int64]
+from sluice.models.experts.routing_counts import StepLedger
+from sluice.models.policy.axes import IntArray
+from sluice.models.policy.expert_shape import ExpertShape
+from sluice.models.policy.experts import ExpertBudget
 
 _Remixes = list[tuple[Pathway, IntArray]]
 

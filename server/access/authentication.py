@@ -6,14 +6,28 @@ It guards the paths that vLLM's `--api-key` would guard, and stands directly out
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sluice.server.access.access import Caller, Capability
+from sluice.server.access.capability import Caller, Capability
 from sluice.server.access.keys import Keys
-from sluice.server.errors import unauthorized_body
-from sluice.server.paths import route_path
+from sluice.server.asgi import route_path
+
+
+def unauthorized_body() -> dict[str, Any]:
+    """OpenAI-shaped error object for a request without a known key."""
+    return {
+        "error": {
+            "message": "this server needs a key that it knows: Authorization: Bearer KEY",
+            "type": "AuthenticationError",
+            "param": None,
+            "code": 401,
+        }
+    }
+
 
 _CALLER = "sluice_caller"
 _EVERYBODY = Caller(None, Capability.ADMIN)

@@ -19,8 +19,8 @@ from typing import Annotated, Self
 import yaml
 from pydantic import Field, StrictStr, ValidationError
 
-from sluice.server.access.access import Caller, Capability
-from sluice.server.schema import StrictFields, dotted
+from sluice.models.routing.schema import StrictFields, dotted
+from sluice.server.access.capability import Caller, Capability
 
 KEY = re.compile(r"[!-~]+")
 """Visible ASCII: what a header carries unchanged."""

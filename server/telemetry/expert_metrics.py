@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sluice.models.counter_file import IntArray, at_work
-from sluice.models.expert_counters import SUFFIX, ExpertCounters
+from sluice.models.policy.axes import IntArray
+from sluice.models.telemetry.counter_file import at_work
+from sluice.models.telemetry.expert_counters import SUFFIX, ExpertCounters
 
 _NAN = float("nan")
 

@@ -7,20 +7,67 @@ workers' counter files at the moment of a scrape.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sluice.models.plan import EXECUTED
-from sluice.server.errors import REASONS, Reason
-from sluice.server.presets import RESERVED_NAMES
-from sluice.server.telemetry.layer_use import LayerUse, by_outcome
+from sluice.models.policy.axes import EXECUTED, MODULES, OUTCOMES, IntArray
+from sluice.models.routing.errors import REASONS, Reason
+from sluice.models.routing.presets import RESERVED_NAMES
+from sluice.models.telemetry.counter_file import at_work
+from sluice.models.telemetry.layer_counters import LayerCounters
+
+
+@dataclass(frozen=True, slots=True)
+class LayerUse:
+    """What the engines that write into a folder have counted, summed.
+
+    Attributes:
+        totals: int64, (layers, 2 modules, 3 outcomes), token rows since start.
+        window: int64, (layers, 2 modules, 3 outcomes), in the last one to two windows,
+            of the engines that worked in them.
+        exits: int64, (layers,), generated tokens since start by the last layer that they ran.
+    """
+
+    totals: IntArray
+    window: IntArray
+    exits: IntArray
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """Sum over the engines; None before an engine has started."""
+        engines = [LayerCounters.read(path) for path in sorted(folder.glob("*.counts"))]
+        if not engines:
+            return None
+        return cls(
+            totals=np.sum([engine.totals for engine in engines], axis=0),
+            window=np.sum([engine.window for engine in at_work(engines)], axis=0),
+            exits=np.sum([engine.exits for engine in engines], axis=0),
+        )
+
+
+def by_outcome(counts: IntArray) -> dict[str, dict[str, int]]:
+    """Token rows of one layer by module and outcome; only attention can be filled.
+
+    Args:
+        counts: int64, (2 modules, 3 outcomes).
+    """
+    return {
+        module: {
+            outcome: int(count)
+            for outcome, count in zip(OUTCOMES, row, strict=True)
+            if (module, outcome) != ("mlp", "filled")
+        }
+        for module, row in zip(MODULES, counts, strict=True)
+    }
+
 
 Outcome = Literal["ok", "rejected", "error", "aborted"]
-
 _SHARE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sluice.models.counter_file import WINDOW_SECONDS
+from sluice.models.telemetry.counter_file import WINDOW_SECONDS
 from sluice.server.telemetry.expert_metrics import ExpertUse
-from sluice.server.telemetry.layer_use import LayerUse, by_outcome
+from sluice.server.telemetry.metrics import LayerUse, by_outcome
 
 
 def utilization(folder: Path) -> dict[str, Any]:

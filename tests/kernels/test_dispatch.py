@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from references.routes import Asked
-from routings import Pull, Routing, policy_table
+from support.references.routes import Asked
+from support.routings import Pull, Routing, policy_table
 
 from sluice.kernels import dispatch
-from sluice.kernels.batch_budget import XSHARE, batch_budget
-from sluice.kernels.count_selections import count_selections
 from sluice.kernels.dispatch import (
     AUTO,
     CHOICES,
@@ -19,10 +17,10 @@ from sluice.kernels.dispatch import (
     KernelChoiceError,
     Operation,
 )
-from sluice.kernels.route_rows import RouteCounts, RouteRows, Shared
-from sluice.kernels.route_topk import route_topk
-from sluice.kernels.router_scores import router_scores
-from sluice.kernels.router_spec import RouterSpec
+from sluice.kernels.ops.batch_budget import XSHARE, batch_budget
+from sluice.kernels.ops.route_topk import count_selections, route_topk
+from sluice.kernels.ops.router_scores import router_scores
+from sluice.kernels.ops.routing_args import RouteCounts, RouteRows, RouterSpec, Shared
 
 EXPERTS = 7
 SPEC = RouterSpec(2)
@@ -115,7 +113,7 @@ def test_implementations_of_each_choice() -> None:
     assert route_topk.implementation("cpu", AUTO).__module__ == "sluice.kernels.cpu.route_topk"
     for device, choice in (("cuda", AUTO), ("cuda", TRITON), ("cpu", TRITON)):
         found = route_topk.implementation(device, choice)
-        assert found.__module__ == "sluice.kernels.gpu.route_topk"
+        assert found.__module__ == "sluice.kernels.triton.route_topk"
     # Nothing better is known there.
     assert count_selections.implementation("cuda", AUTO) is count_selections.reference
 

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 import yaml
-from serving import Server, running_server
+from support.serving import Server, running_server
 
 from sluice.loadtest.__main__ import main
 

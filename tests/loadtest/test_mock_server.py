@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from serving import free_port
+from support.serving import free_port
 
 from sluice.loadtest.__main__ import main
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from serving import Server, running_server
+from support.serving import Server, running_server
 
 PRESETS = """
 presets:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from edge import CAPABILITIES, LAYERS
+from support.edge import CAPABILITIES, LAYERS
 
-from sluice.models.policy import EXTRA_ARGS_KEY, Phase, PolicyTicket, SkipSet
-from sluice.server.access.access import Caller, Capability
+from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, PolicyTicket
+from sluice.models.policy.policy import Phase, SkipSet
+from sluice.models.routing.errors import RoutingError
+from sluice.models.routing.schema import DepthFields, PresetFields, SkipFields
+from sluice.server.access.capability import Caller, Capability
 from sluice.server.admission import Admission
-from sluice.server.errors import RoutingError
-from sluice.server.schema import DepthFields, PresetFields, SkipFields
 
 CHAT = "/v1/chat/completions"
 PRESETS = {

@@ -12,15 +12,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sluice.kernels.gpu import (
+from sluice.kernels.triton import (
     batch_budget,
     contrast_logits,
-    exit_test,
     kv_fill,
     layer_stats,
     route_topk,
     row_compact,
 )
+from sluice.kernels.triton import exit_decision as exit_test
 
 ARCHITECTURES = (80, 90)
 

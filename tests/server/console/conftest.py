@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
-from serving import Server, running_server
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from console_visit import ENDLESS, Visit
+from support.console_visit import ENDLESS, Visit
+from support.serving import Server, running_server
 
 FLAGS = (
     "--no-sandbox",

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from console_visit import CHAT, ENDLESS, FULL, POLICY, SKIPS, Visit, fixed
 from playwright.sync_api import expect
-from relay import relayed
-from serving import Server
+from support.console_visit import CHAT, ENDLESS, FULL, POLICY, SKIPS, Visit, fixed
+from support.relay import relayed
+from support.serving import Server
 
 
 def answer(server: Server, body: dict[str, Any]) -> tuple[str, Any]:

@@ -7,9 +7,9 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-from console_visit import FULL, POLICY, Visit
 from playwright.sync_api import Route, expect
-from serving import Server
+from support.console_visit import FULL, POLICY, Visit
+from support.serving import Server
 
 
 def capabilities(server: Server) -> Any:

@@ -7,9 +7,9 @@ import re
 import urllib.request
 from typing import Any
 
-from console_visit import SKIPS, Visit, fixed
 from playwright.sync_api import expect
-from serving import Server
+from support.console_visit import SKIPS, Visit, fixed
+from support.serving import Server
 
 Colour = tuple[int, ...]
 ALL_RAN: Colour = (0x1D, 0x4F, 0x7C, 255)

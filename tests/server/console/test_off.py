@@ -6,9 +6,9 @@ import urllib.error
 import urllib.request
 
 import pytest
-from serving import Server
+from support.serving import Server
 
-from sluice.server.serve import build_parser
+from sluice.server.cli.serve import build_parser
 
 
 @pytest.mark.parametrize("path", ["/console", "/console/", "/console/main.js"])

@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from console_visit import FULL, POLICY, Visit
 from playwright.sync_api import expect
+from support.console_visit import FULL, POLICY, Visit
 
 HARD = """sort 5 2 9 1 4 'it''s' "$HOME" `id` \\ \\n !! %s
 # and é, 日本, {"a": [true, null]}"""

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from console_visit import FULL, POLICY, Visit
 from playwright.sync_api import Page, expect
-from serving import Server, running_server
+from support.console_visit import FULL, POLICY, Visit
+from support.serving import Server, running_server
 
 KEY, BASIC_KEY = "sk-the-key-of-alice", "sk-the-key-of-bob"
 

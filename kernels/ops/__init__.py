@@ -1,0 +1,1 @@
+"""Each operation's name, arguments and plain PyTorch reference."""

@@ -1,0 +1,1 @@
+"""Who sends: guidellm, and clients of our own where it has none."""

@@ -1,0 +1,68 @@
+"""A server of one's own for the time of a load test."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+_START_SECONDS = 300
+_STOP_SECONDS = 60
+
+
+class NotStartedError(Exception):
+    """The server ended, or did not answer in time."""
+
+
+@contextmanager
+def served(arguments: Sequence[str], log: Path) -> Iterator[str]:
+    """`sluice serve ARGUMENTS` on a free loopback port: its URL. Ended as by Ctrl-C.
+
+    Args:
+        arguments: of `sluice serve`.
+        log: file for what the server prints.
+
+    Raises:
+        NotStartedError: the server ended, or did not answer in time.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", "from sluice.server.cli.main import main; main()", "serve"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, *arguments, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C on the load test must not end the server before the clients.
+            start_new_session=True,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _await(url, process, log)
+            yield url
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/health", timeout=5).is_success:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise NotStartedError(f"no server at {url}; what it said is in {log}")

@@ -1,0 +1,1 @@
+"""What a run measured, as numbers, verdicts, plots, files and a page."""

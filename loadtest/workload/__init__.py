@@ -1,0 +1,1 @@
+"""What to send and when: scenarios, prompts, arrivals and the schedule they make."""

@@ -1,0 +1,39 @@
+"""FiRST: trained routers choose a request's layers from its prompt.
+
+Source: "FiRST: Finetuning Router-Selective Transformers" (arXiv 2410.12513). One router a layer
+reads that layer's input. Pooling by the mean over the prompt's tokens is our reading of the
+paper; the router is linear, so pooling its outputs equals pooling its inputs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sluice.models.depth.method import Parameter, PromptMethod, Tensors
+from sluice.models.policy.policy import AdaptiveRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class First(PromptMethod):
+    """A block is kept if `sigmoid(mean(w_l . h + b_l))` is at least the threshold."""
+
+    name = "first"
+    source = "FiRST (arXiv 2410.12513)"
+    parameters = {"threshold": Parameter(0.0, 1.0, default=0.5)}
+    pool = "mean"
+    profile_tensors = ("weight", "bias")
+    """(layers, hidden) and (layers,); fp32."""
+
+    def statistic(self, layer: int, before: Tensor, after: Tensor, tensors: Tensors) -> Tensor:  # noqa: ARG002
+        """Router logit of each token."""
+        return before.float() @ tensors["weight"][layer] + tensors["bias"][layer]
+
+    def skipped_blocks(self, pooled: NDArray[np.float64], rule: AdaptiveRule) -> NDArray[np.bool_]:
+        """See `PromptMethod.skipped_blocks`."""
+        assert rule.threshold is not None
+        return 1.0 / (1.0 + np.exp(-pooled)) < rule.threshold

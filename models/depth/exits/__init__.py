@@ -1,0 +1,1 @@
+"""Methods that decide after which layer a generated token leaves."""

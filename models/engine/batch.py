@@ -1,0 +1,347 @@
+"""The live requests of an engine: from policies to step plans, and from steps to decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sluice.models.depth.adaptive import mod
+from sluice.models.depth.masks import FULL_DEPTH, MaskTable, Segment
+from sluice.models.depth.recompute import PendingToken
+from sluice.models.depth.registry import PROMPT_METHODS, exit_method
+from sluice.models.engine.observers import ExitWatch, PromptWatch, VoidWatch, Watch
+from sluice.models.engine.plan import Arrange, StepPlan, build_plan, compact
+from sluice.models.engine.request_state import RequestPath
+from sluice.models.engine.step import RoutedStep, StepOutcome, StepRequests
+from sluice.models.experts.active import LiveExperts
+from sluice.models.experts.contrast import BlockIds, WeakPasses
+from sluice.models.experts.remix import prompt_embedding
+from sluice.models.experts.selection import StepExperts
+from sluice.models.policy.axes import DECODE, PREFILL, IntArray
+from sluice.models.policy.extra_args import PolicyTicket
+from sluice.models.policy.policy import MissingKV
+from sluice.models.profile.profile import Profile
+
+
+class WatchFactory:
+    """Makes the watches of each step; one instance per model runner."""
+
+    def __init__(
+        self, num_layers: int, block_size: int, profile: Profile | None, device: torch.device
+    ) -> None:
+        self._num_layers = num_layers
+        self._block_size = block_size
+        self._profile = profile
+        self._device = device
+        self._tensors: dict[str, dict[str, torch.Tensor]] = {}
+
+    def of(self, step: RoutedStep) -> Iterator[Watch]:
+        """Watches of the requests of a planned step."""
+        yield from self._exit_watches(step)
+        yield from self._mask_watches(step)
+
+    def _exit_watches(self, step: RoutedStep) -> Iterator[Watch]:
+        groups: dict[tuple[str, tuple[int, ...], MissingKV], list[int]] = {}
+        for index, path in step.paths.items():
+            rule = path.ticket.policy.exit
+            if rule is None or step.live_row(index) is None:
+                continue
+            if path.pending is None or not path.pending.must_run_full_depth(
+                step.last_position(index), self._block_size
+            ):
+                groups.setdefault((rule.method, rule.layers, rule.kv), []).append(index)
+        for (name, layers, kv), indices in groups.items():
+            method = exit_method(name)
+            thresholds = np.zeros(len(indices), dtype=np.float32)
+            rows = np.zeros(len(indices), dtype=np.int64)
+            companions: dict[int, IntArray] = {}
+            for place, index in enumerate(indices):
+                path = step.paths[index]
+                rule, row = path.ticket.policy.exit, step.live_row(index)
+                assert rule is not None
+                assert row is not None
+                nth = step.last_position(index) - path.prompt_tokens
+                thresholds[place] = method.threshold(rule, nth, path.max_tokens)
+                rows[place] = row
+                if path.pending is not None:
+                    companions[row] = np.arange(row - len(path.pending.tokens), row)
+            yield ExitWatch(
+                frozenset(layers),
+                method,
+                self._tensors_of(name),
+                rows,
+                thresholds,
+                self._num_layers - 1,
+                companions if kv is MissingKV.RECOMPUTE else None,
+            )
+
+    def _mask_watches(self, step: RoutedStep) -> Iterator[Watch]:
+        for index, path in step.paths.items():
+            rule = path.ticket.policy.adaptive
+            if rule is None or rule.method == mod.NAME:
+                continue
+            start = int(step.requests.computed[index])
+            end = start + int(step.requests.scheduled[index])
+            first_row = int(step.first_rows[index]) - start
+            if rule.mode in ("readout", "replace"):
+                fresh = np.arange(start, min(end, path.prompt_tokens))
+                if step.live_row(index) is not None:
+                    fresh = np.append(fresh, end - 1)
+                if len(fresh):
+                    yield VoidWatch(rule, first_row + fresh, self._num_layers)
+                continue
+            method = PROMPT_METHODS[rule.method]
+            first = path.prompt_tokens - 1 if method.pool == "last" else path.counted
+            fresh = np.arange(max(first, start), min(end, path.prompt_tokens))
+            if not path.decided and len(fresh):
+                tensors = self._tensors_of(rule.method)
+                yield PromptWatch(path, method, tensors, first_row + fresh, self._num_layers)
+
+    def _tensors_of(self, method: str) -> dict[str, torch.Tensor]:
+        if method not in self._tensors:
+            trained = self._profile.tensors(method) if self._profile else {}
+            self._tensors[method] = {name: t.to(self._device) for name, t in trained.items()}
+        return self._tensors[method]
+
+
+_MAX_CACHED_PLANS = 16
+_EMBEDDED_AT_ONCE = 4096
+
+
+class LiveRequests:
+    """Paths of the routed requests, by vLLM's request id."""
+
+    def __init__(
+        self, num_layers: int, block_size: int, profile: Profile | None, device: torch.device
+    ) -> None:
+        self.arrange: Arrange = compact
+        """How layers are run; replaced once the cost model has been measured."""
+        self.experts: LiveExperts | None = None
+        """Expert controls; set once the model is loaded, if it has experts."""
+        self.table = MaskTable(num_layers)
+        self._num_layers = num_layers
+        self._device = device
+        self._watches = WatchFactory(num_layers, block_size, profile, device)
+        self._paths: dict[str, RequestPath] = {}
+        self._plans: dict[tuple[Segment, ...], StepPlan] = {}
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def add(
+        self,
+        request_id: str,
+        ticket: PolicyTicket,
+        prompt: Sequence[int],
+        max_tokens: int,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Learn a new request.
+
+        Args:
+            request_id: vLLM's.
+            ticket: its policy and the key of its record.
+            prompt: token ids.
+            max_tokens: longest output the client allowed.
+            embed: from token ids, (n,), to embeddings, (n, hidden).
+        """
+        path = RequestPath(ticket, len(prompt), max_tokens, self.table)
+
+        def embedded() -> torch.Tensor:
+            ids = torch.tensor(prompt, device=self._device)
+            return torch.cat([embed(part) for part in torch.split(ids, _EMBEDDED_AT_ONCE)])
+
+        rule = ticket.policy.adaptive
+        if rule is not None and rule.method == mod.NAME:
+            retention = rule.retention or mod.cosine_retention(self._num_layers)
+            path.keep_prompt_tokens(mod.kept_tokens(mod.importance(embedded()), retention))
+        experts = ticket.policy.experts
+        if self.experts is not None and not experts.empty:
+            self.experts.add(request_id, experts, len(prompt), lambda: prompt_embedding(embedded()))
+        self._paths[request_id] = path
+
+    def remove(self, request_id: str) -> None:
+        """Forget an ended request."""
+        if self.experts is not None:
+            self.experts.remove(request_id)
+        path = self._paths.pop(request_id, None)
+        if path is not None and path.release():
+            # The row may come back with another mask, and plans are keyed by row.
+            self._plans.clear()
+
+    def step(
+        self, requests: StepRequests, weak_blocks: Mapping[str, BlockIds] | None = None
+    ) -> RoutedStep:
+        """Plan a step.
+
+        Args:
+            requests: in it.
+            weak_blocks: K/V blocks of the weak passes of contrasts, by request id.
+        """
+        found = [self._paths.get(request_id) for request_id in requests.ids]
+        paths = {index: path for index, path in enumerate(found) if path is not None}
+        self._agree(requests, paths)
+        segments: list[Segment] = []
+        waiting: list[PendingToken] = []
+        first_rows = np.zeros(len(found), dtype=np.int64)
+        end = 0
+        for index, path in enumerate(found):
+            computed, scheduled = int(requests.computed[index]), int(requests.scheduled[index])
+            if path is None:
+                own = _stock_segments(index, computed, scheduled, int(requests.prompt[index]))
+            else:
+                own = list(path.segments(index, computed, scheduled))
+                if path.pending is not None and own[-1].phase == DECODE:
+                    waiting += path.pending.tokens
+            segments += own
+            end += sum(segment.length for segment in own)
+            first_rows[index] = end - scheduled
+        weak = self._weak_passes(requests, weak_blocks or {}, first_rows, end)
+        owners = np.arange(len(found))
+        if weak is not None:
+            segments += weak.segments(segments, len(found))
+            owners = np.append(owners, weak.owners)
+        step = RoutedStep(
+            requests=requests,
+            segments=segments,
+            plan=self._plan(tuple(segments), len(owners)),
+            first_rows=first_rows,
+            paths=paths,
+            pending=torch.stack([token.hidden for token in waiting]) if waiting else None,
+            pending_positions=np.array([token.position for token in waiting], dtype=np.int64),
+            watches=[],
+            experts=self._experts_of(requests, owners, segments, first_rows),
+            weak=weak,
+        )
+        step.watches.extend(self._watches.of(step))
+        return step
+
+    def settle(self, step: RoutedStep, residual: Callable[[IntArray], torch.Tensor]) -> StepOutcome:
+        """Store what the step decided.
+
+        Args:
+            step: that has run.
+            residual: gives the residual stream of step rows as the loop left it, (rows, hidden).
+        """
+        exits: dict[int, int] = {}
+        replaced: dict[int, NDArray[np.bool_]] = {}
+        for watch in step.watches:
+            if isinstance(watch, ExitWatch):
+                exits.update(zip(watch.watched.tolist(), watch.exits.tolist(), strict=True))
+            elif isinstance(watch, PromptWatch):
+                watch.decide()
+            elif isinstance(watch, VoidWatch):
+                replaced.update(zip(watch.tokens.tolist(), watch.void, strict=True))
+        depths: dict[int, int] = {}
+        for index, path in step.paths.items():
+            row = step.live_row(index)
+            if row is None or not path.records_tokens:
+                continue
+            depth = exits.get(row, self._num_layers - 1)
+            if path.ticket.policy.exit is not None:
+                depths[index] = depth
+            if path.pending is not None:
+                self._wait(step, index, row, depth, residual)
+                path.decide_token(path.wanted)
+            elif row in replaced:
+                path.decide_token(path.wanted.without_blocks(replaced[row], fill=True))
+            else:
+                path.decide_token(path.wanted.leaving_after(depth, fill=True))
+        return StepOutcome(self._segments_as_run(step, depths), depths)
+
+    def _segments_as_run(self, step: RoutedStep, depths: dict[int, int]) -> list[Segment]:
+        """Segments with what was decided on the way."""
+        final: list[Segment] = []
+        for segment, following in zip(step.segments, [*step.segments[1:], None], strict=True):
+            path, mask = step.paths.get(segment.request), segment.mask
+            last = following is None or following.request != segment.request
+            if path is not None and segment.phase == PREFILL:
+                mask = path.prompt_mask_as_run(mask)
+            elif path is not None and segment.request in depths and (last or segment.pending):
+                base = self.table.mask(mask)
+                fill = path.pending is None
+                mask = path.hold(base.leaving_after(depths[segment.request], fill=fill))
+            final.append(segment._replace(mask=mask))
+        return final
+
+    def _agree(self, requests: StepRequests, paths: dict[int, RequestPath]) -> None:
+        """The step's elastic generated tokens agree on their largest common skip."""
+        elastic = [
+            path
+            for index, path in paths.items()
+            if path.ticket.policy.skip.elastic
+            and path.has_live_token(int(requests.computed[index]), int(requests.scheduled[index]))
+        ]
+        if elastic:
+            common = np.logical_and.reduce([path.wanted.skip for path in elastic])
+            for path in elastic:
+                path.agree(common)
+
+    def _plan(self, segments: tuple[Segment, ...], requests: int) -> StepPlan:
+        plan = self._plans.get(segments)
+        if plan is None:
+            if len(self._plans) >= _MAX_CACHED_PLANS:
+                self._plans.clear()
+            plan = build_plan(segments, requests, self.table.skip, self.table.fill, self.arrange)
+            self._plans[segments] = plan
+        return plan
+
+    def _weak_passes(
+        self,
+        requests: StepRequests,
+        blocks: Mapping[str, BlockIds],
+        first_rows: IntArray,
+        rows: int,
+    ) -> WeakPasses | None:
+        contrasts = {} if self.experts is None else self.experts.contrasts(requests.ids)
+        if not contrasts:
+            return None
+        own = {index: blocks[requests.ids[index]] for index in contrasts}
+        return WeakPasses.of(contrasts, own, first_rows, requests.scheduled, rows)
+
+    def _experts_of(
+        self,
+        requests: StepRequests,
+        owners: IntArray,
+        segments: list[Segment],
+        first_rows: IntArray,
+    ) -> StepExperts | None:
+        if self.experts is None:
+            return None
+        return self.experts.step(
+            requests.ids, owners, segments, requests.computed, requests.scheduled, first_rows
+        )
+
+    def _wait(
+        self,
+        step: RoutedStep,
+        index: int,
+        row: int,
+        depth: int,
+        residual: Callable[[IntArray], torch.Tensor],
+    ) -> None:
+        """Bring the waiting tokens of a request up to date after its live token left at `depth`."""
+        pending = step.paths[index].pending
+        assert pending is not None
+        if depth == self._num_layers - 1:
+            pending.tokens.clear()
+            pending.left = 0
+            return
+        pending.left += 1
+        rows = np.arange(row - len(pending.tokens), row + 1)
+        states = residual(rows).clone()
+        reached = [(token.position, token.depth) for token in pending.tokens]
+        reached.append((step.last_position(index), depth))
+        pending.tokens = [
+            PendingToken(position, max(before, depth), state)
+            for (position, before), state in zip(reached, states, strict=True)
+        ]
+
+
+def _stock_segments(index: int, computed: int, scheduled: int, prompt: int) -> list[Segment]:
+    prefill = min(max(prompt - computed, 0), scheduled)
+    parts = ((PREFILL, prefill), (DECODE, scheduled - prefill))
+    return [Segment(index, phase, FULL_DEPTH, length) for phase, length in parts if length]

@@ -1,0 +1,298 @@
+"""The layer loop: runs a step plan over a decoder's own modules.
+
+One loop for every family. The residual stream is vLLM's pair `(delta, residual)`, whose sum is the
+hidden state; a row that skips a sub-layer keeps its pending `delta` (design section 5). Rows that
+run are compacted, and stay compacted as long as the following sub-layers want the same rows.
+Watches look on and may take rows out on the way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from sluice.kernels.ops.row_compact import row_compact, row_scatter
+from sluice.models.engine.attention import StepContext, rows_forward_context
+from sluice.models.engine.observers import Watch
+from sluice.models.engine.plan import Arrange, LayerPlan, Rows, StepShape, Work
+from sluice.models.engine.step import RoutedStep
+from sluice.models.experts.router import ExpertRouter
+from sluice.models.policy.axes import BoolArray, IntArray
+from sluice.models.vllm_adapter.decoder import DecoderLayer, DecoderStack
+from sluice.models.vllm_adapter.kv_fill import fill_keys_values
+
+
+class LiveRows:
+    """Restricts layer plans to the rows that are still there.
+
+    A row that leaves stops running; in the attentions it would have run, its K/V are filled, unless
+    it leaves without. Row sets are cut once per event and shared by the layers that follow.
+    """
+
+    def __init__(self, shape: StepShape, arrange: Arrange) -> None:
+        self._shape = shape.forked()
+        self._arrange = arrange
+        total = len(shape.requests)
+        self._gone = np.zeros(total, dtype=np.bool_)
+        self._filling = np.zeros(total, dtype=np.bool_)
+        self._passing: BoolArray | None = None
+        self._any = False
+        self._cut: dict[int, LayerPlan] = {}
+
+    def leave(self, tokens: IntArray, *, fill: bool) -> None:
+        """Take rows out of all further layers."""
+        self._gone[tokens] = True
+        self._filling[tokens] = fill
+        self._any = True
+        self._cut.clear()
+
+    def pass_over(self, tokens: IntArray) -> None:
+        """Take rows out of the next layer, without K/V."""
+        if self._passing is None:
+            self._passing = np.zeros_like(self._gone)
+        self._passing[tokens] = True
+
+    def restrict(self, plan: LayerPlan) -> LayerPlan:
+        """What is left of the next layer."""
+        passing, self._passing = self._passing, None
+        if passing is None:
+            if not self._any:
+                return plan
+            cut = self._cut.get(id(plan))
+            if cut is None:
+                cut = self._cut[id(plan)] = self._restricted(plan, self._gone)
+            return cut
+        return self._restricted(plan, self._gone | passing)
+
+    def _restricted(self, plan: LayerPlan, out: BoolArray) -> LayerPlan:
+        shape = self._shape
+        attending = shape.chosen(plan.attention)
+        return self._arrange(
+            shape,
+            shape.rows(attending & ~out),
+            shape.rows(shape.chosen(plan.fill) | (attending & self._filling)),
+            shape.rows(shape.chosen(plan.mlp) & ~out),
+        )
+
+
+class ResidualStream:
+    """vLLM's pair `(delta, residual)` of all rows, (tokens, hidden) each; the sum is the state."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self._all = (hidden, torch.zeros_like(hidden))
+        self._view = self._all
+        self._rows: Rows | None = None
+
+    def select(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pair of `rows`; what was selected before is written back first."""
+        wanted = None if rows.everything else rows
+        if wanted is not self._rows:
+            self.expand()
+            if wanted is not None:
+                index = wanted.index(self._all[0].device)
+                self._view = row_compact(*self._all, index)
+            self._rows = wanted
+        return self._view
+
+    def store(self, delta: torch.Tensor, residual: torch.Tensor) -> None:
+        """Replace the selected rows' pair."""
+        self._view = (delta, residual)
+        if self._rows is None:
+            self._all = self._view
+
+    def expand(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pair of all rows."""
+        if self._rows is not None:
+            index = self._rows.index(self._all[0].device)
+            row_scatter(*self._all, index, *self._view)
+            self._rows, self._view = None, self._all
+        return self._all
+
+    def hidden(self, tokens: IntArray) -> torch.Tensor:
+        """Copy of the hidden states of rows, (rows, hidden), in the model's dtype."""
+        delta, residual = self.expand()
+        if len(tokens) == len(delta):
+            return delta + residual
+        index = torch.from_numpy(tokens).to(delta.device)
+        delta, residual = row_compact(delta, residual, index)
+        return delta + residual
+
+    def assign(self, tokens: IntArray, hidden: torch.Tensor) -> None:
+        """Set the hidden states of rows. `hidden`: (rows, hidden)."""
+        delta, residual = self.expand()
+        index = torch.from_numpy(tokens).to(delta.device)
+        row_scatter(delta, residual, index, torch.zeros_like(hidden), hidden)
+
+
+class LayerLoop:
+    """Runs steps with a depth control; one instance per model runner."""
+
+    def __init__(
+        self, stack: DecoderStack, runner: Any, arrange: Arrange, router: ExpertRouter | None
+    ) -> None:
+        self._stack = stack
+        self._runner = runner
+        self._arrange = arrange
+        self._router = router
+
+    def run(
+        self,
+        step: RoutedStep,
+        positions: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ResidualStream]:
+        """Run the layers.
+
+        Args:
+            step: what to run.
+            positions: (scheduled,), int64.
+            input_ids: (scheduled,) or None if `inputs_embeds` is given.
+            inputs_embeds: (scheduled, hidden) or None.
+
+        Returns:
+            Hidden states of the scheduled rows after the final norm, (scheduled, hidden), and the
+            residual stream of all rows of the step before it.
+        """
+        if inputs_embeds is None:
+            assert input_ids is not None
+            hidden = self._stack.embed(input_ids)
+        else:
+            # Fused norms work in place, and this is the runner's own buffer.
+            hidden = inputs_embeds.clone()
+        hidden, positions = _with_unscheduled(step, hidden, positions)
+        stream = ResidualStream(hidden)
+        live = LiveRows(step.plan.shape, self._arrange)
+        with rows_forward_context() as context:
+            at_rows = StepContext(self._runner, context, step, positions)
+            run = _Run(self._stack, at_rows, stream, self._router)
+            control = _Control(live, stream)
+            for index, layer in enumerate(self._stack.layers):
+                watches = [w for w in step.watches if len(w.tokens) and index in w.layers]
+                befores = [_before(watch, index, stream, control) for watch in watches]
+                run.layer(layer, live.restrict(step.plan.layers[index]))
+                self._look(index, watches, befores, stream, control)
+            for watch in step.watches:
+                watch.finish(control)
+            delta, residual = stream.expand()
+            if step.plan.shape.pending:
+                kept = torch.from_numpy(step.plan.shape.scheduled).to(delta.device)
+                delta, residual = delta[kept], residual[kept]
+            if step.reads_stream:
+                # The norm works in place.
+                delta, residual = delta.clone(), residual.clone()
+            final, _ = self._stack.final_norm(delta, residual)
+        return final, stream
+
+    def _look(
+        self,
+        index: int,
+        watches: list[Watch],
+        befores: list[torch.Tensor | None],
+        stream: ResidualStream,
+        control: _Control,
+    ) -> None:
+        """Show the layer's output to its watches; one LM head for all that want logits."""
+        afters = [stream.hidden(watch.tokens) for watch in watches]
+        asking = [i for i, watch in enumerate(watches) if watch.needs_logits]
+        logits: dict[int, torch.Tensor] = {}
+        if asking:
+            together = self._stack.logits(torch.cat([afters[i] for i in asking]))
+            parts = torch.split(together, [len(watches[i].tokens) for i in asking])
+            logits = dict(zip(asking, parts, strict=True))
+        for i, watch in enumerate(watches):
+            watch.after_layer(index, befores[i], afters[i], logits.get(i), control)
+
+
+def _before(
+    watch: Watch, layer: int, stream: ResidualStream, control: _Control
+) -> torch.Tensor | None:
+    if not watch.needs_before:
+        return None
+    before = stream.hidden(watch.tokens)
+    if watch.looks_ahead:
+        watch.before_layer(layer, before, control)
+    return before
+
+
+def _with_unscheduled(
+    step: RoutedStep, hidden: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put pending rows in their places among the scheduled ones, and weak passes behind them."""
+    shape = step.plan.shape
+    if not shape.pending:
+        return hidden, positions
+    scheduled = torch.from_numpy(shape.scheduled).to(hidden.device)
+    waiting = torch.ones(len(shape.requests), dtype=torch.bool, device=hidden.device)
+    waiting[scheduled] = False
+    if step.weak is not None:
+        waiting[len(waiting) - len(step.weak.sources) :] = False
+    all_hidden = hidden.new_empty((len(waiting), hidden.shape[1]))
+    all_positions = positions.new_empty(len(waiting))
+    all_hidden[scheduled], all_positions[scheduled] = hidden, positions
+    if step.pending is not None:
+        all_hidden[waiting] = step.pending
+        all_positions[waiting] = torch.from_numpy(step.pending_positions).to(positions.device)
+    if step.weak is not None:
+        sources = torch.from_numpy(step.weak.sources).to(hidden.device)
+        all_hidden[-len(sources) :] = all_hidden[sources]
+        all_positions[-len(sources) :] = all_positions[sources]
+    return all_hidden, all_positions
+
+
+class _Control:
+    """What watches may do; see `sluice.models.engine.observers.LoopControl`."""
+
+    def __init__(self, live: LiveRows, stream: ResidualStream) -> None:
+        self.leave = live.leave
+        self.pass_over = live.pass_over
+        self.assign = stream.assign
+
+
+class _Run:
+    """Runs the sub-layers of one step."""
+
+    def __init__(
+        self,
+        stack: DecoderStack,
+        context: StepContext,
+        stream: ResidualStream,
+        router: ExpertRouter | None,
+    ) -> None:
+        self._stack = stack
+        self._context = context
+        self._stream = stream
+        self._router = router
+
+    def layer(self, layer: DecoderLayer, rows: LayerPlan) -> None:
+        """Fill, attend, and run the MLP."""
+        if len(rows.separate_fill):
+            self._fill(layer, rows.separate_fill)
+        if len(rows.attend.rows):
+            self._attend(layer, rows.attend)
+        if len(rows.run_mlp.rows):
+            if self._router is not None:
+                self._router.enter(rows.run_mlp.rows.tokens, rows.run_mlp.dropped)
+            delta, residual = self._stream.select(rows.run_mlp.rows)
+            normed, residual = layer.mlp_norm(delta, residual)
+            self._store(rows.run_mlp, layer.mlp(normed), residual)
+
+    def _attend(self, layer: DecoderLayer, work: Work) -> None:
+        positions = self._context.enter(layer.kv_name, work.rows)
+        normed, residual = layer.attention_norm(*self._stream.select(work.rows))
+        self._store(work, layer.attention(positions=positions, hidden_states=normed), residual)
+
+    def _store(self, work: Work, delta: torch.Tensor, residual: torch.Tensor) -> None:
+        if len(work.dropped):
+            # The norm has moved the pending delta into the residual: no delta is no change.
+            delta.index_fill_(0, torch.from_numpy(work.dropped).to(delta.device), 0.0)
+        self._stream.store(delta, residual)
+
+    def _fill(self, layer: DecoderLayer, rows: Rows) -> None:
+        positions = self._context.enter(layer.kv_name, rows)
+        delta, residual = self._stream.select(rows)
+        # The norm works in place and these rows keep their pair.
+        normed, _ = layer.attention_norm(delta.clone(), residual.clone())
+        fill_keys_values(layer, positions, normed)

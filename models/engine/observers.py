@@ -1,0 +1,264 @@
+"""Who looks on while a step's layers run, and decides.
+
+A watch belongs to one step and to some of its token rows. The layer loop calls it around the
+layers it names; what it decides goes back through `LoopControl`, and afterwards the batch state
+(`sluice.models.engine.batch`) reads its findings. The rules themselves are the depth methods'.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sluice.models.depth.adaptive.lac import VoidRange, norm_change
+from sluice.models.depth.method import ExitMethod, ExitPoint, PromptMethod, Tensors
+from sluice.models.engine.request_state import RequestPath
+from sluice.models.policy.axes import IntArray
+from sluice.models.policy.policy import AdaptiveRule
+
+
+class LoopControl(Protocol):
+    """What a watch may do to the rows of a running step."""
+
+    def leave(self, tokens: IntArray, *, fill: bool) -> None:
+        """Take rows out of all further layers; `fill`: write their K/V there."""
+
+    def pass_over(self, tokens: IntArray) -> None:
+        """Take rows out of the layer that is about to run, K/V and all."""
+
+    def assign(self, tokens: IntArray, hidden: torch.Tensor) -> None:
+        """Set the residual stream of rows, (rows, hidden)."""
+
+
+class Watch(ABC):
+    """Looks at `tokens` around some layers.
+
+    Attributes:
+        tokens: rows, ascending, int64; a watch drops those it is done with.
+        layers: layers around which it is called.
+    """
+
+    needs_before = False
+    """Whether `after_layer` wants the residual stream from before the layer too."""
+    needs_logits = False
+    """Whether `after_layer` wants the LM head's logits."""
+    looks_ahead = False
+    """Whether `before_layer` is to be called."""
+
+    def __init__(self, tokens: IntArray, layers: frozenset[int]) -> None:
+        self.tokens = tokens
+        self.layers = layers
+
+    def before_layer(  # noqa: B027 - most watches only look back
+        self, layer: int, before: torch.Tensor, control: LoopControl
+    ) -> None:
+        """Called with the residual stream of `tokens`, (rows, hidden)."""
+
+    @abstractmethod
+    def after_layer(
+        self,
+        layer: int,
+        before: torch.Tensor | None,
+        after: torch.Tensor,
+        logits: torch.Tensor | None,
+        control: LoopControl,
+    ) -> None:
+        """Called with the residual stream of `tokens`, (rows, hidden), and their logits."""
+
+    def finish(self, control: LoopControl) -> None:  # noqa: B027 - most have nothing to add
+        """Called after the last layer."""
+
+
+class ExitWatch(Watch):
+    """Live generated tokens under one exit method.
+
+    Attributes:
+        watched: the rows at the start, int64.
+        exits: last layer that each of them ran, int64.
+        answers: rows that left, with their logits, (rows, vocabulary), if the test computed them.
+    """
+
+    def __init__(
+        self,
+        layers: frozenset[int],
+        method: ExitMethod,
+        tensors: Tensors,
+        tokens: IntArray,
+        thresholds: NDArray[np.float32],
+        last_layer: int,
+        companions: Mapping[int, IntArray] | None = None,
+    ) -> None:
+        """Watch `tokens`, held against `thresholds`, (rows,).
+
+        `companions` are pending rows that leave with a row, without K/V being filled.
+        """
+        super().__init__(tokens, layers)
+        self.needs_before = method.needs_previous
+        self.needs_logits = method.needs_logits
+        self.watched = tokens
+        self.exits = np.full(len(tokens), last_layer, dtype=np.int64)
+        self.answers: list[tuple[IntArray, torch.Tensor]] = []
+        self._method = method
+        self._tensors = tensors
+        self._thresholds = torch.from_numpy(thresholds)
+        self._companions = companions
+        self._place = np.arange(len(tokens))
+        self._state: dict[str, torch.Tensor] = {}
+
+    def after_layer(
+        self,
+        layer: int,
+        before: torch.Tensor | None,
+        after: torch.Tensor,
+        logits: torch.Tensor | None,
+        control: LoopControl,
+    ) -> None:
+        """See `Watch.after_layer`."""
+        point = ExitPoint(
+            layer=layer,
+            hidden=after,
+            previous=before,
+            logits=logits,
+            threshold=self._thresholds.to(after.device),
+            state=self._state,
+            tensors=self._tensors,
+        )
+        leaving = agreed_between_ranks(self._method.leaves(point)).cpu().numpy()
+        if not leaving.any():
+            return
+        self.exits[self._place[leaving]] = layer
+        gone, stays = self.tokens[leaving], ~leaving
+        if self._companions is None:
+            control.leave(gone, fill=True)
+        else:
+            with_them = [self._companions[token] for token in gone.tolist()]
+            control.leave(np.sort(np.concatenate([gone, *with_them])), fill=False)
+        if logits is not None:
+            self.answers.append((gone, logits[torch.from_numpy(leaving).to(logits.device)]))
+        self.tokens, self._place = self.tokens[stays], self._place[stays]
+        kept = torch.from_numpy(stays)
+        self._thresholds = self._thresholds[kept]
+        self._state = {name: value[kept.to(value.device)] for name, value in self._state.items()}
+
+
+class PromptWatch(Watch):
+    """Prompt tokens of one request whose mask is decided from them."""
+
+    needs_before = True
+
+    def __init__(
+        self,
+        path: RequestPath,
+        method: PromptMethod,
+        tensors: Tensors,
+        tokens: IntArray,
+        num_layers: int,
+    ) -> None:
+        super().__init__(tokens, frozenset(range(num_layers)))
+        rule = path.ticket.policy.adaptive
+        assert rule is not None
+        self.looks_ahead = rule.masked_prefill
+        self._rule: AdaptiveRule = rule
+        self._path = path
+        self._method = method
+        self._tensors = tensors
+        self._passed = np.zeros(num_layers, dtype=np.bool_)
+
+    def before_layer(self, layer: int, before: torch.Tensor, control: LoopControl) -> None:
+        """With a masked prefill the whole prompt is here: decide the layer before it runs."""
+        read = self._method.statistic(layer, before, before, self._tensors)
+        self._path.statistics[layer] = float(agreed_between_ranks(read.double().mean()))
+        skipped = self._method.skipped_blocks(self._path.statistics, self._rule)
+        self._passed[layer] = skipped[layer]
+        if skipped[layer]:
+            control.pass_over(self.tokens)
+
+    def after_layer(
+        self,
+        layer: int,
+        before: torch.Tensor | None,
+        after: torch.Tensor,
+        logits: torch.Tensor | None,  # noqa: ARG002
+        control: LoopControl,  # noqa: ARG002
+    ) -> None:
+        """Pool the layer's statistic."""
+        if self.looks_ahead:
+            return
+        assert before is not None
+        read = self._method.statistic(layer, before, after, self._tensors)
+        total = agreed_between_ranks(read.double().sum())
+        if self._method.pool == "mean":
+            self._path.statistics[layer] += float(total)
+        else:
+            self._path.statistics[layer] = float(total)
+
+    def decide(self) -> None:
+        """Fix the request's mask, if all of its prompt has been read."""
+        path = self._path
+        path.counted += len(self.tokens)
+        if self._method.pool == "mean" and path.counted < path.prompt_tokens:
+            return
+        if self.looks_ahead:
+            path.decide_prompt(self._passed, masked_prefill=True)
+            return
+        count = path.prompt_tokens if self._method.pool == "mean" else 1
+        skipped = self._method.skipped_blocks(path.statistics / count, self._rule)
+        path.decide_prompt(skipped, masked_prefill=False)
+
+
+class VoidWatch(Watch):
+    """Tokens under LAC's `readout` or `replace`, whose layers all run.
+
+    Attributes:
+        void: bool, (rows, layers): layers that were void for a row.
+    """
+
+    needs_before = True
+
+    def __init__(self, rule: AdaptiveRule, tokens: IntArray, num_layers: int) -> None:
+        super().__init__(tokens, frozenset(range(num_layers)))
+        assert rule.threshold is not None
+        self.void = np.zeros((len(tokens), num_layers), dtype=np.bool_)
+        self._replaces = rule.mode == "replace"
+        self._range = VoidRange(rule.threshold)
+        self._latest: torch.Tensor | None = None
+
+    def after_layer(
+        self,
+        layer: int,
+        before: torch.Tensor | None,
+        after: torch.Tensor,
+        logits: torch.Tensor | None,  # noqa: ARG002
+        control: LoopControl,
+    ) -> None:
+        """Test the layer, and in `replace` undo it where it is void."""
+        assert before is not None
+        void = agreed_between_ranks(self._range.void(norm_change(before, after)))
+        self.void[:, layer] = void.cpu().numpy()
+        if self._replaces:
+            if self.void[:, layer].any():
+                control.assign(self.tokens, torch.where(void[:, None], before, after))
+            return
+        latest = before if self._latest is None else self._latest
+        self._latest = torch.where(void[:, None], latest, after)
+
+    def finish(self, control: LoopControl) -> None:
+        """In `readout`, hand the last non-void layer's output to the final norm."""
+        if not self._replaces and self._latest is not None:
+            control.assign(self.tokens, self._latest)
+
+
+def agreed_between_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The first tensor-parallel rank's `value`: floats may differ between ranks, ways must not."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    if group.world_size == 1:
+        return value
+    shared: torch.Tensor = group.broadcast(value.to(torch.float64).contiguous(), src=0)
+    return shared.to(value.dtype)

@@ -1,0 +1,237 @@
+"""What one engine step runs: for every sub-layer, which token rows execute it.
+
+Rows are the flattened tokens of a vLLM step, request after request. A request's tokens come as
+segments, runs of tokens with one mask. `StepPlan` is pure data and depends on the segments only,
+not on sequence lengths: a decode batch keeps its plan from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from sluice.models.policy.axes import ATTENTION, MLP
+
+if TYPE_CHECKING:
+    import torch
+from sluice.models.depth.masks import Segment
+from sluice.models.policy.axes import BoolArray, IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A set of token rows that run one sub-layer together, as runs of adjacent tokens.
+
+    A run is what attention takes for a sequence: its queries are adjacent positions. A request
+    has several runs where tokens between them are left out.
+
+    Attributes:
+        tokens: row indices, ascending, int64, (rows,).
+        requests: batch index of each run, int64, (runs,).
+        lengths: rows of each run, int64, (runs,).
+        trailing: tokens of the request in this step after the run, int64, (runs,).
+        everything: all token rows of the step are here.
+    """
+
+    tokens: IntArray
+    requests: IntArray
+    lengths: IntArray
+    trailing: IntArray
+    everything: bool
+    _indices: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def index(self, device: torch.device) -> torch.Tensor:
+        """`tokens` on `device`, for gather and scatter; copied there once per plan."""
+        # Here, so that the HTTP edge, which shares this module's names, loads no torch.
+        import torch
+
+        if device not in self._indices:
+            self._indices[device] = torch.from_numpy(self.tokens).to(device)
+        return self._indices[device]
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """Whose tokens the rows of a step are.
+
+    Attributes:
+        requests: batch index of each row, int64, (tokens,).
+        ends: one past the last row of each request, int64, (requests,).
+        scheduled: the rows that vLLM scheduled, in its order, int64; the others are pending or
+            a weak pass's.
+    """
+
+    requests: IntArray
+    ends: IntArray
+    scheduled: IntArray
+    _interned: dict[bytes, Rows] = field(default_factory=dict, repr=False)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are rows that vLLM did not schedule."""
+        return len(self.scheduled) < len(self.requests)
+
+    def rows(self, chosen: BoolArray) -> Rows:
+        """The chosen rows, one object per set. `chosen`: bool, (tokens,)."""
+        key = chosen.tobytes()
+        if key not in self._interned:
+            self._interned[key] = self._build(chosen)
+        return self._interned[key]
+
+    def forked(self) -> StepShape:
+        """This shape for one step: row sets that are made from it do not outlive the step."""
+        return replace(self, _interned=dict(self._interned))
+
+    @property
+    def everything(self) -> Rows:
+        """All rows."""
+        return self.rows(np.ones(len(self.requests), dtype=np.bool_))
+
+    @property
+    def nothing(self) -> Rows:
+        """No rows."""
+        return self.rows(np.zeros(len(self.requests), dtype=np.bool_))
+
+    def chosen(self, rows: Rows) -> BoolArray:
+        """Inverse of `rows`: bool, (tokens,)."""
+        chosen = np.zeros(len(self.requests), dtype=np.bool_)
+        chosen[rows.tokens] = True
+        return chosen
+
+    def union(self, first: Rows, second: Rows) -> Rows:
+        """Rows that are in either."""
+        return self.rows(self.chosen(first) | self.chosen(second))
+
+    def contains(self, outer: Rows, inner: Rows) -> bool:
+        """Whether `outer` has every row of `inner`."""
+        return outer is inner or not (self.chosen(inner) & ~self.chosen(outer)).any()
+
+    def _build(self, chosen: BoolArray) -> Rows:
+        tokens = np.flatnonzero(chosen)
+        requests = self.requests[tokens]
+        begins = np.ones(len(tokens), dtype=np.bool_)
+        begins[1:] = (np.diff(tokens) != 1) | (np.diff(requests) != 0)
+        starts = np.flatnonzero(begins)
+        lengths = np.diff(np.append(starts, len(tokens)))
+        last = tokens[starts + lengths - 1]
+        return Rows(
+            tokens=tokens,
+            requests=requests[starts],
+            lengths=lengths,
+            trailing=self.ends[requests[starts]] - last - 1,
+            everything=len(tokens) == len(self.requests),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Rows that run a sub-layer, and those among them whose output is dropped.
+
+    Attributes:
+        rows: that run.
+        dropped: places within `rows`, int64; such a row keeps the state it had.
+    """
+
+    rows: Rows
+    dropped: IntArray
+
+    @classmethod
+    def of(cls, rows: Rows, wanted: Rows) -> Work:
+        """Run `rows`, which contain the `wanted` ones, and drop the others."""
+        if rows is wanted:
+            return cls(rows, np.empty(0, dtype=np.int64))
+        return cls(rows, np.flatnonzero(~np.isin(rows.tokens, wanted.tokens)))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What one layer owes to whom, and how it is run.
+
+    Attributes:
+        attention: rows that attend.
+        fill: rows that only write K/V.
+        mlp: rows that run the MLP.
+        attend: rows run through the attention: those that attend, or those that fill as well.
+        separate_fill: rows whose K/V are written on their own.
+        run_mlp: rows run through the MLP.
+    """
+
+    attention: Rows
+    fill: Rows
+    mlp: Rows
+    attend: Work
+    separate_fill: Rows
+    run_mlp: Work
+
+
+class Arrange(Protocol):
+    """Chooses how a layer is run; `sluice.models.engine.cost_model` and `compact` do."""
+
+    def __call__(self, shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:
+        """Plan a layer for the rows that need its parts."""
+
+
+def compact(shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:  # noqa: ARG001
+    """Run exactly the rows that need it."""
+    return LayerPlan(attention, fill, mlp, Work.of(attention, attention), fill, Work.of(mlp, mlp))
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The whole step.
+
+    Attributes:
+        shape: whose rows they are.
+        layers: one entry per layer.
+        full_depth: no row skips anything: the stock forward serves this step.
+    """
+
+    shape: StepShape
+    layers: tuple[LayerPlan, ...]
+    full_depth: bool
+
+
+def build_plan(
+    segments: Sequence[Segment],
+    requests: int,
+    skip: BoolArray,
+    fill: BoolArray,
+    arrange: Arrange = compact,
+) -> StepPlan:
+    """Plan a step.
+
+    Args:
+        segments: in batch order; the segments of a request in the order of its tokens.
+        requests: number of requests in the step.
+        skip: the mask table's, (masks, layers, 2 modules).
+        fill: the mask table's, (masks, layers).
+        arrange: chooses how each layer is run.
+    """
+    owners, masks, lengths = (
+        np.array([getattr(s, name) for s in segments], dtype=np.int64)
+        for name in ("request", "mask", "length")
+    )
+    tokens = np.repeat(owners, lengths)
+    shape = StepShape(
+        requests=tokens,
+        ends=np.cumsum(np.bincount(tokens, minlength=requests)),
+        scheduled=np.flatnonzero(~np.repeat([s.pending or s.weak for s in segments], lengths)),
+    )
+    skips, fills = skip[masks], fill[masks]
+    planned: dict[bytes, LayerPlan] = {}
+
+    def layer(own_skips: BoolArray, own_fills: BoolArray) -> LayerPlan:
+        key = own_skips.tobytes() + own_fills.tobytes()
+        if key not in planned:
+            sets = (~own_skips[:, ATTENTION], own_fills, ~own_skips[:, MLP])
+            planned[key] = arrange(shape, *(shape.rows(np.repeat(rows, lengths)) for rows in sets))
+        return planned[key]
+
+    layers = tuple(layer(skips[:, index], fills[:, index]) for index in range(skip.shape[1]))
+    return StepPlan(shape, layers, not skips.any())

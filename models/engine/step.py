@@ -1,0 +1,127 @@
+"""A step with routed requests: what goes in, what is decided on the way, what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sluice.models.depth.masks import Segment
+from sluice.models.engine.observers import ExitWatch, Watch
+from sluice.models.engine.plan import StepPlan
+from sluice.models.engine.request_state import RequestPath
+from sluice.models.experts.contrast import WeakPasses
+from sluice.models.experts.selection import StepExperts
+from sluice.models.policy.axes import IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class StepRequests:
+    """The requests of one step in batch order; arrays are int64, (requests,).
+
+    Attributes:
+        ids: vLLM's request ids.
+        scheduled: tokens scheduled in this step.
+        computed: tokens computed before it.
+        prompt: length of the client's prompt.
+    """
+
+    ids: Sequence[str]
+    scheduled: IntArray
+    computed: IntArray
+    prompt: IntArray
+
+    @property
+    def generated(self) -> int:
+        """Scheduled tokens that were generated before."""
+        prefill = np.clip(self.prompt - self.computed, 0, self.scheduled)
+        return int((self.scheduled - prefill).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedStep:
+    """A step with at least one routed request.
+
+    Attributes:
+        requests: whose step it is.
+        segments: its tokens in batch order.
+        plan: which rows run what, before anything is decided.
+        first_rows: first scheduled row of each request, int64, (requests,).
+        paths: of the routed requests, by batch index.
+        pending: residual streams of the pending rows in row order, (rows, hidden), or None.
+        pending_positions: their positions, int64, (rows,).
+        watches: who decides while it runs.
+        experts: what its tokens ask of the routers, or None.
+        weak: weak passes of contrasts, whose rows come last, or None.
+    """
+
+    requests: StepRequests
+    segments: list[Segment]
+    plan: StepPlan
+    first_rows: IntArray
+    paths: dict[int, RequestPath]
+    pending: torch.Tensor | None
+    pending_positions: IntArray
+    watches: list[Watch]
+    experts: StepExperts | None = None
+    weak: WeakPasses | None = None
+
+    @property
+    def reads_stream(self) -> bool:
+        """Whether the residual stream is read after the final norm: by rows that wait, and for the
+        logits of weak passes."""
+        waits = any(path.pending is not None for path in self.paths.values())
+        return waits or self.weak is not None
+
+    @property
+    def passes(self) -> int:
+        """Requests in the batch and weak passes behind them."""
+        return len(self.requests.ids) + (0 if self.weak is None else len(self.weak.owners))
+
+    def owner(self, number: int) -> int:
+        """Batch index of a pass's request. `number`: as in segments, weak passes past the end."""
+        requests = len(self.requests.ids)
+        if number < requests:
+            return number
+        assert self.weak is not None
+        return int(self.weak.owners[number - requests])
+
+    @property
+    def stock(self) -> bool:
+        """Whether vLLM's own forward serves the step."""
+        routes = self.experts is not None and self.experts.controlled
+        return self.plan.full_depth and not self.watches and self.pending is None and not routes
+
+    def known_logits(self) -> tuple[IntArray, torch.Tensor] | None:
+        """Batch indices of requests whose exit test has their logits, (rows, vocabulary)."""
+        answers = [a for w in self.watches if isinstance(w, ExitWatch) for a in w.answers]
+        if not answers:
+            return None
+        rows = np.concatenate([tokens for tokens, _ in answers])
+        return self.plan.shape.requests[rows], torch.cat([logits for _, logits in answers])
+
+    def last_position(self, index: int) -> int:
+        """Position of a request's last token in this step."""
+        return int(self.requests.computed[index] + self.requests.scheduled[index]) - 1
+
+    def live_row(self, index: int) -> int | None:
+        """Row of a request's generated token that runs for the first time, if there is one."""
+        scheduled = int(self.requests.scheduled[index])
+        if not self.paths[index].has_live_token(int(self.requests.computed[index]), scheduled):
+            return None
+        return int(self.first_rows[index]) + scheduled - 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What a step turned out to be.
+
+    Attributes:
+        segments: its segments with the masks that their tokens ran.
+        exit_layers: by batch index, the layer after which a live token under an exit rule left.
+    """
+
+    segments: list[Segment]
+    exit_layers: dict[int, int]

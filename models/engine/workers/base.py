@@ -1,0 +1,53 @@
+"""Seam: what our CPU and CUDA workers have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sluice.models.engine.runner import RoutedModelRunner
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+else:
+    _Worker = object
+
+
+class RunnerNotAttachedError(RuntimeError):
+    """vLLM built a model runner that is not ours: controls would silently do nothing."""
+
+    def __init__(self, runner: object) -> None:
+        import vllm
+
+        super().__init__(
+            f"vLLM {vllm.__version__} built {type(runner).__module__}.{type(runner).__name__}, "
+            "which Sluice is not attached to. Sluice runs on the V1 model runner: unset "
+            "VLLM_USE_V2_MODEL_RUNNER or set it to 0."
+        )
+
+
+class RoutedWorker(_Worker):
+    """Mixin for vLLM workers; refuses to start on a runner that is not ours."""
+
+    def init_device(self) -> None:
+        """Initialise as vLLM does, then check the runner.
+
+        Raises:
+            RunnerNotAttachedError: the live runner ignores our hooks.
+        """
+        super().init_device()
+        if not isinstance(self.model_runner, RoutedModelRunner):
+            raise RunnerNotAttachedError(self.model_runner)
+
+    def describe_experts(self) -> dict[str, Any]:
+        """RPC target: `shape` (`ExpertShape.to_dict`) of the routed experts, or why there is none.
+
+        `refusal` is None where expert controls can run, and with a model that depth controls do
+        not run on either.
+        """
+        assert isinstance(self.model_runner, RoutedModelRunner)
+        return self.model_runner.expert_answer
+
+    def take_routing_record(self, record: str) -> dict[str, Any] | None:
+        """RPC target: hand out the record of an ended request."""
+        assert isinstance(self.model_runner, RoutedModelRunner)
+        return self.model_runner.take_routing_record(record)

@@ -1,0 +1,22 @@
+"""Seam: vLLM's CUDA worker with our model runner (`--worker-cls`), V1 runner only."""
+
+from __future__ import annotations
+
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from sluice.models.engine.runner import RoutedModelRunner
+from sluice.models.engine.workers.base import RoutedWorker
+
+
+class RoutedCUDAModelRunner(RoutedModelRunner, GPUModelRunner):
+    """V1 CUDA runner that runs step plans."""
+
+
+class RoutedCUDAWorker(RoutedWorker, Worker):
+    """CUDA worker that runs step plans."""
+
+    def _make_model_runner(self) -> GPUModelRunner:
+        if self.use_v2_model_runner:
+            return super()._make_model_runner()
+        return RoutedCUDAModelRunner(self.vllm_config, self.device)

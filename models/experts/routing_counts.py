@@ -1,0 +1,112 @@
+"""What the routers of one step did.
+
+The routing operations count on the device while they route. The sums leave for the host when the
+step ends, without anybody waiting, and are read when the next step begins or a record is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sluice.kernels.ops.route_topk import count_selections
+from sluice.kernels.ops.routing_args import EXTRA, ROWS, RouteCounts
+from sluice.models.policy.axes import IntArray
+from sluice.models.telemetry.expert_counters import ExpertCounters
+
+
+@dataclass(frozen=True, slots=True)
+class StepSums:
+    """Sums of one step.
+
+    Attributes:
+        ran: int64, (tokens, 3), over layers; columns as in `sluice.kernels.ops.routing_args`.
+        loaded: distinct experts run by a layer's rows, over layers.
+        layers: how many layers routed.
+    """
+
+    ran: IntArray
+    loaded: int
+    layers: int
+
+
+class StepLedger:
+    """Counts of a step.
+
+    Attributes:
+        counts: where its routers count.
+    """
+
+    def __init__(self, tokens: int, layers: int, experts: int, device: torch.device) -> None:
+        """Open it for a step of `tokens` rows and a model's layers with experts."""
+        self.counts = RouteCounts(
+            torch.zeros((layers, experts + EXTRA), dtype=torch.int64, device=device),
+            torch.zeros((tokens, 3), dtype=torch.int64, device=device),
+        )
+        self._host: list[torch.Tensor] = list(self.counts)
+        self._arrived: Any = None
+
+    def leave(self) -> None:
+        """Send the counts to the host: the step has been launched."""
+        if self.counts.histogram.device.type == "cpu":
+            return
+        self._host = [
+            torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
+            for part in self.counts
+        ]
+        cuda: Any = torch.cuda  # Its classes have no types.
+        self._arrived = cuda.Event()
+        self._arrived.record()
+
+    def close(self, total: IntArray) -> StepSums:
+        """Add the histogram up; once.
+
+        Args:
+            total: `ExpertCounters.total`, (layers, experts + 2), added to.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        histogram, ran = (part.numpy() for part in self._host)
+        total += histogram
+        loaded = int(np.count_nonzero(histogram[:, :-EXTRA]))
+        return StepSums(ran, loaded, int(np.count_nonzero(histogram[:, ROWS])))
+
+
+class LiveCounts:
+    """Counts of vLLM's own selections; one instance per model runner."""
+
+    def __init__(self, counters: ExpertCounters, device: torch.device) -> None:
+        self._counters = counters
+        total = torch.from_numpy(counters.total)
+        self._host: torch.Tensor | None = None
+        if device.type != "cpu":
+            total = total.to(device)
+            self._host = torch.zeros_like(total, device="cpu", pin_memory=True)
+            cuda: Any = torch.cuda  # Its classes have no types.
+            self._arrived = cuda.Event()
+            self._added = np.zeros_like(counters.total)
+        # Nothing is counted by token.
+        self._counts = RouteCounts(total, total.new_empty((0, 3)))
+        self._owners = total.new_empty(0)
+
+    def add(self, place: int, ids: torch.Tensor) -> None:
+        """Count selections.
+
+        Args:
+            place: of the layer among those with experts.
+            ids: int32, (rows, k).
+        """
+        count_selections(ids, self._owners, self._counts, place)
+
+    def publish(self) -> None:
+        """Bring the file up to date with what has arrived; called once a step."""
+        if self._host is None or not self._arrived.query():
+            return
+        arrived = self._host.numpy()
+        self._counters.total += arrived - self._added
+        self._added[:] = arrived
+        self._host.copy_(self._counts.histogram, non_blocking=True)
+        self._arrived.record()

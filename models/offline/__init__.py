@@ -1,0 +1,1 @@
+"""Nothing on a request's way: calibration, evaluation, benchmarks, the demo model."""

@@ -1,0 +1,1 @@
+"""Calibration steps about layers, exits and routers over layers."""

@@ -1,0 +1,214 @@
+"""Step: exit thresholds whose risk is bounded (CALM, arXiv 2207.07061)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sluice.models.depth.method import row_cosine
+from sluice.models.depth.registry import EXIT_METHODS
+from sluice.models.offline.calibrate.depth.exit_grid import threshold_grid, turning_points
+from sluice.models.offline.calibrate.depth.exit_simulation import ExitSetting, full_tokens, left
+from sluice.models.offline.calibrate.depth.layer_saturation import (
+    SimilarTokens,
+    saturation_thresholds,
+)
+from sluice.models.offline.calibrate.depth.risk_bound import RiskBound
+from sluice.models.offline.calibrate.depth.training_data import Halves, TokenStates
+from sluice.models.offline.calibrate.step import Calibration, Step, check_least, option
+from sluice.models.offline.calibrate.workspace import Part
+from sluice.models.offline.hf_model.examples import CalibrationError
+from sluice.models.offline.hf_model.samples import SampleBatch
+from sluice.models.profile.fields import ExitThreshold
+
+METHODS = ("confidence", "entropy", "saturation", "classifier", "q_exit")
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Exits(Step):
+    """Finds, for each exit method, the loosest threshold that Learn-then-Test lets pass.
+
+    The risk is textual consistency by token: the share of a prompt's decode steps whose token is
+    not full depth's, given full depth's own answer so far, with keys and values propagated. It is
+    averaged over prompts, which are the units that the bound takes for exchangeable; `agreement`
+    in the result is averaged likewise, `mean_layers` over tokens. Thresholds are tried from the
+    strictest on, those that save equally much more depth on tokens of the first half (`Halves`);
+    the second half's prompts are the test, and no head was trained on them. The bound holds for
+    each method by itself, without decay of the threshold, and for prompts like these.
+
+    A method without a threshold that passes has no entry; the log says so. `classifier` and
+    `q_exit` need the step `heads`. `saturation` gets a threshold for each layer, see
+    `sluice.models.offline.calibrate.depth.layer_saturation`.
+    """
+
+    name: ClassVar[str] = "exits"
+    help: ClassVar[str] = "exit thresholds with a bounded risk of other tokens than full depth's"
+    needs: ClassVar[tuple[str, ...]] = ("heads",)
+
+    tolerance: float = option(0.05, "delta: share of tokens that may differ from full depth's")
+    error: float = option(0.05, "epsilon: probability that more of them differ")
+    first: int = option(1, "first layer after which tokens may leave")
+    every: int = option(2, "layers from one exit to the next")
+    thresholds: int = option(20, "thresholds that a method is tried at, at most")
+    tokens: int = option(1024, "generated tokens that these are chosen by, at most")
+
+    @property
+    def bound(self) -> RiskBound:
+        """What is to be shown of each method."""
+        return RiskBound(self.tolerance, self.error)
+
+    def refusal(self, calibration: Calibration) -> str | None:
+        """See `Step.refusal`."""
+        self._check()
+        if not self.layers(calibration):
+            layers = calibration.subject.layers
+            return f"no exit: the model's last layer is {layers - 1}, the first exit {self.first}"
+        held = len(calibration.prompts) // 2
+        if held < self.bound.least:
+            return (
+                f"{held} prompts, half of those given, show no tolerance of {self.tolerance} with "
+                f"error {self.error}, whatever the tokens: it takes {self.bound.least}"
+            )
+        return super().refusal(calibration)
+
+    def layers(self, calibration: Calibration) -> tuple[int, ...]:
+        """Layers with an exit."""
+        return tuple(range(self.first, calibration.subject.layers - 1, self.every))
+
+    def run(self, calibration: Calibration) -> Part:
+        """Calibrate.
+
+        Raises:
+            CalibrationError: an option is out of range, or no answers have a second token.
+        """
+        self._check()
+        halves = Halves.of(calibration)
+        if not halves.held:
+            raise CalibrationError("exits: fewer than two answers have a second token")
+        grid = TokenStates.of(calibration, halves.train, self.tokens, calibration.seed)
+        held = _Held(calibration, halves)
+        found = [self._calibrated(calibration, name, grid, held) for name in METHODS]
+        exits = [each for each in found if each is not None]
+        return Part({"exits": exits, "saturation": self._saturation(calibration, grid, held)})
+
+    def _calibrated(
+        self, calibration: Calibration, name: str, grid: TokenStates, held: _Held
+    ) -> dict[str, Any] | None:
+        """The entry of a method, or None."""
+        method, tensors = EXIT_METHODS[name], _tensors(calibration, name)
+        if any(tensor not in tensors for tensor in method.profile_tensors):
+            _LOG.warning("exits: no threshold for %s: its head was not trained", name)
+            return None
+        setting = ExitSetting(method, tensors, 0.0, self.layers(calibration))
+        with torch.no_grad():
+            points = turning_points(
+                calibration.subject, method, tensors, setting.layers, grid.states
+            )
+        thresholds = threshold_grid(
+            points,
+            setting.layers,
+            calibration.subject.layers,
+            self.thresholds,
+            method.leaves_below,
+        )
+        tracked = calibration.track(thresholds, f"thresholds of {name}", len(thresholds))
+        passed = self.bound.last_shown(
+            held.trial(replace(setting, threshold=threshold)) for threshold in tracked
+        )
+        if passed is None:
+            _LOG.warning(
+                "exits: no threshold for %s: none keeps the tokens of full depth but for a share "
+                "of %g, with error %g",
+                name,
+                self.tolerance,
+                self.error,
+            )
+            return None
+        trial, losses = passed
+        entry = ExitThreshold(
+            method=name,
+            layers=setting.layers,
+            threshold=trial.threshold,
+            tolerance=self.tolerance,
+            error=self.error,
+            agreement=1.0 - float(losses.mean()),
+            mean_layers=trial.mean_layers,
+        )
+        return entry.model_dump(mode="json")
+
+    def _saturation(self, calibration: Calibration, grid: TokenStates, held: _Held) -> list[float]:
+        pairs = zip(grid.states[1:], grid.states[:-1], strict=True)
+        cosines = torch.stack([row_cosine(after, before) for after, before in pairs])
+        return saturation_thresholds(
+            cosines, grid.owner, held.similar(calibration), self.bound, self.thresholds
+        )
+
+    def _check(self) -> None:
+        for name in ("tolerance", "error"):
+            if not 0 < getattr(self, name) < 1:
+                raise CalibrationError(f"exits: {name} must lie between 0 and 1")
+        check_least(self, {"first": 0, "every": 1, "thresholds": 1, "tokens": 1})
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One threshold as tested: mean number of layers that a decode step ran."""
+
+    threshold: float
+    mean_layers: float
+
+
+class _Held:
+    """The prompts that thresholds are tested on, with full depth's tokens."""
+
+    def __init__(self, calibration: Calibration, halves: Halves) -> None:
+        self._subject = calibration.subject
+        self._count = len(halves.held)
+        self._batches: list[tuple[list[int], SampleBatch, Tensor]] = []
+        batches = list(calibration.subject.batches(halves.held))
+        for places, batch in calibration.track(batches, "full depth's tokens", len(batches)):
+            self._batches.append((places, batch, full_tokens(calibration.subject, batch)))
+
+    def trial(self, setting: ExitSetting) -> tuple[_Trial, Tensor]:
+        """Share of each prompt's steps that differ, fp64, (prompts,)."""
+        losses = torch.zeros(self._count, dtype=torch.float64)
+        layers = steps = 0
+        for places, batch, full in self._batches:
+            found = left(self._subject, batch, setting)
+            owner = batch.owner[batch.decoded]
+            counts = torch.bincount(owner, minlength=len(places))
+            wrong = torch.bincount(owner[found.tokens != full], minlength=len(places))
+            losses[places] = (wrong.double() / counts).cpu()
+            layers += int(found.layers.sum())
+            steps += len(full)
+        return _Trial(setting.threshold, layers / steps), losses
+
+    def similar(self, calibration: Calibration) -> SimilarTokens:
+        """Cosines and agreement of all layers."""
+        parts = [
+            SimilarTokens.of(self._subject, batch, full, places)
+            for places, batch, full in calibration.track(
+                self._batches, "saturation of layers", len(self._batches)
+            )
+        ]
+        return SimilarTokens.joined(parts)
+
+
+def _tensors(calibration: Calibration, method: str) -> Mapping[str, Tensor]:
+    """Trained tensors of a method, without its prefix; none if it has none."""
+    part = calibration.parts.get("heads")
+    if part is None:
+        return {}
+    prefix, device = f"{method}.", calibration.subject.device
+    return {
+        name.removeprefix(prefix): tensor.to(device)
+        for name, tensor in part.heads.items()
+        if name.startswith(prefix)
+    }

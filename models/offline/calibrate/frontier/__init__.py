@@ -1,0 +1,1 @@
+"""The search for settings that are worth their quality, and how they are measured."""

@@ -1,0 +1,284 @@
+"""Step: settings of depth and experts measured together, and what presets and `effort` are."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from sluice.models.offline.calibrate.frontier.greedy_levels import (
+    LayerUnit,
+    Link,
+    chain,
+    drawn,
+    uniform,
+    units,
+    without,
+)
+from sluice.models.offline.calibrate.frontier.measure import AT_ONCE, Items, Measurements, Yardstick
+from sluice.models.offline.calibrate.frontier.pareto import ALLOWED_LOSS, choose, on_frontier
+from sluice.models.offline.calibrate.frontier.settings import (
+    FULL_DEPTH,
+    Setting,
+    depth_settings,
+    expert_settings,
+    skip_setting,
+    together,
+)
+from sluice.models.offline.calibrate.pipeline import engine_of, profile_parts
+from sluice.models.offline.calibrate.step import Calibration, Resolver, Step, check_least, option
+from sluice.models.offline.calibrate.workspace import Part, key_of
+from sluice.models.offline.engine import CalibrationEngine
+from sluice.models.offline.hf_model.examples import CalibrationError, evenly
+from sluice.models.offline.intervals import LEAST_REPEATS, median_interval, share_interval
+from sluice.models.policy.policy import RoutingPolicy
+from sluice.models.profile.fields import (
+    EffortLevel,
+    EqualCompute,
+    FrontierFields,
+    FrontierPoint,
+    Interval,
+)
+
+_Resolve = Callable[[Mapping[str, Any]], RoutingPolicy]
+_Chosen = Literal["chain", "uniform", "random"]
+
+
+@dataclass(frozen=True)
+class Frontier(Step):
+    """Measures what the other steps found, in one engine; see `Yardstick` for how.
+
+    Candidates are the levels of the chain
+    (`sluice.models.offline.calibrate.frontier.greedy_levels`) and those of
+    `sluice.models.offline.calibrate.frontier.settings`; then the best of depth with the best of
+    experts. Settings that come to one policy are one point, under the first one's name. Intervals
+    are at 95 %: Wilson's for quality, between order statistics for the median speed.
+
+    A point has the speed that it was measured to have, full depth included, which was timed against
+    itself: its interval shows the noise. Presets are chosen as `pareto.choose` says. The levels of
+    the chain are those of `effort`, each at the share of full depth's compute on generated tokens
+    that its records count; they are nested by construction.
+    """
+
+    name: ClassVar[str] = "frontier"
+    help: ClassVar[str] = "settings measured together: quality, speed, compute; presets and effort"
+    needs: ClassVar[tuple[str, ...]] = (
+        "importance",
+        "heads",
+        "routers",
+        "exits",
+        "super-experts",
+        "expert-k",
+        "skip-ratios",
+        "search",
+    )
+    reads_tasks: ClassVar[bool] = True
+
+    items: int = option(400, "tasks or prompts that quality is measured on, at most")
+    batch: int = option(8, "requests at a time while speed is measured")
+    timed: int = option(32, "answers that speed is measured on")
+    repeats: int = option(7, "times that a setting and full depth are timed in turn, at least 6")
+    sub_layers: bool = option(False, "levels leave out attentions and MLPs one by one, not blocks")
+    levels: int = option(8, "levels of effort, at most")
+    deepest: float = option(0.75, "share of the model that the lowest level leaves out, under 1")
+    samples: int = option(64, "prompts that the levels are chosen by, at most")
+    draws: int = option(5, "random choices to compare each level with; 0 for no comparison")
+    combined: int = option(2, "depth settings, and expert settings, that are tried together")
+
+    def run(self, calibration: Calibration) -> Part:
+        """Measure.
+
+        Raises:
+            CalibrationError: an option is out of range, no answer has a second token, full depth
+                has none of the tasks right, or there is nothing that makes policies of settings.
+        """
+        resolver = self._check(calibration)
+        every = units(calibration.subject.layers, sub_layers=self.sub_layers)
+        links = chain(
+            calibration,
+            [calibration.samples[i] for i in evenly(self.samples, len(calibration.samples))],
+            int(self.deepest * len(every)),
+            sub_layers=self.sub_layers,
+        )
+        items = Items.of(calibration, self.items)
+        at_once = max(self.batch, min(AT_ONCE, len(items.prompts)))
+        with engine_of(calibration, items.longest, at_once) as engine:
+            yardstick = Yardstick(calibration, engine, items, self.batch, self.timed)
+            device = _device(calibration)
+            # Other settings of the same model are measured beside those that are there.
+            same = replace(
+                self, sub_layers=False, levels=0, deepest=0.0, samples=0, draws=0, combined=0
+            )
+            key = key_of(calibration.key(same), device)
+            kept = Measurements(yardstick, calibration.workspace, key)
+            resolve = resolver(engine.vllm_config, engine.profile, engine.expert_answer)
+            run = _Run(self, calibration, engine, kept, resolve, links, len(items.prompts))
+            points = run.points()
+            found = FrontierFields(
+                measure=items.measure,
+                items=len(items.prompts),
+                batch=self.batch,
+                device=device,
+                points=points,
+                presets=choose(points),
+                effort=run.effort(),
+                equal_compute=run.equal_compute(),
+            )
+        return Part({"frontier": found.model_dump(mode="json")})
+
+    def _check(self, calibration: Calibration) -> Resolver:
+        least = {
+            "items": 1,
+            "batch": 1,
+            "timed": 1,
+            "repeats": LEAST_REPEATS,
+            "levels": 1,
+            "samples": 1,
+            "draws": 0,
+            "combined": 0,
+        }
+        check_least(self, least)
+        if not 0 < self.deepest < 1:
+            raise CalibrationError("frontier: deepest must lie between 0 and 1")
+        if calibration.resolver is None:
+            raise CalibrationError("frontier: nothing here makes policies of routing objects")
+        return calibration.resolver
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of the step."""
+
+    step: Frontier
+    calibration: Calibration
+    engine: CalibrationEngine
+    kept: Measurements
+    resolve: _Resolve
+    links: Sequence[Link]
+    items: int
+
+    def points(self) -> tuple[FrontierPoint, ...]:
+        """All points, full depth first."""
+        parts = profile_parts(self.calibration)
+        fields, layers = parts["fields"], self.calibration.subject.layers
+        levels = [skip_setting(f"level {n}", without(self._left(n))) for n in self._counts()]
+        depth = [*levels, *depth_settings(fields, parts["heads"].keys(), layers)]
+        shape = self.engine.expert_answer["shape"]
+        experts = [] if shape is None else [*expert_settings(fields, shape["top_k"])]
+        found: dict[str, FrontierPoint] = {}
+        self._measure([FULL_DEPTH, *depth, *experts], found)
+        full = next(iter(found.values()))
+        pairs = together(self._best(depth, full, found), self._best(experts, full, found))
+        self._measure([*pairs], found)
+        points = [*found.values()]
+        kept = on_frontier([(p.quality.value, p.speed.value, p.compute_fraction) for p in points])
+        return tuple(
+            point.model_copy(update={"on_frontier": keep})
+            for point, keep in zip(points, kept, strict=True)
+        )
+
+    def _measure(self, settings: Sequence[Setting], found: dict[str, FrontierPoint]) -> None:
+        """Add points by digest of their policies; what is there already stays as it is."""
+        for setting in self._tracked(settings, "settings"):
+            policy = self._policy(setting)
+            if policy.digest not in found:
+                found[policy.digest] = self._point(setting, policy)
+
+    def _policy(self, setting: Setting) -> RoutingPolicy:
+        try:
+            return self.resolve(setting.routing)
+        except CalibrationError as error:
+            raise CalibrationError(f"setting {setting.name!r}: {error}") from None
+
+    def _point(self, setting: Setting, policy: RoutingPolicy) -> FrontierPoint:
+        quality = self.kept.quality(policy)
+        return FrontierPoint(
+            name=setting.name,
+            routing=dict(setting.routing),
+            quality=share_interval(quality.value, self.items),
+            speed=median_interval(self.kept.ratios(policy, self.step.repeats)),
+            compute_fraction=quality.work.compute_fraction,
+            generated_fraction=quality.work.generated_fraction,
+            on_frontier=False,
+        )
+
+    def _best(
+        self, settings: Iterable[Setting], full: FrontierPoint, found: Mapping[str, FrontierPoint]
+    ) -> list[Setting]:
+        """The fastest of those that the preset with the most loss would allow."""
+        least = full.quality.value - max(ALLOWED_LOSS.values())
+        points = [(found[self._policy(setting).digest], setting) for setting in settings]
+        # A setting that came to another's policy has no point of its own.
+        allowed = [
+            (point.speed.value, setting)
+            for point, setting in points
+            if point.name == setting.name and point.quality.value >= least
+        ]
+        ordered = sorted(allowed, key=lambda entry: -entry[0])
+        return [setting for _, setting in ordered[: self.step.combined]]
+
+    def effort(self) -> tuple[EffortLevel, ...]:
+        """The levels of the chain."""
+        levels = []
+        for count in self._counts():
+            skip = without(self._left(count))
+            quality, fraction = self._left_out(skip_setting(f"level {count}", skip))
+            levels.append(
+                EffortLevel(
+                    effort=fraction, attention=skip.attention, mlp=skip.mlp, quality=quality
+                )
+            )
+        return tuple(levels)
+
+    def equal_compute(self) -> tuple[EqualCompute, ...]:
+        """The levels, and other choices of as many units."""
+        if not self.step.draws:
+            return ()
+        tracked = self._tracked([*self._choices()], "other choices of as many units")
+        return tuple(self._compared(*choice) for choice in tracked)
+
+    def _choices(self) -> Iterator[tuple[_Chosen, int | None, Sequence[LayerUnit]]]:
+        every = units(self.calibration.subject.layers, sub_layers=self.step.sub_layers)
+        for count in self._counts():
+            yield "chain", None, self._left(count)
+            yield "uniform", None, uniform(every, count)
+            for number in range(self.step.draws):
+                seed = self.calibration.seed + number
+                yield "random", seed, drawn(every, count, seed)
+
+    def _compared(
+        self, chosen: _Chosen, seed: int | None, left: Sequence[LayerUnit]
+    ) -> EqualCompute:
+        quality, fraction = self._left_out(skip_setting(chosen, without(left)))
+        return EqualCompute(
+            chosen=chosen,
+            seed=seed,
+            units=len(left),
+            generated_fraction=fraction,
+            quality=quality,
+        )
+
+    def _left_out(self, setting: Setting) -> tuple[Interval, float]:
+        """Quality, and compute on generated tokens."""
+        found = self.kept.quality(self._policy(setting))
+        return share_interval(found.value, self.items), found.work.generated_fraction
+
+    def _counts(self) -> list[int]:
+        """Units that the levels leave out."""
+        return [place + 1 for place in evenly(self.step.levels, len(self.links))]
+
+    def _left(self, count: int) -> list[LayerUnit]:
+        return [link.unit for link in self.links[:count]]
+
+    def _tracked(self, things: Sequence[Any], what: str) -> Iterable[Any]:
+        return self.calibration.track(things, what, len(things))
+
+
+def _device(calibration: Calibration) -> str:
+    if calibration.subject.device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"

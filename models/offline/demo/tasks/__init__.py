@@ -1,0 +1,1 @@
+"""The tasks that the demo model is trained and judged on."""

@@ -1,0 +1,65 @@
+"""Choosing an answer by log likelihood, and which controls that can show.
+
+The tokens of a choice are read behind those of the prompt, as a part of it: nothing is generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sluice.models.policy.policy import Phase, RoutingPolicy
+
+
+def choice_tokens(prompt: Sequence[int], joined: Sequence[int], own: Sequence[int]) -> list[int]:
+    """Tokens of a choice behind a text.
+
+    Those of the two written as one, if that begins with the text's own tokens; a tokenizer may
+    write the first word of a text in another way than one in its middle. Otherwise a token spans
+    both, and the choice's own are taken.
+
+    Args:
+        prompt: token ids of the text.
+        joined: of the text with the choice behind it.
+        own: of the choice alone, without special tokens.
+    """
+    length = len(prompt)
+    if len(joined) > length and list(joined[:length]) == list(prompt):
+        return list(joined[length:])
+    return list(own)
+
+
+def likeliest(log_probabilities: Sequence[Sequence[float]], per_token: bool) -> int:
+    """Place of the choice with the largest sum, the first of equals.
+
+    Args:
+        log_probabilities: of the tokens of each choice; none is empty.
+        per_token: compare means over a choice's tokens, so that long choices lose nothing by it.
+    """
+    sums = [sum(each) / (len(each) if per_token else 1) for each in log_probabilities]
+    return max(range(len(sums)), key=sums.__getitem__)
+
+
+def idle_controls(policy: dict[str, Any]) -> tuple[str, ...]:
+    """Controls of an effective policy that act on generated tokens only, by their names.
+
+    They change no log probability of a choice. A re-mix of the last prompt token is among them: its
+    logits are those of the token behind the choice.
+
+    Args:
+        policy: as `RoutingPolicy.to_dict` gives it, and a report under `policy`.
+    """
+    asked = RoutingPolicy.from_dict(policy)
+    rule, experts = asked.adaptive, asked.experts
+    reads = rule is not None and (
+        rule.method == "mod" or rule.masked_prefill or rule.mode in ("readout", "replace")
+    )
+    idle = {
+        "depth.skip": not asked.skip.empty and asked.skip.phase is Phase.DECODE,
+        "depth.exit": asked.exit is not None,
+        "depth.adaptive": rule is not None and not reads,
+        "experts.budget": experts.budget is not None,
+        "experts.remix": experts.remix is not None,
+        "experts.contrast": experts.contrast is not None,
+    }
+    return tuple(name for name, found in idle.items() if found)

@@ -1,0 +1,166 @@
+"""Measures a policy: tasks to a backend, its replies to a result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sluice.models.offline.evaluate.choices import idle_controls
+from sluice.models.offline.evaluate.results import PolicyResult
+from sluice.models.offline.evaluate.score import score
+from sluice.models.offline.evaluate.work import NothingCountedError, Work
+from sluice.models.offline.hf_model.examples import Example
+
+
+class EvaluationError(Exception):
+    """Something cannot be evaluated; the message names the server, model, option or line."""
+
+
+class PolicyRefusedError(EvaluationError):
+    """A policy cannot be done.
+
+    Attributes:
+        message: what is wrong.
+        param: dotted path of the field.
+    """
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(f"{param}: {message}")
+        self.message = message
+        self.param = param
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Answer to one example.
+
+    Attributes:
+        text: what was generated, or the likeliest choice.
+        cut: it ended because it was as long as it may be.
+        reports: `routing` objects of the answers behind it, if they carried any.
+    """
+
+    text: str
+    cut: bool = False
+    reports: tuple[Mapping[str, Any], ...] = ()
+
+
+MAX_TOKENS = 64
+"""Tokens of an answer at most, where nothing else is asked."""
+
+
+class Backend(Protocol):
+    """A model that answers, `sluice.models.offline.evaluate.http_backend.Served` or one in
+    process."""
+
+    @property
+    def reports(self) -> bool:
+        """Whether it takes a `routing` object and reports what ran."""
+
+    @property
+    def template(self) -> bool:
+        """Whether the model has a chat template; without one, prompts are read as they are."""
+
+    def answers(
+        self, examples: Sequence[Example], routing: Mapping[str, Any] | None, max_tokens: int
+    ) -> list[Reply]:
+        """Greedy answers, in order."""
+
+    def choices(
+        self, examples: Sequence[Example], routing: Mapping[str, Any] | None, per_token: bool
+    ) -> list[Reply]:
+        """The likeliest choice of each example, in order."""
+
+
+def by_task(examples: Iterable[Example]) -> dict[str, list[Example]]:
+    """Examples of each task, tasks in the order of their first example."""
+    tasks: dict[str, list[Example]] = {}
+    for example in examples:
+        tasks.setdefault(example.task, []).append(example)
+    return tasks
+
+
+def evaluate(
+    backend: Backend,
+    tasks: Mapping[str, Sequence[Example]],
+    policy: str,
+    routing: Mapping[str, Any],
+    max_tokens: int = MAX_TOKENS,
+    per_token: bool = False,
+) -> PolicyResult:
+    """Measure quality and work of one policy.
+
+    Args:
+        backend: what answers.
+        tasks: what to ask, by task; examples with choices are chosen, others answered.
+        policy: what to call it.
+        routing: `routing` object; a report is asked for in any case, where there are any.
+        max_tokens: of an answer.
+        per_token: see `sluice.models.offline.evaluate.choices.likeliest`.
+
+    Raises:
+        PolicyRefusedError: the policy cannot be done.
+        EvaluationError: the backend fails or refuses an example, or would ignore the policy.
+    """
+    asked = {key: value for key, value in routing.items() if key != "report"}
+    if asked and not backend.reports:
+        raise EvaluationError("no routing here: a policy would be ignored")
+    sent = {**asked, "report": True} if backend.reports else None
+    flat = [example for group in tasks.values() for example in group]
+    answered = [place for place, example in enumerate(flat) if example.choices is None]
+    chosen = [place for place, example in enumerate(flat) if example.choices is not None]
+    replies: dict[int, Reply] = {}
+    if answered:
+        given = backend.answers([flat[place] for place in answered], sent, max_tokens)
+        replies |= dict(zip(answered, given, strict=True))
+    if chosen:
+        given = backend.choices([flat[place] for place in chosen], sent, per_token)
+        replies |= dict(zip(chosen, given, strict=True))
+    texts = iter(replies[place].text for place in range(len(flat)))
+    scores = score(tasks, {task: [next(texts) for _ in group] for task, group in tasks.items()})
+    reports = [report for place in range(len(flat)) for report in replies[place].reports]
+    warnings = [
+        *_bare(backend, flat),
+        *_cut([replies[place] for place in answered], max_tokens),
+        *_idle([replies[place] for place in chosen], len(flat)),
+        *dict.fromkeys(warning for report in reports for warning in report["warnings"]),
+    ]
+    work = None
+    if backend.reports:
+        requests = len(answered) + sum(len(flat[place].choices or ()) for place in chosen)
+        try:
+            if len(reports) < requests:
+                raise NothingCountedError(f"{requests - len(reports)} answers carry no report")
+            work = Work.of(reports)
+        except NothingCountedError as error:
+            warnings.append(f"work is not known: {error}")
+    return PolicyResult(policy, routing, scores, work, tuple(warnings))
+
+
+def _bare(backend: Backend, examples: Sequence[Example]) -> list[str]:
+    """That prompts were not put into a chat template."""
+    if backend.template or all(example.prompt is None for example in examples):
+        return []
+    return ["the model has no chat template: prompts are read as they are"]
+
+
+def _cut(replies: Sequence[Reply], max_tokens: int) -> list[str]:
+    """How many answers ended for their length alone."""
+    count = sum(reply.cut for reply in replies)
+    if not count:
+        return []
+    return [f"{count} of {len(replies)} answers were cut off after {max_tokens} tokens"]
+
+
+def _idle(replies: Sequence[Reply], items: int) -> list[str]:
+    """Controls that choices were measured without."""
+    effective = next((report["policy"] for reply in replies for report in reply.reports), None)
+    idle = () if effective is None else idle_controls(effective)
+    if not idle:
+        return []
+    acts = "acts" if len(idle) == 1 else "act"
+    return [
+        f"{', '.join(idle)} {acts} on generated tokens only, and choices are read as part of the "
+        f"prompt: {len(replies)} of {items} items were measured without"
+    ]

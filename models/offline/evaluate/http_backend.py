@@ -1,0 +1,315 @@
+"""Asks tasks of an OpenAI-compatible server, through OpenAI's own client."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sluice.models.offline.evaluate.evaluation import EvaluationError, PolicyRefusedError
+
+if TYPE_CHECKING:
+    from openai import APIError
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sluice.models.offline.evaluate.choices import choice_tokens, likeliest
+from sluice.models.offline.evaluate.evaluation import Reply
+from sluice.models.offline.hf_model.examples import Example
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+
+_ROUTING = "routing"
+
+
+def failure(error: APIError, base_url: str, model: str, where: str = "") -> EvaluationError:
+    """The error of a request, as ours.
+
+    Args:
+        error: of OpenAI's client.
+        base_url: address that was asked.
+        model: id that was asked for; a preset may be part of it.
+        where: file and line of the example that was asked, if it was one.
+    """
+    from openai import APIConnectionError, APIStatusError, APITimeoutError, AuthenticationError
+
+    if isinstance(error, APITimeoutError):
+        return EvaluationError(f"{base_url}: no answer in time")
+    if isinstance(error, APIConnectionError):
+        return EvaluationError(f"{base_url}: no server answers: {error.__cause__ or error}")
+    if isinstance(error, AuthenticationError):
+        return EvaluationError(f"{base_url}: the server wants another --api-key")
+    message, param = _said(error)
+    if param is not None and (
+        param.split(".")[0] == _ROUTING or (param == "model" and "@" in model)
+    ):
+        return PolicyRefusedError(message, param)
+    if isinstance(error, APIStatusError) and error.status_code < 500 and where:
+        return EvaluationError(f"{where}: {message}")
+    status = f" answers {error.status_code}" if isinstance(error, APIStatusError) else ""
+    return EvaluationError(f"{base_url}{status}: {message}")
+
+
+def _said(error: APIError) -> tuple[str, str | None]:
+    """Message and param of an OpenAI-shaped error, or its text."""
+    body = error.body if isinstance(error.body, dict) else {}
+    return str(body.get("message") or error.message), body.get("param")
+
+
+T = TypeVar("T")
+Ask = Callable[["AsyncOpenAI", Example], Awaitable[Reply]]
+CONCURRENCY = 32
+_ROUTED = "/v1"
+
+
+def _nothing() -> None:
+    """Nobody watches."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model on a server.
+
+    Attributes:
+        base_url: address up to and including ``/v1``.
+        model: model id to ask for.
+        api_key: bearer key.
+        concurrency: requests in flight at a time.
+        reports: whether the server has our routing, so that reports can be asked for.
+        template: whether the model has a chat template; without one, prompts are read as they are.
+        answered: called after every answer.
+    """
+
+    base_url: str
+    model: str
+    api_key: str = "EMPTY"
+    concurrency: int = CONCURRENCY
+    reports: bool = True
+    template: bool = True
+    answered: Callable[[], None] = field(default=_nothing, compare=False)
+
+    @classmethod
+    def found(cls, base_url: str, model: str | None, api_key: str, concurrency: int) -> Served:
+        """Look at a server: which models it has, our routing, a chat template.
+
+        Args:
+            base_url: address up to and including ``/v1``.
+            model: id to ask for; None is the one base model that it has.
+            api_key: bearer key.
+            concurrency: requests in flight at a time.
+
+        Raises:
+            EvaluationError: the address is no such one, nobody answers there or wants another key,
+                or it does not have the model.
+        """
+        if not base_url.rstrip("/").endswith(_ROUTED):
+            raise EvaluationError(f"{base_url}: give the address up to and including {_ROUTED}")
+        asked = cls(base_url.rstrip("/"), model or "", api_key, concurrency)
+        return asyncio.run(asked._looked())
+
+    def answers(
+        self,
+        examples: Sequence[Example],
+        routing: Mapping[str, Any] | None,
+        max_tokens: int,
+    ) -> list[Reply]:
+        """Greedy answers, in order.
+
+        Args:
+            examples: what to ask.
+            routing: `routing` object, sent with every request when given.
+            max_tokens: of each answer.
+
+        Raises:
+            PolicyRefusedError: the server refuses the routing.
+            EvaluationError: it fails, is not there, or refuses an example, which is named.
+        """
+
+        async def ask(client: AsyncOpenAI, example: Example) -> Reply:
+            return await self._answer(client, example, routing, max_tokens)
+
+        return asyncio.run(self._all(examples, ask))
+
+    def choices(
+        self,
+        examples: Sequence[Example],
+        routing: Mapping[str, Any] | None,
+        per_token: bool = False,
+    ) -> list[Reply]:
+        """The likeliest choice of each example, in order; see
+        `sluice.models.offline.evaluate.choices`.
+
+        Args:
+            examples: all with choices.
+            routing: `routing` object, sent with every request when given.
+            per_token: see `likeliest`.
+
+        Raises:
+            PolicyRefusedError: the server refuses the routing.
+            EvaluationError: it fails, is not there, does not tokenize, gives no log probabilities
+                of prompts, or refuses an example, which is named.
+        """
+
+        async def ask(client: AsyncOpenAI, example: Example) -> Reply:
+            return await self._choice(client, example, routing, per_token)
+
+        return asyncio.run(self._all(examples, ask))
+
+    async def _all(self, examples: Sequence[Example], ask: Ask) -> list[Reply]:
+        from openai import APIError
+
+        in_flight = asyncio.Semaphore(self.concurrency)
+
+        async with self._client() as client:
+
+            async def ask_one(example: Example) -> Reply:
+                async with in_flight:
+                    try:
+                        reply = await ask(client, example)
+                    except APIError as error:
+                        raise failure(error, self.base_url, self.model, example.where) from None
+                self.answered()
+                return reply
+
+            return list(await asyncio.gather(*map(ask_one, examples)))
+
+    async def _answer(
+        self,
+        client: AsyncOpenAI,
+        example: Example,
+        routing: Mapping[str, Any] | None,
+        max_tokens: int,
+    ) -> Reply:
+        text = self._plain(example)
+        common: dict[str, Any] = {
+            "model": self.model,
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "extra_body": _extra(routing),
+        }
+        if text is not None:
+            completion = await client.completions.create(prompt=text, **common)
+            answer, given = completion.choices[0].text, completion
+        else:
+            messages: Any = example.conversation
+            chat = await client.chat.completions.create(messages=messages, **common)
+            answer, given = chat.choices[0].message.content or "", chat
+        cut = given.choices[0].finish_reason == "length"
+        return Reply(answer, cut, _reports([given.model_extra]))
+
+    async def _choice(
+        self,
+        client: AsyncOpenAI,
+        example: Example,
+        routing: Mapping[str, Any] | None,
+        per_token: bool,
+    ) -> Reply:
+        assert example.choices is not None
+        text = self._plain(example)
+        asked = {"messages": example.conversation} if text is None else {"prompt": text}
+        prompt = await self._tokens(client, asked)
+        found: list[list[float]] = []
+        extras = []
+        for choice in example.choices:
+            own = await self._tokens(client, {"prompt": choice, "add_special_tokens": False})
+            if text is not None:
+                joined = await self._tokens(client, {"prompt": text + choice})
+                own = choice_tokens(prompt, joined, own)
+            if not own:
+                raise EvaluationError(f"{example.where}: choice {choice!r} has no tokens")
+            completion = await client.completions.create(
+                model=self.model,
+                prompt=[*prompt, *own],
+                max_tokens=0,
+                echo=True,
+                logprobs=0,
+                temperature=0,
+                extra_body=_extra(routing),
+            )
+            logprobs = completion.choices[0].logprobs
+            read = None if logprobs is None else logprobs.token_logprobs
+            if read is None or len(read) != len(prompt) + len(own):
+                raise EvaluationError(
+                    f"{self.base_url} gives no log probabilities of prompts, which choices need"
+                )
+            found.append([float(each) for each in read[len(prompt) :]])
+            extras.append(completion.model_extra)
+        chosen = example.choices[likeliest(found, per_token)]
+        return Reply(chosen, reports=_reports(extras))
+
+    def _plain(self, example: Example) -> str | None:
+        """What the model reads without a chat template, or None where it gets one."""
+        if example.text is not None:
+            return example.text
+        if self.template:
+            return None
+        if example.prompt is None:
+            raise EvaluationError(
+                f"{example.where}: messages need a chat template, and {self.model} has none: "
+                "give `text`, or start the server with --chat-template"
+            )
+        return example.prompt
+
+    async def _tokens(self, client: AsyncOpenAI, asked: Mapping[str, Any]) -> list[int]:
+        """Token ids by the server's own tokenizer, a route of vLLM's beside ``/v1``."""
+        from openai import NotFoundError
+
+        address = self.base_url.removesuffix(_ROUTED) + "/tokenize"
+        try:
+            answer: Any = await client.post(address, cast_to=object, body=dict(asked))
+        except NotFoundError:
+            raise EvaluationError(f"{address} is not there, and choices need it") from None
+        tokens: list[int] = answer["tokens"]
+        return tokens
+
+    async def _looked(self) -> Served:
+        from openai import APIError, BadRequestError, NotFoundError
+
+        async with self._client() as client:
+            try:
+                listed = (await client.models.list()).data
+            except APIError as error:
+                raise failure(error, self.base_url, self.model) from None
+            try:
+                able: Any = await client.get("/routing/capabilities", cast_to=object)
+            except NotFoundError:
+                able = {"supported": False}
+            except APIError as error:
+                raise failure(error, self.base_url, self.model) from None
+            template = True
+            try:
+                await self._tokens(client, {"messages": [{"role": "user", "content": "?"}]})
+            except BadRequestError as error:
+                template = "chat template" not in str(error)
+            except (APIError, EvaluationError):
+                pass  # No such route: a server that is not vLLM's says so when it is asked.
+        ids = [card.id for card in listed]
+        bases = [card.id for card in listed if (card.model_extra or {}).get("parent") is None]
+        if self.model and self.model not in ids:
+            raise EvaluationError(f"{self.base_url} serves {', '.join(ids)}, not {self.model}")
+        if not self.model and len(bases) != 1:
+            raise EvaluationError(f"{self.base_url} serves {', '.join(ids)}: choose by --model")
+        return Served(
+            self.base_url,
+            self.model or bases[0],
+            self.api_key,
+            self.concurrency,
+            bool(able["supported"]),
+            template,
+        )
+
+    def _client(self) -> AsyncOpenAI:
+        from openai import AsyncOpenAI
+
+        return AsyncOpenAI(base_url=self.base_url, api_key=self.api_key)
+
+
+def _extra(routing: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if routing is None else {"routing": dict(routing)}
+
+
+def _reports(extras: Sequence[Mapping[str, Any] | None]) -> tuple[Mapping[str, Any], ...]:
+    """Reports that answers carry beside what OpenAI's do."""
+    return tuple(extra["routing"] for extra in extras if extra and "routing" in extra)

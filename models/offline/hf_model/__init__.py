@@ -1,0 +1,1 @@
+"""A model in transformers, with hooks: what calibration reads and changes."""

@@ -1,0 +1,1 @@
+"""What was measured of a model: read, checked and written."""

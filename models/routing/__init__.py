@@ -1,0 +1,1 @@
+"""From the `routing` object of a request to its policy, refusals included."""

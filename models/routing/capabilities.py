@@ -1,0 +1,279 @@
+"""What the served model can be asked for, read from vLLM's configuration once at start-up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sluice.models.depth.adaptive import mod
+from sluice.models.depth.adaptive.first import First
+from sluice.models.depth.adaptive.lac import LAC, MODES
+from sluice.models.depth.exits import fixed
+from sluice.models.depth.method import ExitMethod, PromptMethod
+from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
+from sluice.models.depth.skip_order import Importance, Unit
+from sluice.models.policy.expert_shape import ExpertShape
+from sluice.models.policy.policy import MissingKV, Phase
+from sluice.models.profile.fields import OWN_ENCODER, EffortLevel, ExitThreshold, ReferenceSet
+from sluice.models.profile.profile import Profile, ProfileError
+from sluice.models.vllm_adapter.families import depth_refusal, family_of
+from sluice.server.http.listing import (
+    effort_listing,
+    expert_listing,
+    listed,
+    number,
+    numbers,
+    skip_set_listing,
+)
+
+
+def check_profile_experts(profile: Profile, shape: ExpertShape | None) -> None:
+    """Experts and layers with experts that a profile names exist in the model.
+
+    Args:
+        profile: fits the model's layers and hidden size.
+        shape: of the model's experts; None for a dense model.
+
+    Raises:
+        ProfileError: names the first entry that does not.
+    """
+    lists = {"super_experts": profile.super_experts}
+    for name, behaviour in profile.fields.behaviours.items():
+        lists[f"behaviours.{name}.experts"] = behaviour.experts
+    for path, named in lists.items():
+        for position, (layer, expert) in enumerate(named):
+            if not _has_layer(shape, layer) or not 0 <= expert < (shape.experts if shape else 0):
+                raise _error(
+                    profile,
+                    f"{path}.{position}: the model has no expert {expert} in layer {layer}",
+                )
+    for name, held in profile.references.items():
+        _check_references(profile, name, held, shape)
+
+
+def _check_references(
+    profile: Profile, name: str, held: ReferenceSet, shape: ExpertShape | None
+) -> None:
+    for layer in held.layers:
+        if not _has_layer(shape, layer):
+            raise _error(
+                profile, f"references.{name}: layer {layer} of the model has no routed experts"
+            )
+    if not held.layers or [*held.layers] != sorted({*held.layers}):
+        raise _error(profile, f"references.{name}: layers must be ascending, each named once")
+    if held.encoder == OWN_ENCODER and held.width != profile.hidden:
+        raise _error(
+            profile,
+            f"references.{name}: the model's embeddings are {profile.hidden} wide, "
+            f"and these {held.width}",
+        )
+
+
+def _has_layer(shape: ExpertShape | None, layer: int) -> bool:
+    return shape is not None and layer in shape.layers
+
+
+def _error(profile: Profile, problem: str) -> ProfileError:
+    return ProfileError(f"profile {profile.folder}: {problem}")
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """Limits that a policy is checked against.
+
+    Attributes:
+        models: ids under which the base model is served; the first is its name.
+        architecture: vLLM's name of the architecture.
+        layers: decoder layers.
+        hidden: hidden size.
+        experts: routed experts per layer, 0 for a dense model.
+        chunked_prefill: whether the scheduler may cut a prompt into several steps.
+        refusal: why no routing can be done on this engine, or None.
+        profile: what was measured and trained for this model, or None.
+        expert_shape: of the routed experts, or None if there are none to control.
+        expert_refusal: why no expert control can be done, or None if it can.
+        expert_routing: whether the server lets requests control experts.
+        contrast_refusal: why no contrast can be done, or None if it can.
+    """
+
+    models: tuple[str, ...]
+    architecture: str
+    layers: int
+    hidden: int
+    experts: int
+    chunked_prefill: bool
+    refusal: str | None
+    profile: Profile | None
+    expert_shape: ExpertShape | None
+    expert_refusal: str | None
+    expert_routing: bool
+    contrast_refusal: str | None
+
+    @classmethod
+    def of(
+        cls,
+        vllm_config: Any,
+        models: tuple[str, ...],
+        profile: Profile | None,
+        expert_answer: Mapping[str, Any],
+        expert_routing: bool,
+    ) -> Capabilities:
+        """Capabilities of an engine.
+
+        Args:
+            vllm_config: vLLM's `VllmConfig`.
+            models: served ids of the base model.
+            profile: the one the server was started with.
+            expert_answer: a worker's `shape`, JSON of an `ExpertShape` or None, and `refusal`,
+                text or None.
+            expert_routing: whether the server lets requests control experts.
+
+        Raises:
+            ProfileError: the profile was made for another model.
+            FingerprintError: there is a profile, and the model's files cannot be read.
+        """
+        model = vllm_config.model_config
+        layers, hidden = model.get_total_num_hidden_layers(), model.get_hidden_size()
+        if profile is not None:
+            profile.check_served(model)
+        shape, refusal = expert_answer["shape"], expert_answer["refusal"]
+        expert_shape = None if shape is None else ExpertShape.from_dict(shape)
+        if expert_shape is None and refusal is None:
+            refusal = depth_refusal(vllm_config) or "the model has no routed experts"
+        experts = model.get_num_experts()
+        if profile is not None and (expert_shape is not None or experts == 0):
+            check_profile_experts(profile, expert_shape)
+        return cls(
+            models=models,
+            architecture=model.architecture,
+            layers=layers,
+            hidden=hidden,
+            experts=experts,
+            chunked_prefill=vllm_config.scheduler_config.enable_chunked_prefill,
+            refusal=depth_refusal(vllm_config),
+            profile=profile,
+            expert_shape=expert_shape,
+            expert_refusal=refusal,
+            expert_routing=expert_routing,
+            contrast_refusal=_contrast_refusal(vllm_config),
+        )
+
+    @property
+    def importance(self) -> Importance | None:
+        """Importance of the layers as measured, or None."""
+        return self.profile.importance if self.profile else None
+
+    @property
+    def references(self) -> Mapping[str, ReferenceSet]:
+        """Re-mix reference sets of the profile by name."""
+        return self.profile.references if self.profile else {}
+
+    @property
+    def effort_levels(self) -> Sequence[EffortLevel]:
+        """Measured levels of effort, from the fullest on; none without a frontier."""
+        frontier = self.profile.frontier if self.profile else None
+        return frontier.effort if frontier else ()
+
+    def calibrated_exits(self, method: str) -> Sequence[ExitThreshold]:
+        """Thresholds of an exit method that the profile has; the first is its default."""
+        return self.profile.exits(method) if self.profile else ()
+
+    def missing_for(self, method: ExitMethod | PromptMethod) -> str | None:
+        """Why a method cannot run for want of trained tensors, or None if it can."""
+        if not method.profile_tensors:
+            return None
+        if self.profile is None:
+            return f"method {method.name!r} needs a profile: start the server with --profile"
+        if method.name not in self.profile.methods:
+            return f"the profile has nothing trained for method {method.name!r}"
+        return None
+
+    def to_wire(self) -> dict[str, Any]:
+        """Body of `GET /v1/routing/capabilities`."""
+        family = family_of(self.architecture)
+        supported = self.refusal is None
+        return {
+            "object": "routing.capabilities",
+            "model": self.models[0],
+            "architecture": self.architecture,
+            "family": family.name if family else None,
+            "supported": supported,
+            "reason": self.refusal,
+            "layers": self.layers,
+            "hidden_size": self.hidden,
+            "experts": self.experts,
+            "depth": self._depth() if supported else {},
+            "effort": effort_listing(self.profile, self.layers) if supported else {},
+            "report": supported,
+            "experts_routing": expert_listing(
+                self.expert_shape,
+                self.refusal or self.expert_refusal,
+                self.contrast_refusal,
+                self.profile,
+                enabled=self.expert_routing,
+            ),
+        }
+
+    def _depth(self) -> dict[str, Any]:
+        return {
+            "skip": {
+                "units": ["blocks", "attention", "mlp"],
+                "by": [unit.value for unit in Unit],
+                "order": "default" if self.importance is None else "profile",
+                "sets": skip_set_listing(self.profile),
+            },
+            "exit": {
+                **{name: self._exit(method) for name, method in EXIT_METHODS.items()},
+                fixed.NAME: listed({}, fixed.SOURCE, decay=False, kv=[], calibrated=[]),
+            },
+            "adaptive": {
+                **{name: self._adaptive(method) for name, method in PROMPT_METHODS.items()},
+                mod.NAME: listed(
+                    {"retention": number(0.0, 1.0, list(mod.cosine_retention(self.layers)))},
+                    mod.SOURCE,
+                ),
+            },
+            "phase": [phase.value for phase in Phase],
+        }
+
+    def _exit(self, method: ExitMethod) -> dict[str, Any]:
+        calibrated = self.calibrated_exits(method.name)
+        parameters = numbers(method.parameters)
+        if calibrated:
+            parameters["threshold"]["default"] = calibrated[0].threshold
+        return listed(
+            parameters,
+            method.source,
+            self.missing_for(method),
+            decay=method.decays,
+            kv=[kv.value for kv in MissingKV],
+            calibrated=[entry.model_dump(mode="json", exclude={"method"}) for entry in calibrated],
+        )
+
+    def _adaptive(self, method: PromptMethod) -> dict[str, Any]:
+        more: dict[str, Any] = {}
+        if method.name == LAC.name:
+            more["modes"] = list(MODES)
+        if method.name == First.name:
+            more["masked_prefill"] = not self.chunked_prefill
+        return listed(numbers(method.parameters), method.source, self.missing_for(method), **more)
+
+
+def _contrast_refusal(vllm_config: Any) -> str | None:
+    """Why the K/V cache cannot hold a longest request and its weak pass, or None if it can."""
+    blocks = vllm_config.cache_config.num_gpu_blocks
+    if blocks is None:
+        return None
+    size = vllm_config.cache_config.block_size
+    longest = vllm_config.model_config.max_model_len
+    # Layers with a window have blocks of their own in the same pool, and a weak pass frees none.
+    windowed = getattr(vllm_config.model_config.hf_text_config, "sliding_window", None) is not None
+    # vLLM keeps one block for itself.
+    needed = 2 * (2 if windowed else 1) * -(-longest // size) + 1
+    if blocks >= needed:
+        return None
+    return (
+        f"the K/V cache has {blocks} blocks of {size} tokens, and two passes over a longest "
+        f"request of {longest} tokens need {needed}: give it more memory or lower --max-model-len"
+    )

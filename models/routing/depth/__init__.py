@@ -1,0 +1,1 @@
+"""The controls of `routing.depth`, one per file."""

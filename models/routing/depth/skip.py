@@ -1,0 +1,159 @@
+"""Skip sets from their wire forms: named layers, a fraction, a fixed exit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from sluice.models.depth.exits.fixed import NAME as FIXED
+from sluice.models.depth.exits.fixed import blocks_behind
+from sluice.models.depth.skip_order import Unit, drop_order, skip_first
+from sluice.models.policy.policy import Phase, SkipSet
+from sluice.models.profile.fields import EffortLevel
+from sluice.models.routing.capabilities import Capabilities
+from sluice.models.routing.checks import check_fields, check_layers, invalid
+from sluice.models.routing.errors import RoutingError
+from sluice.models.routing.schema import ExitFields, SkipFields
+
+SKIP = "routing.depth.skip"
+_EXIT = "routing.depth.exit"
+_LISTS = ("blocks", "attention", "mlp")
+
+
+def skip_set(fields: SkipFields, phase: Phase, capabilities: Capabilities) -> SkipSet:
+    """`routing.depth.skip`: named layers, or a fraction of the drop order (LLM-Drop).
+
+    A fraction leaves out the first `floor(fraction * units + 1/2)` of the units that `by` counts.
+
+    Raises:
+        RoutingError: a layer that does not exist, half of a fraction, a fraction beside lists, or
+            one that rounds to no unit or to everything.
+    """
+    if fields.fraction is not None or fields.by is not None:
+        return _fraction(fields, phase, capabilities)
+    for name in _LISTS:
+        check_layers(getattr(fields, name), capabilities.layers, f"{SKIP}.{name}")
+    skip = SkipSet.of(
+        blocks=tuple(fields.blocks),
+        attention=tuple(fields.attention),
+        mlp=tuple(fields.mlp),
+        phase=phase,
+    )
+    check_something_runs(skip, capabilities, SKIP)
+    return skip
+
+
+def _fraction(fields: SkipFields, phase: Phase, capabilities: Capabilities) -> SkipSet:
+    if fields.fraction is None or fields.by is None:
+        missing, given = ("fraction", "by") if fields.fraction is None else ("by", "fraction")
+        raise invalid(f"{given} needs {missing} beside it", f"{SKIP}.{missing}")
+    lists = [name for name in _LISTS if name in fields.model_fields_set]
+    if lists:
+        raise invalid(
+            f"fraction chooses the layers, and {lists[0]} names them: give one of the two",
+            f"{SKIP}.{lists[0]}",
+        )
+    order = drop_order(fields.by, capabilities.layers, capabilities.importance)
+    count = math.floor(fields.fraction * len(order) + 0.5)
+    if count == 0:
+        raise invalid(
+            f"{fields.fraction:g} of {len(order)} units ({fields.by}) rounds to none",
+            f"{SKIP}.fraction",
+        )
+    skip = skip_first(order, count, phase)
+    check_something_runs(skip, capabilities, f"{SKIP}.fraction")
+    return skip
+
+
+def fixed_exit(
+    fields: ExitFields, skip: SkipSet, phase: Phase, capabilities: Capabilities
+) -> SkipSet:
+    """`routing.depth.exit` with method `fixed`: `skip`, and every block behind the exit layer.
+
+    Raises:
+        RoutingError: not exactly one layer, the last one, one that does not exist, a field of the
+            other methods, or a layer before which `skip` leaves nothing to run.
+    """
+    check_fields(fields, ("layers",), FIXED, _EXIT)
+    layers, param = fields.layers or [], f"{_EXIT}.layers"
+    if len(layers) != 1:
+        raise invalid(f"method {FIXED!r} needs exactly one layer, not {len(layers)}", param)
+    check_layers(layers, capabilities.layers, param)
+    blocks = blocks_behind(layers[0], capabilities.layers)
+    if not blocks:
+        raise invalid(f"layer {layers[0]} is the last: leaving there is no exit", f"{param}.0")
+    merged = SkipSet.of(blocks=blocks, attention=skip.attention, mlp=skip.mlp, phase=phase)
+    check_something_runs(merged, capabilities, param)
+    return merged
+
+
+def check_something_runs(skip: SkipSet, capabilities: Capabilities, param: str) -> None:
+    """At least one sub-layer is left.
+
+    Raises:
+        RoutingError: none is.
+    """
+    if len(skip.attention) == len(skip.mlp) == capabilities.layers:
+        raise RoutingError(
+            f"{param} leaves nothing to run: keep at least one attention or MLP",
+            param=param,
+            reason="nothing_left_to_run",
+        )
+
+
+EFFORT = "routing.effort"
+_SubLayer = tuple[Unit, int]
+
+
+def effort_set(effort: float, phase: Phase, capabilities: Capabilities) -> SkipSet:
+    """The sub-layers that an effort leaves out.
+
+    Without levels: the first `floor((1 - effort) * layers + 1/2)` blocks of the drop order. With
+    levels: see `_between`.
+
+    Raises:
+        RoutingError: nothing would be left to run, or nothing was measured that far down.
+    """
+    levels = capabilities.effort_levels
+    if levels:
+        left_out = _between(effort, levels, capabilities)
+    else:
+        count = math.floor((1.0 - effort) * capabilities.layers + 0.5)
+        left_out = drop_order(Unit.BLOCK, capabilities.layers, capabilities.importance)[:count]
+    if not left_out:
+        return SkipSet()
+    skip = skip_first(left_out, len(left_out), phase, elastic=True)
+    check_something_runs(skip, capabilities, EFFORT)
+    return skip
+
+
+def _between(
+    effort: float, levels: Sequence[EffortLevel], capabilities: Capabilities
+) -> list[_SubLayer]:
+    """What an effort leaves out between two neighbouring levels.
+
+    Let A be the lowest level at or above the effort (full depth is one, of effort 1) and B the
+    next, of efforts a and b, and n the number of sub-layers that B leaves out beyond A. All of A
+    goes, and of the n the first `floor(n * (a - effort) / (a - b) + 1/2)` in joint drop order: each
+    stands for an equal part of the way from a to b, and the set nearest the effort is taken. So a
+    level's own effort is that level, and smaller efforts leave out no less.
+
+    Raises:
+        RoutingError: the effort lies below the lowest level.
+    """
+    order = drop_order(Unit.JOINT, capabilities.layers, capabilities.importance)
+    fuller: frozenset[_SubLayer] = frozenset()
+    above = 1.0
+    for level in levels:
+        own = _sub_layers(level)
+        if effort >= level.effort:
+            further = [unit for unit in order if unit in own - fuller]
+            way = (above - effort) / (above - level.effort)
+            return [*fuller, *further[: math.floor(len(further) * way + 0.5)]]
+        fuller, above = own, level.effort
+    raise invalid(f"{effort:g} is below {above:g}, the lowest effort that was measured", EFFORT)
+
+
+def _sub_layers(level: EffortLevel) -> frozenset[_SubLayer]:
+    attention = ((Unit.ATTENTION, layer) for layer in level.attention)
+    return frozenset((*attention, *((Unit.MLP, layer) for layer in level.mlp)))

@@ -1,0 +1,1 @@
+"""The controls of `routing.experts`, one per file."""

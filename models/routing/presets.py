@@ -1,0 +1,126 @@
+"""Named policies from a YAML or JSON file.
+
+presets:
+  shallow:
+    description: leaves out two blocks while decoding
+    depth: {skip: {blocks: [5, 6]}, phase: decode}
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from sluice.models.profile.profile import Profile, ProfileError
+from sluice.models.profile.writer import JSON_NAME
+from sluice.models.routing.schema import PolicyFields, PresetFields, StrictFields, dotted
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+NO_PRESET = "none"
+CUSTOM_PRESET = "custom"
+RESERVED_NAMES = frozenset({NO_PRESET, CUSTOM_PRESET})
+"""Labels of `sluice_requests_total` for requests without a preset."""
+
+MODEL_SEPARATOR = "@"
+
+
+class PresetsFileError(ValueError):
+    """A presets file cannot be used; the message names the file and the entry."""
+
+
+class _PresetsFile(StrictFields):
+    presets: dict[str, PresetFields]
+
+
+def is_preset_name(name: str) -> bool:
+    """Whether a preset may have this name."""
+    return NAME.fullmatch(name) is not None and name not in RESERVED_NAMES
+
+
+def load_presets(path: Path) -> dict[str, PresetFields]:
+    """Read a presets file (JSON is YAML).
+
+    Raises:
+        PresetsFileError: the file is missing, not YAML, or an entry is not a valid policy.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PresetsFileError(f"presets file {path}: {error}") from error
+    try:
+        presets = _PresetsFile.model_validate(content).presets
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = dotted(str(path), first["loc"]) if first["loc"] else str(path)
+        raise PresetsFileError(f"presets file {where}: {first['msg']}") from None
+    for name in presets:
+        if not is_preset_name(name):
+            raise PresetsFileError(
+                f"presets file {path}: {name!r} is not a preset name (lower-case letters, digits, "
+                f"'.', '_', '-', at most 64, and not {' or '.join(sorted(RESERVED_NAMES))})"
+            )
+    return presets
+
+
+def all_presets(path: Path | None, profile: Profile | None) -> dict[str, PresetFields]:
+    """The presets of a file and those of a profile.
+
+    Raises:
+        PresetsFileError: the file cannot be used, or a name is in both.
+        ProfileError: a preset of the profile is no policy.
+    """
+    own = {} if path is None else load_presets(path)
+    if profile is None:
+        return own
+    measured = profile_presets(profile)
+    for name in own:
+        if name in measured:
+            raise PresetsFileError(
+                f"preset {name!r} is in presets file {path} and in profile {profile.folder}: "
+                "rename the one in the file"
+            )
+    return {**own, **measured}
+
+
+def profile_presets(profile: Profile) -> dict[str, PresetFields]:
+    """The presets of a profile's frontier.
+
+    Raises:
+        ProfileError: one has no preset's name, or its routing is malformed.
+    """
+    presets: dict[str, PresetFields] = {}
+    for name, point in profile.presets.items():
+        where = f"frontier.presets.{name}"
+        if not is_preset_name(name):
+            raise ProfileError(f"profile {profile.folder / JSON_NAME}: {where}: not a preset name")
+        try:
+            PolicyFields.model_validate(point.routing)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            path = dotted(f"{where}.routing", first["loc"])
+            raise ProfileError(
+                f"profile {profile.folder / JSON_NAME}: {path}: {first['msg']}"
+            ) from None
+        presets[name] = PresetFields(**point.routing, description=f"measured: {point.name}")
+    return presets
+
+
+def measured_preset(profile: Profile, name: str) -> dict[str, Any] | None:
+    """What was measured of a preset, or None if it is not the profile's."""
+    frontier, point = profile.frontier, profile.presets.get(name)
+    if frontier is None or point is None:
+        return None
+    return {
+        "point": point.name,
+        "quality": {"measure": frontier.measure, **point.quality.model_dump()},
+        "speed": point.speed.model_dump(),
+        "compute_fraction": point.compute_fraction,
+        "generated_compute_fraction": point.generated_fraction,
+        "items": frontier.items,
+        "batch": frontier.batch,
+        "device": frontier.device,
+    }

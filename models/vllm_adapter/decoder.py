@@ -1,0 +1,162 @@
+"""A loaded model seen through its family's description: layers as parts the loop can call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sluice.models.telemetry.request_record import ModuleCost
+from sluice.models.vllm_adapter.families import DecoderFamily
+from sluice.models.vllm_adapter.key_values import KeyValues
+from sluice.models.vllm_adapter.patching import SeamMovedError
+
+Norm = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """The parts of one layer, as vLLM loaded them."""
+
+    attention_norm: Norm
+    attention: nn.Module
+    attention_op: nn.Module
+    mlp_norm: Norm
+    mlp: nn.Module
+    projections: tuple[nn.Module, ...]
+    """All projections of the attention."""
+    fill_projections: tuple[nn.Module, ...]
+    """Those that K/V come from, without the rows of queries where `key_values` leaves them out."""
+    latent: bool
+    """The K/V cache holds latents; see `AttentionKind`."""
+    key_values: KeyValues | None
+    """The way to K/V alone; None where only the attention itself knows it."""
+
+    @property
+    def kv_name(self) -> str:
+        """Name under which vLLM's forward context knows this layer's K/V cache."""
+        return str(self.attention_op.layer_name)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderStack:
+    """A decoder between token ids and final hidden states."""
+
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    layers: tuple[DecoderLayer, ...]
+    final_norm: Norm
+    compute_logits: Callable[[torch.Tensor], torch.Tensor | None]
+
+    @classmethod
+    def of(cls, model: nn.Module, family: DecoderFamily) -> DecoderStack:
+        """Look the parts up once.
+
+        Raises:
+            SeamMovedError: a part the family names is missing.
+            ValueError: the checkpoint uses an optional part that the loop does not run.
+        """
+        decoder = _part(model, family.decoder)
+        return cls(
+            embed=_part(decoder, family.embed),
+            layers=tuple(_layer(m, family) for m in _part(decoder, family.layers)),
+            final_norm=_part(decoder, family.final_norm),
+            compute_logits=_part(model, "compute_logits"),
+        )
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """LM head after the final norm.
+
+        Args:
+            hidden: residual stream, (rows, hidden); overwritten.
+
+        Returns:
+            (rows, vocabulary).
+        """
+        normed, _ = self.final_norm(hidden, torch.zeros_like(hidden))
+        logits = self.compute_logits(normed)
+        assert logits is not None, "the LM head gathers logits on one rank only"
+        return logits
+
+    def cost(self, experts_per_token: int, experts: int) -> ModuleCost:
+        """Parameters a token multiplies with, per layer and module, on this rank.
+
+        Args:
+            experts_per_token: the model's top-k; 0 for a dense model.
+            experts: routed experts per layer; 0 for a dense model.
+        """
+        routed = [_stacked(layer.mlp) / max(experts, 1) for layer in self.layers]
+        modules = [
+            (_linear(*layer.projections), _linear(layer.mlp) + experts_per_token * expert)
+            for layer, expert in zip(self.layers, routed, strict=True)
+        ]
+        # Filling stops before attending and projecting out.
+        fill = [_linear(*layer.fill_projections) for layer in self.layers]
+        return ModuleCost(np.array(modules), np.array(fill), max(routed))
+
+
+def _layer(module: nn.Module, family: DecoderFamily) -> DecoderLayer:
+    for name in family.absent:
+        if getattr(module, name, None) is not None:
+            raise ValueError(f"{family.name} checkpoints with {name} are not supported")
+    attention = _part(module, family.attention)
+    kind = family.attention_kind
+    key_values = None if kind.latent else KeyValues.of(attention)
+    fill = _projections(attention, kind.fill_projections)
+    return DecoderLayer(
+        attention_norm=_part(module, family.attention_norm),
+        attention=attention,
+        attention_op=_part(attention, family.attention_op),
+        mlp_norm=_part(module, family.mlp_norm),
+        mlp=_part(module, family.mlp),
+        projections=_projections(attention, kind.projections),
+        fill_projections=fill if key_values is None else (key_values.projection,),
+        latent=kind.latent,
+        key_values=key_values,
+    )
+
+
+def _projections(attention: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, ...]:
+    """Those that the checkpoint has; the others must be there, as None."""
+    for name in names:
+        if not hasattr(attention, name):
+            raise SeamMovedError(f"`{name}` on {type(attention).__name__}")
+    return tuple(part for name in names if (part := getattr(attention, name)) is not None)
+
+
+def _part(owner: nn.Module, path: str) -> Any:
+    part: Any = owner
+    for name in path.split("."):
+        found = getattr(part, name, None)
+        if found is None:
+            raise SeamMovedError(f"`{name}` on {type(part).__name__}")
+        part = found
+    return part
+
+
+def input_width(linear: Any) -> int:
+    """Columns of a vLLM linear part's input, on this rank."""
+    return int(getattr(linear, "input_size_per_partition", linear.input_size))
+
+
+def _linear(*modules: nn.Module) -> float:
+    """Weights of all linear parts, by their declared sizes.
+
+    vLLM's CPU backend repacks the weights and leaves empty parameters behind.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+
+    parts = (part for module in modules for part in module.modules())
+    return sum(
+        float(getattr(part, "output_size_per_partition", part.output_size)) * input_width(part)
+        for part in parts
+        if isinstance(part, LinearBase)
+    )
+
+
+def _stacked(module: nn.Module) -> float:
+    """Weights of all routed experts, which stay tensors of (experts, out, in)."""
+    return float(sum(p.numel() for p in module.parameters() if p.dim() == 3))

@@ -1,0 +1,130 @@
+"""`sluice demo eval`: exact match of the demo model per task, on held-out items, by policy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sluice.models.offline.demo import DEMO_MODEL_DIR
+from sluice.models.routing.presets import MODEL_SEPARATOR
+from sluice.server.cli.policies import (
+    add_policy_argument,
+    measure_all,
+    print_results,
+    read_policies,
+    write_rows,
+)
+
+if TYPE_CHECKING:
+    from sluice.models.offline.evaluate.results import PolicyResult
+
+DEFAULT_ITEMS = 200
+DEFAULT_SEED = 1
+TITLE = "held-out exact match"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand to argparse's subparsers."""
+    parser = commands.add_parser(
+        "eval",
+        help="exact match per task on held-out items",
+        description="Prints exact match per task on held-out items, in process through "
+        "transformers, or through a running server with --url. With several policies it prints a "
+        "row for each, with the work it took. Exits with 1 if a task is under the bar of the demo "
+        "model (95 %) at full depth.",
+    )
+    parser.add_argument("--url", help="server to ask, for example http://127.0.0.1:8000/v1")
+    parser.add_argument("--model", default="demo", help="model id to ask for (with --url)")
+    add_policy_argument(parser, " (with --url)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the policies' rows there")
+    parser.add_argument("--api-key", default="EMPTY", help="bearer key (with --url)")
+    parser.add_argument("--items", type=int, default=DEFAULT_ITEMS, help="held-out items per task")
+    parser.add_argument(
+        "--longer",
+        action="store_true",
+        help="ask items longer than any trained on, of which the model answers about half "
+        "(with --policy)",
+    )
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="seed of the item draw")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate and print.
+
+    Raises:
+        SystemExit: 1 if a task is under the bar at full depth, 2 for arguments that do not fit, a
+            server that does not answer, or a policy that it refuses.
+    """
+    from rich.console import Console
+
+    from sluice.models.offline.demo import evaluate
+    from sluice.models.offline.evaluate.evaluation import EvaluationError
+    from sluice.models.offline.evaluate.score import table
+
+    if args.items < 1:
+        args.parser.error("--items must be at least 1")
+    if args.json is not None and not args.policy:
+        args.parser.error("--json needs --policy: it writes a row per policy")
+    if args.longer and not args.policy:
+        args.parser.error("--longer needs --policy: it is for comparing policies")
+    if args.policy:
+        _run_policies(args)
+        return
+    if args.url is None:
+        scores = evaluate.evaluate_local(DEMO_MODEL_DIR, args.items, args.seed)
+    else:
+        try:
+            scores = evaluate.evaluate_server(
+                args.url, args.model, args.items, args.seed, api_key=args.api_key
+            )
+        except EvaluationError as error:
+            args.parser.error(str(error))
+    Console().print(table(scores, TITLE, evaluate.BAR))
+    if MODEL_SEPARATOR not in args.model:
+        _exit_under_bar(scores)
+
+
+def _run_policies(args: argparse.Namespace) -> None:
+    from sluice.models.offline.demo import evaluate
+    from sluice.models.offline.evaluate.evaluation import evaluate as measured
+    from sluice.models.offline.evaluate.http_backend import Served
+
+    if args.url is None:
+        args.parser.error("--policy needs --url: plain transformers knows nothing of routing")
+    if MODEL_SEPARATOR in args.model:
+        args.parser.error("name the preset with --policy or with --model, not with both")
+    try:
+        policies = read_policies(args.policy)
+    except ValueError as error:
+        args.parser.error(str(error))
+    drawn = evaluate.longer_heldout_items if args.longer else evaluate.heldout_items
+    tasks = evaluate.examples(drawn(args.items, args.seed))
+    served = Served(args.url, args.model, args.api_key)
+
+    def measure(name: str, routing: Mapping[str, Any]) -> PolicyResult:
+        return measured(served, tasks, name, routing, evaluate.MAX_ANSWER_TOKENS)
+
+    results, refusal = measure_all(policies, measure)
+    print_results(results, TITLE, evaluate.BAR)
+    if args.json is not None:
+        try:
+            write_rows(results, args.json)
+        except OSError as error:
+            args.parser.error(f"{args.json}: {error.strerror}")
+    if refusal is not None:
+        args.parser.error(refusal)
+    if args.longer:
+        return
+    for result in results:
+        if not {key for key in result.routing if key != "report"}:
+            _exit_under_bar(result.scores)
+
+
+def _exit_under_bar(scores: Mapping[str, Any]) -> None:
+    from sluice.models.offline.demo.evaluate import BAR
+
+    if any(score.exact_match < BAR for score in scores.values()):
+        raise SystemExit(1)

@@ -1,0 +1,191 @@
+"""`experts_routing` of `/v1/routing/capabilities`: the expert controls this engine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sluice.models.depth.method import Parameter
+from sluice.models.policy.expert_shape import ExpertShape
+from sluice.models.policy.experts import RemixMethod, RemixScope
+from sluice.models.profile.profile import Profile
+from sluice.models.routing.experts import parameters as controls
+
+
+def listed(
+    parameters: dict[str, Any], source: str, reason: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """A control: what it takes, the paper it is from, and why it is not available, or None."""
+    return {
+        "parameters": parameters,
+        "source": source,
+        "available": reason is None,
+        "reason": reason,
+        **more,
+    }
+
+
+def numbers(parameters: Mapping[str, Parameter]) -> dict[str, Any]:
+    """Ranges and defaults by name."""
+    return {name: number(p.low, p.high, p.default) for name, p in parameters.items()}
+
+
+def number(low: float, high: float, default: Any) -> dict[str, Any]:
+    """Range and default of one number."""
+    return {"low": low, "high": high, "default": default}
+
+
+def choice(values: Sequence[Any], default: Any) -> dict[str, Any]:
+    """What a field may be, and what it is if it is not given."""
+    return {"choices": [*values], "default": default}
+
+
+def effort_listing(profile: Profile | None, layers: int) -> dict[str, Any]:
+    """Where `effort` comes from and how low it goes.
+
+    Args:
+        profile: the one the server was started with.
+        layers: of the model.
+
+    Returns:
+        `source` is `frontier`, or `importance` or `default` for the order in which blocks go;
+        `lowest` is the effort of the last level, or that of a single block.
+    """
+    frontier = profile.frontier if profile is not None else None
+    if frontier is not None and frontier.effort:
+        return {
+            "source": "frontier",
+            "lowest": frontier.effort[-1].effort,
+            "measure": frontier.measure,
+            "levels": [level.model_dump(mode="json") for level in frontier.effort],
+        }
+    ordered = profile is not None and profile.importance is not None
+    return {
+        "source": "importance" if ordered else "default",
+        "lowest": 1.0 / layers,
+        "measure": None,
+        "levels": [],
+    }
+
+
+def skip_set_listing(profile: Profile | None) -> dict[str, Any]:
+    """Skip sets by name; `attention` and `mlp` go into `depth.skip` with phase `decode`."""
+    found = profile.fields.skip_sets if profile is not None else {}
+    return {name: held.model_dump(mode="json") for name, held in found.items()}
+
+
+def profile_experts_listing(profile: Profile | None) -> dict[str, Any]:
+    """Behaviours' experts, experts per layer (LExI) and skip ratios (NAEE)."""
+    fields = profile.fields if profile is not None else None
+    behaviours = fields.behaviours if fields is not None else {}
+    levels = fields.expert_k if fields is not None else ()
+    ratios = fields.skip_ratios if fields is not None else None
+    return {
+        "behaviours": {name: held.model_dump(mode="json") for name, held in behaviours.items()},
+        "expert_k": [level.model_dump(mode="json") for level in levels],
+        "skip_ratios": None if ratios is None else [*ratios],
+    }
+
+
+def expert_listing(
+    shape: ExpertShape | None,
+    refusal: str | None,
+    contrast_refusal: str | None,
+    profile: Profile | None,
+    *,
+    enabled: bool,
+) -> dict[str, Any]:
+    """The engine's experts and what can be asked of them.
+
+    Args:
+        shape: of the model's experts, or None if there are none.
+        refusal: why no expert control can be done, or None.
+        contrast_refusal: why no contrast can be done, or None.
+        profile: the one the server was started with.
+        enabled: whether the server lets requests ask.
+    """
+    supported = shape is not None and refusal is None
+    supers = profile.super_experts if profile is not None else ()
+    references = profile.references if profile is not None else {}
+    return {
+        "supported": supported,
+        "reason": refusal,
+        "enabled": enabled,
+        "layers": [*shape.layers] if shape else [],
+        "experts_per_layer": shape.experts if shape else None,
+        "top_k": shape.top_k if shape else None,
+        "scoring": shape.scoring if shape else None,
+        "renormalize": shape.renormalize if shape else None,
+        "groups": shape.groups if shape else None,
+        "topk_group": shape.topk_group if shape else None,
+        "controls": _controls(shape, contrast_refusal, bool(references))
+        if shape is not None and supported
+        else {},
+        "super_experts": [[*named] for named in supers],
+        "references": {
+            name: {"layers": [*held.layers], "width": held.width, "encoder": held.encoder}
+            for name, held in references.items()
+        },
+        **profile_experts_listing(profile),
+    }
+
+
+def _controls(shape: ExpertShape, contrast_refusal: str | None, references: bool) -> dict[str, Any]:
+    oea, xshare, lynx = controls.BUDGETS
+    set_size = numbers({"experts": controls.budget_experts(shape)})
+    return {
+        "deactivate": listed(
+            {"mode": choice(controls.DEACTIVATE_MODES, controls.DEACTIVATE_MODES[0])},
+            controls.MOTE,
+        ),
+        "activate": listed(numbers({"weight": controls.WEIGHT}), controls.MOTE),
+        "bias": listed(numbers({"value": controls.BIAS}), controls.MOTE),
+        "top_k": listed(numbers({"top_k": controls.top_k(shape)}), controls.LEXI, per_layer=True),
+        "top_p": listed({"top_p": number(0.0, 1.0, 1.0)}, controls.DYNAMIC_MOE, per_layer=False),
+        "skip_ratio": listed(
+            numbers({"skip_ratio": controls.SKIP_RATIO}), controls.NAEE, per_layer=True
+        ),
+        "budget": {
+            oea.value: listed(numbers({"k0": controls.oea_k0(shape.top_k)}), controls.BUDGETS[oea]),
+            **{
+                method.value: listed(set_size, controls.BUDGETS[method])
+                for method in (xshare, lynx)
+            },
+        },
+        "remix": {method.value: _remix(method, shape, references) for method in RemixMethod},
+        "contrast": listed(
+            numbers(
+                {
+                    "weak_rank": controls.weak_rank(shape),
+                    "beta": controls.BETA,
+                    "alpha": controls.CONTRAST_ALPHA,
+                }
+            ),
+            controls.SCMOE,
+            contrast_refusal,
+        ),
+        "protect_super_experts": listed(
+            {"protect_super_experts": choice((True, False), True)}, controls.SUPER_EXPERTS
+        ),
+    }
+
+
+def _remix(method: RemixMethod, shape: ExpertShape, references: bool) -> dict[str, Any]:
+    own: dict[str, Parameter] = {
+        "alpha": controls.ALPHA,
+        "top": controls.remix_top(shape, shape.top_k),
+    }
+    if method is not RemixMethod.SUPPLIED:
+        own |= {"neighbors": controls.NEIGHBORS, "bandwidth": controls.BANDWIDTH}
+    if method is RemixMethod.KERNEL:
+        own["max_similarity"] = controls.MAX_SIMILARITY
+    parameters = {
+        "scope": choice([scope.value for scope in RemixScope], RemixScope.LAST.value),
+        **numbers(own),
+    }
+    if method is RemixMethod.SUPPLIED:
+        parameters["layers"] = choice(shape.layers, [*controls.remix_layers(shape)])
+        return listed(parameters, controls.C3PO)
+    parameters["kernel"] = choice(controls.REMIX_KERNELS, controls.REMIX_KERNELS[0])
+    reason = None if references else "the server has no profile with re-mix references"
+    return listed(parameters, controls.C3PO, reason)

@@ -1,0 +1,100 @@
+"""Pure ASGI middleware: at most so many requests at once, and a time to come back for the others.
+
+vLLM's own bounds (`--max-num-queued-reqs`, `--max-num-queued-tokens`) look at requests that the
+engine has already taken. Of many that come at once, more pass than fit, and those that stream get
+their refusal inside an answer that has begun. Here a request is counted before anything else runs,
+so that each one beyond the limit gets 503. vLLM's 503 get the header that clients wait by.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from starlette.datastructures import MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sluice.server.asgi import route_path
+
+RETRY_AFTER_SECONDS = 1
+_UNAVAILABLE = 503
+
+
+class OverloadMiddleware:
+    """Refuses requests beyond a limit, and dates each 503 that answers a POST.
+
+    Counted are POSTs to paths that a key would guard: those that may ask the engine for work. Each
+    API server process has its own count. Probes of the engine's health are GET: nobody promises
+    when a dead engine is back.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int | None, retry_after: int) -> None:
+        from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
+
+        self._app = app
+        self._limit = limit
+        self._retry_after = str(retry_after)
+        self._guarded = GUARDED_PREFIX
+        self._open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection; everything but a POST passes untouched."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_dated(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == _UNAVAILABLE:
+                MutableHeaders(scope=message).setdefault("retry-after", self._retry_after)
+            await send(message)
+
+        if self._limit is None or not route_path(scope).startswith(self._guarded):
+            await self._app(scope, receive, send_dated)
+            return
+        if self._open >= self._limit:
+            answer = JSONResponse(_body(self._limit), _UNAVAILABLE)
+            await answer(scope, receive, send_dated)
+            return
+        self._open += 1
+        try:
+            await self._app(scope, receive, send_dated)
+        finally:
+            self._open -= 1
+
+
+def _body(limit: int) -> dict[str, Any]:
+    """OpenAI-shaped error object."""
+    return {
+        "error": {
+            "message": f"the server takes {limit} requests at once: try again later",
+            "type": "ServiceUnavailableError",
+            "param": None,
+            "code": _UNAVAILABLE,
+        }
+    }
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of `sluice serve`."""
+    group.add_argument(
+        "--max-open-requests",
+        type=_at_least_one,
+        metavar="N",
+        help="requests that an API server process has in hand at once; others get 503 with "
+        "Retry-After (default: no limit)",
+    )
+    group.add_argument(
+        "--retry-after",
+        type=_at_least_one,
+        default=RETRY_AFTER_SECONDS,
+        metavar="SECONDS",
+        help="what a 503 tells the client to wait (default: %(default)s)",
+    )
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number

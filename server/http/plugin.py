@@ -1,0 +1,92 @@
+"""`vllm.endpoint_plugins` entry point: hangs the HTTP edge into vLLM's OpenAI server."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client import REGISTRY
+from starlette.middleware import Middleware
+
+from sluice.models.profile.profile import PROFILE_ENV, Profile
+from sluice.models.routing.capabilities import Capabilities
+from sluice.models.routing.errors import RoutingError
+from sluice.models.routing.presets import PresetsFileError, all_presets
+from sluice.models.telemetry.counter_file import telemetry_folder
+from sluice.models.vllm_adapter.patches.tracing import RequestSpans
+from sluice.server.access.authentication import CallerMiddleware
+from sluice.server.access.keys import Keys
+from sluice.server.admission import Admission
+from sluice.server.console.page import build_console_router
+from sluice.server.http.middleware import RoutingMiddleware
+from sluice.server.http.overload import OverloadMiddleware
+from sluice.server.http.routes import build_router
+from sluice.server.http.state import Edge
+from sluice.server.telemetry.audit import show_audit_log
+from sluice.server.telemetry.expert_metrics import ExpertCollector
+from sluice.server.telemetry.metrics import LayerCollector, RequestMetrics
+
+
+class RoutingPlugin:
+    """vLLM `EndpointPlugin`; named in `VLLM_PLUGINS` by `sluice serve`."""
+
+    name = "sluice"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add routes and the innermost middleware; called before the engine is known.
+
+        Raises:
+            KeysFileError: the keys file cannot be used.
+            RuntimeError: the server was not started with `sluice serve`.
+        """
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+        registry = get_prometheus_registry()
+        folder = telemetry_folder()
+        if folder is None:
+            raise RuntimeError("start the server with `sluice serve`: no telemetry folder is set")
+        args: Namespace = app.state.args
+        registry.register(LayerCollector(folder))
+        registry.register(ExpertCollector(folder, per_expert=args.expert_metrics))
+        app.include_router(build_router(registry, folder))
+        if args.console:
+            app.include_router(build_console_router())
+        keys = None if args.keys is None else Keys.load(args.keys)
+        # `add_middleware` would put ours outside vLLM's authentication, which is added later.
+        app.user_middleware.append(Middleware(CallerMiddleware, keys=keys))
+        app.user_middleware.append(Middleware(RoutingMiddleware))
+        overload = {"limit": args.max_open_requests, "retry_after": args.retry_after}
+        app.user_middleware.append(Middleware(OverloadMiddleware, **overload))
+        # Not in `sluice serve`: each API server process has logging of its own.
+        show_audit_log()
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Read capabilities, profile and presets once the engine is there.
+
+        Raises:
+            PresetsFileError: a preset asks for something this model cannot do, or is in the
+                profile too.
+            ProfileError: the profile cannot be read, or was made for another model.
+        """
+        served = tuple(card.name for card in state.openai_serving_models.base_model_paths)
+        profile_folder = os.environ.get(PROFILE_ENV)
+        profile = Profile.load(Path(profile_folder)) if profile_folder else None
+        presets = all_presets(args.presets, profile)
+        # Every rank has the same routers, so the first answer serves.
+        expert_answer = (await engine_client.collective_rpc("describe_experts"))[0]
+        capabilities = Capabilities.of(
+            engine_client.vllm_config, served, profile, expert_answer, args.expert_routing
+        )
+        admission = Admission(capabilities, presets)
+        try:
+            admission.check_presets()
+        except RoutingError as error:
+            raise PresetsFileError(
+                f"presets file {args.presets}: {error.param}: {error.message}"
+            ) from None
+        metrics, spans = RequestMetrics(presets, REGISTRY), RequestSpans.attach(engine_client)
+        state.sluice = Edge(admission, metrics, engine_client, spans)

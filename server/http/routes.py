@@ -1,0 +1,91 @@
+"""Routes beside vLLM's own: `/v1/routing/*`, and two of vLLM's with our part added."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from sluice.models.routing.errors import RoutingError
+from sluice.models.routing.presets import MODEL_SEPARATOR, measured_preset
+from sluice.server.admission import Admission
+from sluice.server.http.state import Edge
+from sluice.server.telemetry.utilization import utilization
+
+
+def build_router(registry: CollectorRegistry, folder: Path) -> APIRouter:
+    """Routes of one app.
+
+    Args:
+        registry: what `/metrics` shows.
+        folder: of the engines' counter files.
+    """
+    router = APIRouter()
+
+    @router.get("/v1/routing/capabilities")
+    async def capabilities(request: Request) -> dict[str, Any]:
+        return _edge(request).admission.capabilities.to_wire()
+
+    @router.get("/v1/routing/presets")
+    async def presets(request: Request) -> dict[str, Any]:
+        admission = _edge(request).admission
+        return {
+            "object": "list",
+            "data": [preset_listing(admission, name) for name in admission.presets],
+        }
+
+    @router.get("/v1/routing/utilization")
+    def layers_and_experts() -> dict[str, Any]:
+        return utilization(folder)
+
+    @router.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        """vLLM's list, and each available preset as a model whose parent is the base model."""
+        listed = await request.app.state.openai_serving_models.show_available_models()
+        wire: dict[str, Any] = listed.model_dump()
+        admission = _edge(request).admission
+        base = admission.capabilities.models[0]
+        card = next(card for card in wire["data"] if card["id"] == base)
+        wire["data"] += [
+            {**card, "id": f"{base}{MODEL_SEPARATOR}{name}", "parent": base}
+            for name in admission.presets
+            if admission.preset_refusal(name) is None
+        ]
+        return wire
+
+    @router.get("/metrics", include_in_schema=False)
+    def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def preset_listing(admission: Admission, name: str) -> dict[str, Any]:
+    """A preset: its policy, whether it is available here, and what was measured of it."""
+    capabilities, refusal = admission.capabilities, admission.preset_refusal(name)
+    profile = capabilities.profile
+    return {
+        "id": name,
+        "object": "routing.preset",
+        "description": admission.presets[name].description,
+        "model": f"{capabilities.models[0]}{MODEL_SEPARATOR}{name}",
+        "policy": _policy(admission, name),
+        "available": refusal is None,
+        "reason": refusal and refusal.message,
+        "measured": measured_preset(profile, name) if profile else None,
+    }
+
+
+def _policy(admission: Admission, name: str) -> dict[str, Any] | None:
+    """A preset's effective policy, or None where this engine cannot do it."""
+    try:
+        return admission.preset_policy(name).to_dict()
+    except RoutingError:
+        return None
+
+
+def _edge(request: Request) -> Edge:
+    edge: Edge = request.app.state.sluice
+    return edge

@@ -1,1 +1,0 @@
-"""From the wire form of `routing` to a policy: one control a module."""

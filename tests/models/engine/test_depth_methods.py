@@ -1,0 +1,271 @@
+"""Every depth method on a real engine against the plain reference, fp32, K/V poisoned.
+
+Tokens, exit layers, decided masks and the K/V of every slot that is attended; each request alone,
+and all of them in one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.engine import Engine, engine
+from support.profiles import write_profile
+from support.reference import Reference
+from support.references.choices import random_heads, threshold_between
+from support.tiny import LAYERS, VOCABULARY, make_model
+from support.written import assert_same_kv, in_pairs, record_writes
+
+from sluice.kernels.dispatch import AUTO
+from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
+from sluice.models.engine.cost_model import CostModel
+from sluice.models.engine.plan import Arrange, compact
+from sluice.models.policy.policy import (
+    AdaptiveRule,
+    ExitRule,
+    MissingKV,
+    Phase,
+    RoutingPolicy,
+    SkipSet,
+)
+from sluice.models.profile.profile import PROFILE_ENV
+
+TOKENS = 24
+EXITS = tuple(range(LAYERS - 1))
+# Ends inside the second block; the answer crosses into the third.
+PROMPT = [(37 * i * i + 11 * i + 5) % VOCABULARY for i in range(45)]
+
+
+@dataclass
+class Served:
+    engine: Engine
+    reference: Reference
+    heads: dict[str, torch.Tensor]
+
+    @property
+    def block(self) -> int:
+        """Tokens of a K/V block; vLLM has its own idea for some attentions."""
+        return self.engine.runner.cache_config.block_size
+
+    def rule(
+        self, method: str, layers: tuple[int, ...] = EXITS, share: float = 0.9, **changes: object
+    ) -> ExitRule:
+        """A rule under which some tokens leave and some stay."""
+        if method == "patience":
+            return replace(ExitRule(method, layers, patience=1), **changes)
+        share = 1.0 - share if method == "entropy" else share
+        scores = self.reference.scores(PROMPT, method, layers, TOKENS, self.heads)
+        return replace(
+            ExitRule(method, layers, threshold=threshold_between(scores, share)), **changes
+        )
+
+    def prompt_threshold(self, method: str) -> float:
+        return threshold_between(self.reference.prompt_scores(PROMPT, method, self.heads), 0.5)
+
+    def policy(self, case: str) -> RoutingPolicy:
+        name, _, variant = case.partition(" ")
+        if name in EXIT_METHODS:
+            if variant == "decay":
+                return RoutingPolicy(exit=self.rule(name, decay=4.0))
+            if variant == "sparse":
+                return RoutingPolicy(exit=self.rule(name, (1, 3), 0.8))
+            if variant == "skip":
+                skip = SkipSet.of(attention=(2,), mlp=(1, 4), phase=Phase.BOTH)
+                return RoutingPolicy(skip, exit=self.rule(name, (3,), 0.3))
+            return RoutingPolicy(exit=self.rule(name, kv=MissingKV(variant or "propagate")))
+        match case:
+            case "first":
+                return RoutingPolicy(adaptive=AdaptiveRule("first", threshold=0.5))
+            case "similarity threshold":
+                threshold = self.prompt_threshold("similarity")
+                return RoutingPolicy(adaptive=AdaptiveRule("similarity", threshold=threshold))
+            case "similarity budget":
+                return RoutingPolicy(adaptive=AdaptiveRule("similarity", budget=0.5))
+            case "mod cosine":
+                return RoutingPolicy(adaptive=AdaptiveRule("mod"))
+            case "mod list":
+                retention = (1.0, 0.3, 0.9, 0.5, 0.01, 0.6)
+                return RoutingPolicy(adaptive=AdaptiveRule("mod", retention=retention))
+            case "elastic":
+                skip = SkipSet.of(blocks=(2, 4), phase=Phase.DECODE, elastic=True)
+                return RoutingPolicy(skip)
+            case "elastic both":
+                return RoutingPolicy(SkipSet.of(blocks=(2, 4), elastic=True))
+        assert name == "lac"
+        threshold = self.prompt_threshold("lac") if variant == "predict" else 0.6
+        return RoutingPolicy(adaptive=AdaptiveRule("lac", mode=variant, threshold=threshold))
+
+
+CASES = [
+    *(f"{name} {kv}" for name in EXIT_METHODS for kv in MissingKV),
+    "confidence sparse",
+    "saturation skip",
+    "saturation decay",
+    "classifier decay",
+    "first",
+    "lac readout",
+    "lac replace",
+    "lac predict",
+    "similarity threshold",
+    "similarity budget",
+    "mod cosine",
+    "mod list",
+    "elastic",
+    "elastic both",
+]
+
+
+OPERATIONS = {
+    "confidence": {"exit_test"},
+    "entropy": {"exit_test"},
+    "saturation": {"layer_stats"},
+    "lac": {"layer_stats"},
+    "similarity": {"layer_stats"},
+    "mod": {"layer_stats"},
+}
+"""What methods decide by; the others decide without an operation."""
+
+
+def operations(case: str) -> set[str]:
+    """What must run, beside the counts of experts."""
+    name, _, variant = case.partition(" ")
+    moved = {"row_compact", "row_scatter"} if variant == MissingKV.RECOMPUTE else set()
+    return OPERATIONS.get(name, set()) | moved
+
+
+SERVED = ("llama", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
+CHOSEN = ("llama", "qwen3_moe", "deepseek_v3")
+"""A dense model, one with softmax routing, one with groups, sigmoid and latent attention."""
+
+
+@pytest.fixture(scope="module")
+def served(family: str, kernels: str, models_folder: Path) -> Iterator[Served]:
+    name = f"{family}-{kernels}"
+    folder = make_model(family, models_folder / f"depth-{name}")
+    reference = Reference(folder)
+    heads = random_heads(reference.states(PROMPT))
+    profile = write_profile(models_folder / f"profile-{name}", reference, heads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PROFILE_ENV, str(profile))
+        with engine(folder) as running:
+            yield Served(running, reference, heads)
+
+
+def test_every_method_is_tested() -> None:
+    tested = {case.split()[0] for case in CASES}
+    assert tested == {*EXIT_METHODS, *PROMPT_METHODS, "mod", "elastic"}
+
+
+# What reaches no operation is the same under every choice.
+INTERPRETED = [
+    pytest.param(case, marks=pytest.mark.interpreted) if operations(case) else case
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize("case", INTERPRETED)
+def test_equals_the_reference(served: Served, case: str, ran: set[str]) -> None:
+    assert served.engine.llm.reset_prefix_cache()
+    policy = served.policy(case)
+    expected = served.reference.run(PROMPT, policy, TOKENS, served.heads, block_size=served.block)
+    groups = served.engine.runner.kv_cache_config.kv_cache_groups
+    of_layer = {name: i for i, group in enumerate(groups) for name in group.layer_names}
+    with record_writes(of_layer) as written:
+        output = served.engine.run([PROMPT], [policy], TOKENS, records=[case])[0]
+    record = served.engine.runner.take_routing_record(case)
+    assert output.outputs[0].token_ids == expected.tokens, f"margin {expected.margin}"
+    exits = np.bincount([max(e, 0) for e in expected.exits], minlength=LAYERS)
+    assert record["exits"] == exits.tolist()
+    if expected.mask is not None:
+        assert record["mask"] == {"attention": sorted(expected.mask), "mlp": sorted(expected.mask)}
+    _check_kv(served, policy, expected, written)
+    assert ran >= operations(case)
+    if policy.exit is not None:
+        assert exits[:-1].any(), "some tokens must leave early"
+        assert exits[-1] or policy.exit.method == "patience", "and some stay"
+
+
+def _check_kv(served: Served, policy: RoutingPolicy, expected, written) -> None:
+    """Every slot that a later token attends holds the reference's keys and values."""
+    ran = expected.ran[..., 0]
+    positions = len(ran)
+    needed = torch.ones(positions, LAYERS, dtype=torch.bool)
+    never = [layer for layer in range(LAYERS) if not ran[len(PROMPT) :, layer].any()]
+    if policy.exit is None or policy.exit.kv is MissingKV.PROPAGATE:
+        # A layer that no generated token attends in owes nobody anything.
+        exits = policy.exit is not None
+        for layer in never:
+            needed[:, layer] = exits and layer not in policy.skip.attention
+    else:
+        # Tokens that still wait at the end were never needed.
+        full = [i for i, left in enumerate(expected.left) if left is None]
+        needed[len(PROMPT) + full[-1] + 1 :] = False
+    names = [layer.kv_name for layer in served.engine.runner._stack.layers]
+    values = expected.values
+    if served.reference.model.config.model_type == "deepseek_v3":
+        values = [in_pairs(states) for states in values]
+    assert_same_kv(written, names, expected.keys, values, needed)
+
+
+KEEP_ALL = CostModel(*(np.full(10, seconds) for seconds in (0.0, 1.0, 0.0, 1.0)))
+"""Costs under which no row that may stay is ever taken out."""
+
+
+@pytest.mark.parametrize("arrange", [None, compact, KEEP_ALL.arrange])
+def test_neighbours_do_not_matter(
+    served: Served, monkeypatch: pytest.MonkeyPatch, arrange: Arrange | None
+) -> None:
+    """All methods in one batch, prompts of different lengths, however the rows are arranged."""
+    if arrange is not None:
+        live = served.engine.runner._live
+        monkeypatch.setattr(live, "arrange", arrange)
+        monkeypatch.setattr(live, "_plans", {})
+        monkeypatch.setattr(served.engine.runner._loop, "_arrange", arrange)
+    assert served.engine.llm.reset_prefix_cache()
+    # Elastic rows would agree with each other.
+    cases = [case for case in CASES if not case.startswith("elastic")]
+    policies = [served.policy(case) for case in cases]
+    prompts = [PROMPT[: 20 + (7 * i) % 26] for i in range(len(cases))]
+    expected = [
+        served.reference.run(prompt, policy, TOKENS, served.heads, block_size=served.block)
+        for prompt, policy in zip(prompts, policies, strict=True)
+    ]
+    together = served.engine.generate([*prompts, PROMPT], [*policies, None], TOKENS)
+    for case, run, tokens in zip(cases, expected, together, strict=False):
+        assert tokens == run.tokens, (case, run.margin)
+    assert together[-1] == served.reference.greedy(PROMPT, SkipSet(), TOKENS)
+
+
+@pytest.mark.parametrize("kernels", [AUTO], indirect=True, scope="module")
+def test_first_masks_the_prompt_too(
+    kernels: str, models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`masked_prefill` needs whole prompts, so it runs without chunked prefill."""
+    folder = make_model("llama", models_folder / "depth-masked")
+    reference = Reference(folder)
+    heads = random_heads(reference.states(PROMPT))
+    profile = write_profile(models_folder / "profile-masked", reference, heads)
+    monkeypatch.setenv(PROFILE_ENV, str(profile))
+    policy = RoutingPolicy(adaptive=AdaptiveRule("first", threshold=0.5, masked_prefill=True))
+    prompts = [PROMPT[:length] for length in (45, 20, 33)]
+    expected = [reference.run(prompt, policy, TOKENS, heads) for prompt in prompts]
+    with engine(folder, enable_chunked_prefill=False, max_num_batched_tokens=512) as running:
+        records = ["a", "b", "c"]
+        outputs = running.run(prompts, [policy] * 3, TOKENS, records=records)
+        for output, run, record in zip(outputs, expected, records, strict=True):
+            assert output.outputs[0].token_ids == run.tokens, run.margin
+            taken = running.runner.take_routing_record(record)
+            assert taken["mask"]["mlp"] == sorted(run.mask)
+            prefill = np.array(taken["counts"])[0, :, 0, 0]
+            assert (prefill == 0).nonzero()[0].tolist() == sorted(run.mask)
+        tokens = [run.tokens for run in expected]
+        for keep_cache in (False, True):
+            again = running.generate_preempted(
+                prompts, [policy] * 3, TOKENS, {3, 9}, keep_cache=keep_cache
+            )
+            assert again == tokens
+    assert any(run.mask for run in expected)

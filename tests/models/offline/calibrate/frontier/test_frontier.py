@@ -1,0 +1,373 @@
+"""The frontier: what is tried, what is kept of it, and that it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from support import edge
+from support.calibration import calibration_of, drawn_prompts
+from support.engine import engine
+from support.tiny import LAYERS, make_model
+
+from sluice.models.offline.calibrate.frontier import frontier as module
+from sluice.models.offline.calibrate.frontier.agreement import agreement
+from sluice.models.offline.calibrate.frontier.frontier import Frontier
+from sluice.models.offline.calibrate.frontier.measure import Quality
+from sluice.models.offline.calibrate.frontier.pareto import choose
+from sluice.models.offline.calibrate.frontier.search import Search
+from sluice.models.offline.calibrate.pipeline import engine_of, run_steps
+from sluice.models.offline.calibrate.registry import STEPS
+from sluice.models.offline.calibrate.step import Calibration
+from sluice.models.offline.calibrate.workspace import Part
+from sluice.models.offline.engine import Work, resolver
+from sluice.models.offline.hf_model.examples import CalibrationError
+from sluice.models.offline.intervals import share_interval
+from sluice.models.offline.report.frontier_report import (
+    EQUAL_COMPUTE_PNG,
+    FRONTIER_PNG,
+    frontier_table,
+    preset_lines,
+    write_plots,
+)
+from sluice.models.policy.policy import Phase, RoutingPolicy, SkipSet
+from sluice.models.profile.fields import FrontierFields
+
+NEW_TOKENS = 6
+PROMPTS = drawn_prompts(5, seed=6)
+IMPORTANCE = {
+    "block": [0.9, 0.1, 0.5, 0.4, 0.3, 0.8],
+    "attention": [0.6, 0.5, 0.1, 0.3, 0.2, 0.4],
+    "mlp": [0.7, 0.2, 0.3, 0.6, 0.5, 0.9],
+}
+EXIT = {
+    "method": "confidence",
+    "layers": [2, 4],
+    "threshold": 0.02,
+    "tolerance": 0.05,
+    "error": 0.05,
+    "agreement": 0.97,
+    "mean_layers": 4.0,
+}
+FOUND = {"attention": [2, 4], "mlp": [4], "quality": 0.9, "seconds": 0.8}
+PARTS = {
+    "importance": Part({"importance": IMPORTANCE}),
+    "exits": Part({"exits": [EXIT]}),
+    "routers": Part(
+        heads={"first.weight": torch.full((LAYERS, 64), 0.01), "first.bias": torch.zeros(LAYERS)}
+    ),
+    "search": Part({"skip_sets": {"search-1": FOUND}}),
+}
+EXPERT_PARTS = {
+    "expert-k": Part({"expert_k": [{"budget": 7, "top_k": [1, 2, 2, 1, 1, 1], "divergence": 1.0}]}),
+    "skip-ratios": Part({"skip_ratios": [0.6, 0.0, 0.5, 0.4, 0.5, 0.6]}),
+}
+STEP = Frontier(items=5, batch=3, timed=3, repeats=6, levels=2, samples=4, draws=2, combined=1)
+
+
+def started(folder: Path, out: Path, parts: dict[str, Part] = PARTS) -> Calibration:
+    calibration = calibration_of(folder, PROMPTS, out, new_tokens=NEW_TOKENS)
+    return replace(calibration, parts=dict(parts), resolver=resolver)
+
+
+@pytest.fixture
+def llama(models_folder: Path) -> Path:
+    return make_model("llama", models_folder / "frontier-llama")
+
+
+@pytest.fixture
+def qwen3_moe(models_folder: Path) -> Path:
+    return make_model("qwen3_moe", models_folder / "frontier-qwen3-moe")
+
+
+def fields_of(part: Part) -> FrontierFields:
+    return FrontierFields.model_validate(part.fields["frontier"])
+
+
+def check_against_engine(found: FrontierFields, calibration: Calibration, folder: Path) -> None:
+    """Quality and compute of every point are those of an engine like a server's."""
+    with engine_of(calibration, 40, 5) as made:
+        profile, config, answer = made.profile, made.vllm_config, made.expert_answer
+        policies = [resolver(config, profile, answer)(p.routing) for p in found.points]
+        first = [index for index, p in enumerate(policies) if p.adaptive is not None]
+    plain = [index for index in range(len(policies)) if index not in first]
+    with engine(folder) as running:
+        full = running.generate(PROMPTS, [RoutingPolicy()] * 5, NEW_TOKENS)
+        for index in plain:
+            records = [f"{index}-{number}" for number in range(5)]
+            out = running.run(PROMPTS, [policies[index]] * 5, NEW_TOKENS, records)
+            given = [each.outputs[0].token_ids for each in out]
+            shares = [agreement(own, other) for own, other in zip(full, given, strict=True)]
+            work = Work.of([running.runner.take_routing_record(name) for name in records])
+            point = found.points[index]
+            assert point.quality.value == pytest.approx(sum(shares) / 5), point.name
+            assert point.quality == share_interval(point.quality.value, 5)
+            assert point.compute_fraction == pytest.approx(work.compute_fraction), point.name
+            assert point.generated_fraction == pytest.approx(work.generated_fraction), point.name
+
+
+def test_a_dense_model(llama: Path, tmp_path: Path) -> None:
+    calibration = started(llama, tmp_path)
+    found = fields_of(STEP.run(calibration))
+    names = [point.name for point in found.points]
+    assert names[0] == "full depth"
+    assert {"search-1", "first at 0.5", "exit by confidence at 0.02"} <= {*names}
+    assert "drop 50.0% of blocks" in names
+    assert not [name for name in names if "experts" in name]
+    full = found.points[0]
+    assert (full.quality.value, full.compute_fraction, full.generated_fraction) == (1.0, 1.0, 1.0)
+    assert (found.measure, found.items, found.batch) == ("agreement", 5, 3)
+    assert found.device.endswith("cores")
+    assert len({json.dumps(point.routing, sort_keys=True) for point in found.points}) == len(names)
+    check_against_engine(found, calibration, llama)
+    # Of the blocks 1, 4 are the least important: generated tokens ran the other four.
+    dropped = next(point for point in found.points if point.name == "drop 25.0% of blocks")
+    assert dropped.generated_fraction == pytest.approx(4 / 6)
+    assert found.presets == choose(found.points)
+    check_levels(found)
+
+
+def check_levels(found: FrontierFields) -> None:
+    assert len(found.effort) == 2
+    before: set[tuple[str, int]] = set()
+    for level in found.effort:
+        own = {("attention", i) for i in level.attention} | {("mlp", i) for i in level.mlp}
+        assert own > before
+        before = own
+    assert found.effort[0].effort > found.effort[1].effort
+    points = {point.name: point for point in found.points}
+    for level in found.effort:
+        named = points[f"level {len(level.mlp)}"]
+        assert named.quality == level.quality
+        assert named.generated_fraction == level.effort
+        assert named.routing["depth"]["skip"] == {"blocks": [*level.mlp]}
+    by_level = [entry for entry in found.equal_compute if entry.chosen == "chain"]
+    assert [entry.quality for entry in by_level] == [level.quality for level in found.effort]
+    assert len(found.equal_compute) == 2 * (1 + 1 + STEP.draws)
+    for entry in found.equal_compute:
+        level = next(each for each in found.effort if len(each.mlp) == entry.units)
+        assert entry.generated_fraction == pytest.approx(level.effort, rel=0.05)
+        assert (entry.seed is None) == (entry.chosen != "random")
+
+
+def test_a_mixture_of_experts_and_its_profile(qwen3_moe: Path, tmp_path: Path) -> None:
+    """Through the pipeline: the profile that comes out is one that loads."""
+    # No token leaves, and hardly an expert: as good as full depth, so tried together.
+    harmless = {
+        "exits": Part({"exits": [{**EXIT, "threshold": 1.0}]}),
+        "skip-ratios": Part({"skip_ratios": [1e-5, 0.0, *[1e-5] * 4]}),
+    }
+    parts = {**PARTS, **EXPERT_PARTS, **harmless}
+    calibration = started(qwen3_moe, tmp_path, parts)
+    profile = run_steps(calibration, [STEP], tmp_path, lambda _line: None)
+    found = profile.frontier
+    assert found is not None
+    names = [point.name for point in found.points]
+    assert {"7 experts over the layers", "skip ratios times 1", "1 of 2 experts"} <= {*names}
+    both = [p for p in found.points if {"depth", "experts"} <= p.routing.keys()]
+    assert len(both) == 1
+    assert both[0].name.startswith("exit by confidence at 1, skip ratios times")
+    check_against_engine(found, replace(calibration, parts=parts), qwen3_moe)
+    table = frontier_table(found)
+    assert table.row_count == len(found.points)
+    for path in write_plots(found, tmp_path):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / FRONTIER_PNG).exists()
+    assert (tmp_path / EQUAL_COMPUTE_PNG).exists()
+
+
+class Told:
+    """Measures by a made-up rule, and remembers what was asked."""
+
+    asked: ClassVar[list[tuple[str, str]]]
+    stop_after: ClassVar[int]
+
+    def __init__(self, *_given: Any) -> None:
+        self.full = self._found(RoutingPolicy())
+
+    def quality(self, policy: RoutingPolicy) -> Quality:
+        self._note("quality", policy)
+        return self._found(policy)
+
+    def ratios(self, policy: RoutingPolicy, repeats: int) -> list[float]:
+        self._note("ratios", policy)
+        speed = 1 + 0.3 * len(policy.skip.mlp) + 0.1 * len(policy.skip.attention)
+        speed += 0.5 * (policy.experts.top_k is not None)
+        return [speed - 0.001, speed, speed + 0.001] * (repeats // 3)
+
+    def _found(self, policy: RoutingPolicy) -> Quality:
+        skipped = len(policy.skip.mlp) + len(policy.skip.attention)
+        loss = 0.004 * skipped + 0.01 * (policy.experts.skip_ratio is not None)
+        loss += 0.5 * (policy.exit is not None or policy.adaptive is not None)
+        ran = 1 - skipped / (2 * LAYERS)
+        return Quality(1 - loss, Work(10, ran * LAYERS, (1 + ran) / 2, ran))
+
+    @classmethod
+    def _note(cls, what: str, policy: RoutingPolicy) -> None:
+        if len(cls.asked) == cls.stop_after:
+            raise KeyboardInterrupt
+        cls.asked.append((what, policy.digest))
+
+
+class FakeEngine:
+    vllm_config = profile = None
+    expert_answer: ClassVar[dict[str, Any]] = {"shape": edge.PLAIN_SHAPE.to_dict()}
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> type[Told]:
+    class Fresh(Told):
+        asked: ClassVar[list[tuple[str, str]]] = []
+        stop_after: ClassVar[int] = -1
+
+    @contextmanager
+    def no_engine(*_given: Any) -> Any:
+        yield FakeEngine()
+
+    monkeypatch.setattr(module, "Yardstick", Fresh)
+    monkeypatch.setattr(module, "engine_of", no_engine)
+    return Fresh
+
+
+def invented(folder: Path, out: Path) -> Calibration:
+    """A calibration whose engine is made up; the policies are the edge's own."""
+    capabilities = replace(
+        edge.MOE, profile=edge.profile_of("classifier", "first", importance=IMPORTANCE)
+    )
+
+    def resolved(*_engine: Any) -> Any:
+        return lambda routing: edge.policy(dict(routing), capabilities)
+
+    return replace(started(folder, out, {**PARTS, **EXPERT_PARTS}), resolver=resolved)
+
+
+def test_a_run_that_was_stopped_goes_on(llama: Path, tmp_path: Path, told: type[Told]) -> None:
+    step = replace(STEP, combined=2)
+    whole = step.run(invented(llama, tmp_path / "whole"))
+    asked = [*told.asked]
+    assert len({*asked}) == len(asked)
+    told.asked.clear()
+    for stop in (1, 4, len(asked) - 3):
+        told.stop_after = stop
+        with pytest.raises(KeyboardInterrupt):
+            step.run(invented(llama, tmp_path / "cut"))
+    told.stop_after = -1
+    assert step.run(invented(llama, tmp_path / "cut")) == whole
+    assert told.asked == asked
+    # Other levels are measured beside what is there; other repeats anew.
+    more = replace(step, levels=4, draws=0)
+    more.run(invented(llama, tmp_path / "cut"))
+    again = told.asked[len(asked) :]
+    assert {*told.asked[: len(asked)]}.isdisjoint(again)
+    assert again
+    told.asked.clear()
+    replace(step, repeats=9).run(invented(llama, tmp_path / "cut"))
+    assert told.asked == asked
+
+
+def test_presets_and_combinations(llama: Path, tmp_path: Path, told: type[Told]) -> None:
+    found = fields_of(STEP.run(invented(llama, tmp_path)))
+    points = {point.name: point for point in found.points}
+    assert found.presets == choose(found.points)
+    full = points["full depth"]
+    for name, loss in (("quality", 0.005), ("balanced", 0.01), ("fast", 0.03)):
+        chosen = points[found.presets[name]]
+        assert chosen.quality.value >= full.quality.value - loss - 1e-9
+        assert chosen.speed.value == max(
+            p.speed.value for p in found.points if p.quality.value >= 1 - loss - 1e-9
+        )
+        assert chosen.on_frontier
+    # Six sub-layers are a loss of 2.4 points; the fastest expert setting is `top_k`, at no loss.
+    assert len(points[found.presets["fast"]].routing["depth"]["skip"]) >= 1
+    assert points[found.presets["fast"]].routing["experts"].keys() == {"top_k"}
+    both = [point for point in found.points if len(point.routing) == 2]
+    assert len(both) == 1
+    lines = preset_lines(found).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["quality", "balanced", "fast"]
+
+
+def test_where_nothing_is_good_enough_presets_are_full_depth(
+    llama: Path, tmp_path: Path, told: type[Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = told._found
+
+    def poor(self: Told, policy: RoutingPolicy) -> Quality:
+        found = real(self, policy)
+        return found if policy.stock else replace(found, value=found.value - 0.1)
+
+    monkeypatch.setattr(told, "_found", poor)
+    found = fields_of(STEP.run(invented(llama, tmp_path)))
+    assert {*found.presets.values()} == {"full depth"}
+    assert preset_lines(found).count("nothing else that loses so little gains anything") == 3
+
+
+def test_settings_that_come_to_one_policy_are_one_point(
+    llama: Path, tmp_path: Path, told: type[Told]
+) -> None:
+    calibration = invented(llama, tmp_path)
+    same = {**FOUND, "attention": [1], "mlp": [1]}
+    calibration.parts["search"] = Part({"skip_sets": {"search-1": FOUND, "search-2": same}})
+    names = [point.name for point in fields_of(STEP.run(calibration)).points]
+    # 12.5 % of six blocks are one, the least important.
+    assert ("drop 12.5% of blocks" in names) or ("level 1" in names)
+    assert "search-1" in names
+    assert "search-2" not in names
+
+
+def test_it_reads_steps_that_run_before_it() -> None:
+    names = [step.name for step in STEPS]
+    for kind in (Frontier, Search):
+        assert {*kind.needs} <= {*names[: names.index(kind.name)]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"repeats": 5}, "frontier: repeats must be at least 6"),
+        ({"items": 0}, "frontier: items must be at least 1"),
+        ({"draws": -1}, "frontier: draws must be at least 0"),
+        ({"deepest": 1.0}, "deepest must lie between 0 and 1"),
+    ],
+)
+def test_options_out_of_range(
+    llama: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        replace(STEP, **change).run(started(llama, tmp_path))
+
+
+def test_a_setting_that_the_edge_refuses_is_named(
+    llama: Path, tmp_path: Path, told: type[Told]
+) -> None:
+    calibration = invented(llama, tmp_path)
+    with pytest.raises(CalibrationError, match="nothing here makes policies"):
+        STEP.run(replace(calibration, resolver=None))
+
+    def refusing(*_engine: Any) -> Any:
+        def policy(routing: Any) -> RoutingPolicy:
+            if "exit" in routing.get("depth", {}):
+                raise CalibrationError("routing.depth.exit: not today")
+            return RoutingPolicy(SkipSet.of(blocks=(1,), phase=Phase.DECODE))
+
+        return policy
+
+    with pytest.raises(CalibrationError, match=r"setting 'exit by .*: routing.depth.exit: not to"):
+        STEP.run(replace(calibration, resolver=refusing))
+
+
+def test_the_resolver_speaks_of_calibrations(llama: Path, tmp_path: Path) -> None:
+    calibration = started(llama, tmp_path)
+    with engine_of(calibration, 20, 2) as running:
+        policy = resolver(running.vllm_config, running.profile, running.expert_answer)
+        skip: Sequence[int] = [9]
+        with pytest.raises(CalibrationError, match=r"routing\.depth\.skip\.blocks\.0: .*9"):
+            policy({"depth": {"skip": {"blocks": skip}}})
+        with pytest.raises(CalibrationError, match=r"routing\.experts: .*no routed experts"):
+            policy({"experts": {"top_k": 1}})
+        assert policy({}).stock

@@ -1,0 +1,135 @@
+"""Intervals, the Pareto set and the presets, against slow definitions."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from sluice.models.offline.calibrate.frontier.pareto import ALLOWED_LOSS, choose, on_frontier
+from sluice.models.offline.intervals import LEAST_REPEATS, median_interval, share_interval
+from sluice.models.profile.fields import FrontierPoint, Interval
+
+SHARES = st.sampled_from([0.0, 0.2, 0.9, 0.965, 0.97, 0.985, 0.99, 0.995, 1.0])
+SPEEDS = st.sampled_from([0.5, 0.99, 1.0, 1.01, 1.2, 1.5, 2.0])
+WIDTHS = st.sampled_from([0.0, 0.01, 0.1, 0.5])
+TRIPLES = st.tuples(SHARES, SPEEDS, SHARES)
+
+
+def point(name: str, quality: float, speed: float, compute: float, width: float) -> FrontierPoint:
+    return FrontierPoint(
+        name=name,
+        routing={},
+        quality=Interval(value=quality, low=quality, high=quality),
+        speed=Interval(value=speed, low=speed - width, high=speed + width),
+        compute_fraction=compute,
+        generated_fraction=compute,
+        on_frontier=False,
+    )
+
+
+@st.composite
+def points(draw: st.DrawFn) -> list[FrontierPoint]:
+    rows = draw(st.lists(st.tuples(TRIPLES, WIDTHS), min_size=1, max_size=8))
+    return [point(str(i), *triple, width) for i, (triple, width) in enumerate(rows)]
+
+
+@given(st.lists(TRIPLES, min_size=1, max_size=12))
+def test_the_frontier_is_what_no_other_point_beats(triples: list[tuple[float, ...]]) -> None:
+    found = on_frontier(triples)
+    for own, (quality, speed, compute) in enumerate(triples):
+        beaten = False
+        for q, s, c in triples:
+            as_good = q >= quality and s >= speed and c <= compute
+            better = q > quality or s > speed or c < compute
+            beaten = beaten or (as_good and better)
+        assert found[own] is not beaten
+    assert any(found)
+
+
+@settings(max_examples=500)
+@given(points())
+def test_presets_are_the_cheapest_points_allowed(drawn: list[FrontierPoint]) -> None:
+    by_name = {each.name: each for each in drawn}
+    frontier = on_frontier([(p.quality.value, p.speed.value, p.compute_fraction) for p in drawn])
+    best = [p for p, kept in zip(drawn, frontier, strict=True) if kept]
+    for preset, name in choose(drawn).items():
+        chosen = by_name[name]
+        least = drawn[0].quality.value - ALLOWED_LOSS[preset]
+        allowed = [p for p in best if p.quality.value > least - 1e-6]
+        assert chosen in allowed
+        fastest = max(allowed, key=lambda p: p.speed.value)
+        assert chosen.speed.value >= fastest.speed.low
+        for other in allowed:
+            if other.speed.value < fastest.speed.low:
+                continue
+            if preset == "quality":
+                assert chosen.quality.value >= other.quality.value
+            else:
+                assert chosen.compute_fraction <= other.compute_fraction
+
+
+def test_presets_by_example() -> None:
+    full = point("full", 0.98, 1.0, 1.0, 0.02)
+    lossless = point("lossless", 0.975, 1.1, 0.9, 0.02)
+    small = point("small", 0.97, 1.3, 0.8, 0.02)
+    large = point("large", 0.95, 1.6, 0.6, 0.02)
+    # As fast as `large` as far as can be told, and less work.
+    lean = point("lean", 0.951, 1.58, 0.55, 0.02)
+    broken = point("broken", 0.9, 3.0, 0.1, 0.02)
+    chosen = choose([full, lossless, small, large, lean, broken])
+    assert chosen == {"quality": "lossless", "balanced": "small", "fast": "lean"}
+
+
+def test_a_clear_lead_in_speed_decides_over_compute() -> None:
+    full = point("full", 1.0, 1.0, 1.0, 0.02)
+    fast, lean = point("fast", 1.0, 1.6, 0.6, 0.02), point("lean", 1.0, 1.5, 0.5, 0.02)
+    assert set(choose([full, fast, lean]).values()) == {"fast"}
+
+
+def test_of_equally_fast_points_quality_takes_the_best() -> None:
+    full = point("full", 1.0, 1.0, 1.0, 0.02)
+    same, lean = point("same", 1.0, 1.55, 0.6, 0.2), point("lean", 0.996, 1.6, 0.5, 0.2)
+    assert choose([full, same, lean]) == {"quality": "same", "balanced": "lean", "fast": "lean"}
+
+
+def test_full_depth_where_nothing_else_is_good_enough() -> None:
+    full, poor = point("full", 1.0, 1.0, 1.0, 0.0), point("poor", 0.9, 2.0, 0.5, 0.0)
+    assert choose([full, poor]) == dict.fromkeys(ALLOWED_LOSS, "full")
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson(counted: tuple[int, int]) -> None:
+    right, items = counted
+    found = share_interval(right / items, items)
+    expected = binomtest(right, items).proportion_ci(0.95, method="wilson")
+    assert math.isclose(found.low, expected.low, abs_tol=1e-9)
+    assert math.isclose(found.high, expected.high, abs_tol=1e-9)
+    assert 0 <= found.low <= found.value <= found.high <= 1
+
+
+@pytest.mark.parametrize("count", [6, 7, 9, 12, 25])
+def test_the_interval_of_a_median_holds_it_often_enough(count: int) -> None:
+    rng = random.Random(count)
+    held = narrower = 0
+    for _ in range(2000):
+        values = [rng.expovariate(1.0) for _ in range(count)]
+        found = median_interval(values)
+        assert found.value == statistics.median(values)
+        held += found.low <= math.log(2) <= found.high
+        inside = sorted(v for v in values if found.low < v < found.high)
+        narrower += bool(inside) and inside[0] <= math.log(2) <= inside[-1]
+    assert held / 2000 > 0.94
+    # The next pair inwards would be too narrow.
+    assert narrower / 2000 < 0.95
+
+
+def test_too_few_values_have_no_interval() -> None:
+    with pytest.raises(ValueError, match="6 are needed"):
+        median_interval([1.0] * (LEAST_REPEATS - 1))
+    assert median_interval([1.0] * LEAST_REPEATS).low == 1.0

@@ -1,0 +1,149 @@
+"""The engine of a calibration: the tokens of any other engine, its records, and nothing left."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.calibration import calibration_of, drawn_prompts
+from support.engine import engine
+from support.tiny import LAYERS, make_model
+
+from sluice.models.offline.calibrate.pipeline import engine_of
+from sluice.models.offline.engine import CalibrationEngine, Work
+from sluice.models.policy.experts import ExpertPolicy
+from sluice.models.policy.policy import ExitRule, Phase, RoutingPolicy, SkipSet
+
+NEW_TOKENS = 10
+PROMPTS = drawn_prompts(7, seed=3)
+POLICIES = {
+    "stock": RoutingPolicy(),
+    "decode skip": RoutingPolicy(SkipSet.of(blocks=(2,), attention=(4,), phase=Phase.DECODE)),
+    "skip": RoutingPolicy(SkipSet.of(blocks=(1, 3))),
+    "exit": RoutingPolicy(exit=ExitRule("confidence", (2, 4), threshold=0.02)),
+}
+EXPERTS = RoutingPolicy(experts=ExpertPolicy(top_k=1))
+
+
+def asked(
+    running: CalibrationEngine,
+    policy: RoutingPolicy | None,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    ends: Sequence[int] = (),
+    batch: int = 3,
+) -> Sequence[tuple[int, ...]]:
+    return running.answers(prompts, policy, [NEW_TOKENS] * len(prompts), ends, batch).tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_tokens_are_those_of_any_engine(family: str, models_folder: Path, tmp_path: Path) -> None:
+    model = make_model(family, models_folder / f"engine-{family}")
+    policies = {**POLICIES, **({"experts": EXPERTS} if family == "qwen3_moe" else {})}
+    with engine(model) as plain:
+        expected = {
+            name: [tuple(t) for t in plain.generate(PROMPTS, [policy] * len(PROMPTS), NEW_TOKENS)]
+            for name, policy in policies.items()
+        }
+        records = ["a", "b"]
+        skip = POLICIES["decode skip"]
+        plain.run(PROMPTS[:2], [skip] * 2, NEW_TOKENS, records)
+        work = Work.of([plain.runner.take_routing_record(name) for name in records])
+    assert len({tuple(tokens) for tokens in expected.values()}) == len(expected)
+    calibration = calibration_of(model, PROMPTS, tmp_path)
+    with engine_of(calibration, 40, 3) as running:
+        for name, policy in policies.items():
+            assert list(asked(running, policy)) == expected[name], name
+        assert list(asked(running, None)) == expected["stock"]
+        # An answer ends with its first end token, which belongs to it.
+        end = expected["stock"][0][3]
+        ended = asked(running, None, ends=[end])
+        for tokens, whole in zip(ended, expected["stock"], strict=True):
+            stop = whole.index(end) + 1 if end in whole else NEW_TOKENS
+            assert tokens == whole[:stop]
+        again = running.answers(PROMPTS[:2], skip, [NEW_TOKENS] * 2, (), 2)
+        assert again.work == work
+        assert (running.expert_answer["shape"] is None) == (family == "llama")
+
+
+def test_work_and_time(models_folder: Path, tmp_path: Path) -> None:
+    model = make_model("llama", models_folder / "engine-llama")
+    with engine_of(calibration_of(model, PROMPTS, tmp_path), 40, 4) as running:
+        lengths = [2, 5, 1, 9, 4]
+        full = running.answers(PROMPTS[:5], RoutingPolicy(), lengths, (), 2)
+        assert [len(tokens) for tokens in full.tokens] == lengths
+        assert full.work is not None
+        assert full.work.generated == sum(lengths) - 5
+        assert (full.work.mean_layers, full.work.compute_fraction) == (LAYERS, 1.0)
+        # All of a batch have their first token at once, and the steps after that are counted.
+        assert full.decoded == sum(lengths) - 5
+        assert full.seconds > 0
+        none = running.answers(PROMPTS[:2], RoutingPolicy(), [1, 1], (), 2)
+        assert (none.decoded, none.seconds) == (0, 0.0)
+        unasked = running.answers(PROMPTS[:5], None, lengths, (), 2)
+        assert (unasked.work, unasked.decoded, unasked.tokens) == (None, full.decoded, full.tokens)
+        half = RoutingPolicy(SkipSet.of(blocks=(0, 2, 4), phase=Phase.DECODE))
+        work = running.answers(PROMPTS, half, [NEW_TOKENS] * 7, (), 3).work
+        assert work is not None
+        assert (work.mean_layers, work.generated_fraction) == (3.0, 0.5)
+        prompt, generated = sum(map(len, PROMPTS)), 7 * (NEW_TOKENS - 1)
+        expected = (prompt + 0.5 * generated) / (prompt + generated)
+        assert work.compute_fraction == pytest.approx(expected)
+
+
+def test_long_prompts_are_cut_and_still_timed(models_folder: Path, tmp_path: Path) -> None:
+    """Not all prompts fit into a step: some requests decode while others read."""
+    model = make_model("llama", models_folder / "engine-llama")
+    prompts = drawn_prompts(40, seed=1, low=300, high=300)
+    with engine_of(calibration_of(model, prompts, tmp_path), 310, 40) as running:
+        assert running.vllm_config.scheduler_config.max_num_batched_tokens == 8192
+        outcome = running.answers(prompts, RoutingPolicy(), [8] * 40, (), 40)
+        alone = running.answers(prompts[-3:], RoutingPolicy(), [8] * 3, (), 1)
+    assert outcome.tokens[-3:] == alone.tokens
+    assert 0 < outcome.decoded < 40 * 7
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_process_is_left_as_it_was(models_folder: Path, tmp_path: Path, stopped: bool) -> None:
+    model = make_model("llama", models_folder / "engine-llama")
+    calibration = calibration_of(model, PROMPTS, tmp_path)
+    weights = weakref.ref(calibration.subject.model)
+    environment, threads = dict(os.environ), torch.set_num_threads
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    def use() -> weakref.ref[object]:
+        with engine_of(calibration, 40, 3) as running:
+            assert weights() is None, "two copies of the model at a time"
+            asked(running, None, PROMPTS[:1])
+            served = weakref.ref(running._llm.llm_engine.engine_core)
+            if stopped:
+                raise KeyboardInterrupt
+        return served
+
+    if stopped:
+        with pytest.raises(KeyboardInterrupt):
+            use()
+    else:
+        served = use()
+        gc.collect()
+        assert served() is None
+    assert dict(os.environ) == environment
+    assert torch.set_num_threads is threads
+    left = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert left == states
+    assert torch.is_grad_enabled()
+    # Training and another engine go on as if nothing had been.
+    layer = torch.nn.Linear(2, 2)
+    layer(torch.ones(1, 2)).sum().backward()
+    assert layer.weight.grad is not None
+    with engine_of(calibration, 40, 3) as running:
+        assert len(asked(running, None, PROMPTS[:1])) == 1

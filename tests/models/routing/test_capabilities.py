@@ -1,0 +1,297 @@
+"""What `/v1/routing/capabilities` says, and models that a profile does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.checkpoints import TENSORS, write_checkpoint
+from support.edge import (
+    CAPABILITIES,
+    EXPERT_PROFILE,
+    GROUPED,
+    HIDDEN,
+    LAYERS,
+    MOE,
+    MOE_PROFILED,
+    PLAIN_SHAPE,
+    PROFILE,
+    PROFILED,
+    UNCHUNKED,
+    changed,
+)
+
+from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
+from sluice.models.profile.fingerprint import FingerprintError, fingerprint
+from sluice.models.profile.profile import Profile, ProfileError
+from sluice.models.routing.capabilities import Capabilities
+from sluice.models.routing.schema import ExpertFields, RemixFields
+
+
+def listed(kind: str, capabilities: Capabilities = CAPABILITIES) -> dict[str, Any]:
+    found: dict[str, Any] = capabilities.to_wire()["depth"][kind]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "methods", "more"),
+    [("exit", EXIT_METHODS, {"fixed"}), ("adaptive", PROMPT_METHODS, {"mod"})],
+)
+def test_every_method_with_its_parameters_and_source(
+    kind: str, methods: dict[str, Any], more: set[str]
+) -> None:
+    found = listed(kind)
+    assert {*found} == {*methods} | more
+    for name, method in methods.items():
+        entry = found[name]
+        assert entry["source"] == method.source
+        assert entry["parameters"] == {
+            key: {"low": p.low, "high": p.high, "default": p.default}
+            for key, p in method.parameters.items()
+        }
+        assert entry["available"] == (not method.profile_tensors)
+        assert (entry["reason"] is None) == entry["available"]
+    assert all(entry["source"] for entry in found.values())
+
+
+def test_a_profile_makes_its_methods_available() -> None:
+    without, found = listed("exit"), listed("exit", PROFILED)
+    assert "--profile" in without["classifier"]["reason"]
+    assert found["classifier"]["available"]
+    assert not found["q_exit"]["available"]
+    assert "q_exit" in found["q_exit"]["reason"]
+    assert listed("adaptive", PROFILED)["first"]["available"]
+
+
+def test_what_hangs_on_the_engine() -> None:
+    assert not listed("adaptive", PROFILED)["first"]["masked_prefill"]
+    assert listed("adaptive", UNCHUNKED)["first"]["masked_prefill"]
+    assert len(listed("adaptive")["mod"]["parameters"]["retention"]["default"]) == LAYERS
+    assert listed("adaptive")["lac"]["modes"] == ["readout", "replace", "predict"]
+    assert listed("skip")["by"] == ["block", "attention", "mlp", "joint"]
+    assert [listed("skip", each)["order"] for each in (CAPABILITIES, PROFILED)] == [
+        "default",
+        "profile",
+    ]
+
+
+def test_a_refused_engine_lists_nothing() -> None:
+    wire = replace(CAPABILITIES, refusal="it is an OPT").to_wire()
+    assert (wire["depth"], wire["effort"], wire["report"]) == ({}, {}, False)
+
+
+def vllm_config(
+    layers: int,
+    hidden: int,
+    experts: int = 0,
+    blocks: int | None = 9,
+    window: int | None = None,
+    architecture: str = "OlmoeForCausalLM",
+    folder: Path = Path("nowhere"),
+) -> Any:
+    """The part of vLLM's configuration that capabilities are read from."""
+    model = SimpleNamespace(
+        model=str(folder),
+        revision=None,
+        architecture=architecture,
+        get_total_num_hidden_layers=lambda: layers,
+        get_hidden_size=lambda: hidden,
+        get_num_experts=lambda: experts,
+        max_model_len=64,
+        hf_text_config=SimpleNamespace(sliding_window=window),
+    )
+    scheduler = SimpleNamespace(enable_chunked_prefill=False)
+    return SimpleNamespace(
+        model_config=model,
+        scheduler_config=scheduler,
+        cache_config=SimpleNamespace(
+            num_gpu_blocks=blocks, block_size=16, kv_sharing_fast_prefill=False
+        ),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1,
+            data_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            enable_eplb=False,
+            enable_dbo=False,
+        ),
+        speculative_config=None,
+        lora_config=None,
+        kv_transfer_config=None,
+    )
+
+
+DENSE: dict[str, Any] = {"shape": None, "refusal": None}
+ROUTED: dict[str, Any] = {"shape": PLAIN_SHAPE.to_dict(), "refusal": None}
+
+
+def capabilities_of(
+    profile: Profile | None = None, answer: dict[str, Any] = ROUTED, **config: Any
+) -> Capabilities:
+    return Capabilities.of(
+        vllm_config(LAYERS, HIDDEN, **{"experts": 8, **config}), ("m",), profile, answer, True
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("served") / "small")
+
+
+def bound(profile: Profile, folder: Path, **fields: Any) -> Profile:
+    """A profile of the model in a folder."""
+    model = {**profile.fields.model.model_dump(), "fingerprint": fingerprint(folder)}
+    return changed(profile, model=model, **fields)
+
+
+def test_a_profile_of_another_model_stops_the_server(folder: Path, tmp_path: Path) -> None:
+    profile = bound(PROFILE, folder)
+    fitting = capabilities_of(profile, DENSE, experts=0, folder=folder)
+    assert fitting.profile is profile
+    assert not fitting.chunked_prefill
+    wider = vllm_config(LAYERS, HIDDEN + 1, folder=folder)
+    with pytest.raises(ProfileError, match=f"{LAYERS} layers of hidden size {HIDDEN}, and"):
+        Capabilities.of(wider, ("m",), profile, DENSE, True)
+    other = write_checkpoint(tmp_path, {**TENSORS, "a": TENSORS["a"] + 1})
+    with pytest.raises(ProfileError, match=f"that of {tmp_path} is {fingerprint(other)[:12]}"):
+        capabilities_of(profile, DENSE, experts=0, folder=other)
+    with pytest.raises(FingerprintError, match="nobody/nothing: neither a folder nor a model"):
+        capabilities_of(profile, DENSE, experts=0, folder=Path("nobody/nothing"))
+
+
+def test_the_workers_answer_about_experts() -> None:
+    found = capabilities_of()
+    assert (found.expert_shape, found.expert_refusal) == (PLAIN_SHAPE, None)
+    assert found.expert_routing
+    dense = capabilities_of(answer=DENSE, experts=0)
+    assert dense.expert_shape is None
+    assert dense.expert_refusal == "the model has no routed experts"
+    unknown = capabilities_of(answer=DENSE, architecture="OPTForCausalLM")
+    assert "OPTForCausalLM" in (unknown.expert_refusal or "")
+    fused = capabilities_of(answer={"shape": None, "refusal": "one kernel does it all"})
+    assert fused.expert_refusal == "one kernel does it all"
+
+
+def test_a_contrast_needs_room_for_two_passes() -> None:
+    """Two passes over 4 blocks and the one that vLLM keeps; twice that with a sliding window."""
+    assert capabilities_of(blocks=9).contrast_refusal is None
+    assert capabilities_of(blocks=None).contrast_refusal is None
+    refusal = capabilities_of(blocks=8).contrast_refusal
+    assert refusal is not None
+    assert "has 8 blocks" in refusal
+    assert "need 9" in refusal
+    assert capabilities_of(blocks=17, window=16).contrast_refusal is None
+    assert capabilities_of(blocks=16, window=16).contrast_refusal is not None
+
+
+BEHAVIOUR = {
+    "experts": ((2, 1), (3, 4)),
+    "scores": (0.5, 0.25),
+    "measure": "weight",
+    "prompts": (9, 8),
+}
+
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "super expert of a dense layer": ({"super_experts": ((0, 1), (1, 1))}, r"super_experts\.1"),
+    "super expert of no layer": ({"super_experts": ((6, 1),)}, r"super_experts\.0"),
+    "super expert that is not there": ({"super_experts": ((0, 8),)}, "expert 8 in layer 0"),
+    "negative super expert": ({"super_experts": ((0, -1),)}, "expert -1 in layer 0"),
+    "behaviour of a dense layer": (
+        {"behaviours": {"a": {**BEHAVIOUR, "experts": ((0, 1), (1, 1))}}},
+        r"behaviours\.a\.experts\.1",
+    ),
+    "behaviour of no expert": (
+        {"behaviours": {"a": {**BEHAVIOUR, "experts": ((0, 8), (0, 1))}}},
+        "expert 8 in layer 0",
+    ),
+    "references of a dense layer": (
+        {"references": {"a": {"layers": (0, 1), "width": HIDDEN}}},
+        r"references\.a: layer 1",
+    ),
+    "references of no layer": (
+        {"references": {"a": {"layers": (), "width": HIDDEN}}},
+        r"references\.a: layers",
+    ),
+    "references out of order": (
+        {"references": {"a": {"layers": (3, 2), "width": HIDDEN}}},
+        r"references\.a: layers",
+    ),
+    "embeddings of another width": (
+        {"references": {"a": {"layers": (2,), "width": HIDDEN + 1}}},
+        r"references\.a: the model's embeddings are 8 wide",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_profile_of_other_experts_stops_the_server(name: str, folder: Path) -> None:
+    changes, complaint = MISFITS[name]
+    with pytest.raises(ProfileError, match=complaint):
+        capabilities_of(bound(PROFILE, folder, **changes), folder=folder)
+
+
+def test_a_profile_with_experts_on_other_engines(folder: Path) -> None:
+    profile = bound(EXPERT_PROFILE, folder)
+    assert capabilities_of(profile, folder=folder).profile is profile
+    with pytest.raises(ProfileError, match=r"super_experts\.0"):
+        capabilities_of(profile, DENSE, experts=0, folder=folder)
+    # The model has experts, and this engine cannot control them: the profile may still be right.
+    fused = {"shape": None, "refusal": "one kernel does it all"}
+    assert capabilities_of(profile, fused, folder=folder).profile is profile
+
+
+def routing_of(capabilities: Capabilities) -> dict[str, Any]:
+    found: dict[str, Any] = capabilities.to_wire()["experts_routing"]
+    return found
+
+
+def test_what_can_be_asked_of_the_experts() -> None:
+    found = routing_of(MOE_PROFILED)
+    assert (found["supported"], found["reason"], found["enabled"]) == (True, None, True)
+    assert found["layers"] == [0, 2, 3, 4, 5]
+    assert (found["experts_per_layer"], found["top_k"], found["scoring"]) == (8, 3, "softmax")
+    assert found["super_experts"] == [[0, 1], [3, 7]]
+    assert found["references"]["tales"] == {"layers": [4, 5], "width": 3, "encoder": "sentences"}
+    controls = found["controls"]
+    assert {*controls} | {"mode"} == {*ExpertFields.model_fields}
+    assert controls["top_k"]["parameters"]["top_k"] == {"low": 1, "high": 8, "default": 3}
+    assert controls["budget"]["oea"]["parameters"]["k0"]["high"] == 3
+    assert controls["remix"]["kernel"]["parameters"]["top"] == {"low": 3, "high": 8, "default": 8}
+    entries = [*controls["budget"].values(), *controls["remix"].values()]
+    entries += [entry for name, entry in controls.items() if name not in ("budget", "remix")]
+    assert all(entry["source"] and entry["available"] for entry in entries)
+    for entry in controls["remix"].values():
+        assert {*entry["parameters"]} <= {*RemixFields.model_fields}
+
+
+def test_groups_narrow_the_ranges() -> None:
+    controls = routing_of(GROUPED)["controls"]
+    assert controls["top_k"]["parameters"]["top_k"]["high"] == 8
+    assert controls["contrast"]["parameters"]["weak_rank"]["high"] == 7
+
+
+def test_what_hangs_on_the_profile_and_the_cache() -> None:
+    controls = routing_of(replace(MOE, contrast_refusal="too small"))["controls"]
+    assert [entry["available"] for entry in controls["remix"].values()] == [False, False, True]
+    assert controls["contrast"]["reason"] == "too small"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "reason"),
+    [
+        (CAPABILITIES, "the model has no routed experts"),
+        (replace(MOE, expert_refusal="one kernel does it all"), "one kernel does it all"),
+        (replace(MOE, refusal="it is an OPT"), "it is an OPT"),
+    ],
+)
+def test_no_controls_where_there_are_none(capabilities: Capabilities, reason: str) -> None:
+    found = routing_of(capabilities)
+    assert (found["supported"], found["reason"], found["controls"]) == (False, reason, {})
+
+
+def test_the_server_may_keep_experts_to_itself() -> None:
+    found = routing_of(replace(MOE, expert_routing=False))
+    assert (found["supported"], found["enabled"]) == (True, False)

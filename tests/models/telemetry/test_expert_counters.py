@@ -1,0 +1,245 @@
+"""Counters and reports say what the routers did, row by row."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.dispatch import standing_before
+from support.engine import Engine, engine
+from support.expert_policies import (
+    CONTRAST,
+    EVERYTHING,
+    LAST,
+    MASK,
+    OEA,
+    TOP_1,
+    TOP_4,
+    XSHARE,
+    prompt_of,
+)
+from support.tiny import make_model
+
+from sluice.kernels.ops.router_scores import plain_scores, selection_scores
+from sluice.kernels.ops.routing_args import MASKED, ROWS
+from sluice.models.engine.plan import LayerPlan, Rows, StepShape, Work, compact
+from sluice.models.policy.experts import ExpertPolicy
+from sluice.models.policy.policy import RoutingPolicy, SkipSet
+from sluice.models.telemetry.expert_counters import ExpertCounters
+
+TOKENS = 6
+
+
+class Seen:
+    """What went through the routers, counted one row at a time."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._step: Any = None
+        self.total = np.zeros_like(runner._router._counters.total)
+        self.active: dict[str, list[int]] = defaultdict(list)
+        self.taken: dict[str, int] = defaultdict(int)
+        self.loaded: dict[str, list[int]] = defaultdict(list)
+        self.weak: dict[str, int] = defaultdict(int)
+
+    def run(self, stock: Any, step: Any, *args: Any) -> Any:
+        self._step = step
+        try:
+            return stock(step, *args)
+        finally:
+            self._step = None
+
+    def route(self, stock: Any, place: int, logits: torch.Tensor, own: Any) -> Any:
+        router = self._runner._router
+        spec, _, correction = router._specs[place]
+        scores = plain_scores(logits, spec.sigmoid)
+        choice = selection_scores(scores, correction, spec.groups, spec.topk_group)
+        usual = choice.topk(spec.top_k, dim=-1).indices
+        weights, ids = stock(place, logits, own)
+        rows = [set(row) for row in ids.tolist()]
+        missing = [len(set(a) - b) for a, b in zip(usual.tolist(), rows, strict=True)]
+        for chosen in rows:
+            self.total[place, sorted(chosen)] += 1
+        self.total[place, ROWS] += len(rows)
+        self.total[place, MASKED] += sum(missing)
+        if self._step is not None and router._call is not None:
+            self._of_requests(router._call.tokens.tolist(), rows, missing)
+        return weights, ids
+
+    def _of_requests(self, tokens: list[int], rows: list[set[int]], missing: list[int]) -> None:
+        step = self._step
+        loaded = len(set.union(*rows))
+        for path in step.paths.values():
+            self.loaded[path.ticket.record].append(loaded)
+        for token, chosen, gone in zip(tokens, rows, missing, strict=True):
+            number = int(step.plan.shape.requests[token])
+            if number >= len(step.requests.ids):
+                owner = int(step.weak.owners[number - len(step.requests.ids)])
+                self.weak[step.paths[owner].ticket.record] += 1
+            elif number in step.paths:
+                record = step.paths[number].ticket.record
+                self.active[record].append(len(chosen))
+                self.taken[record] += gone
+
+
+def counted(running: Engine) -> np.ndarray:
+    """The counters, with a step that has not been summed up yet."""
+    running.runner.take_routing_record("nobody")
+    return np.array(running.runner._router._counters.total)
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3"])
+def running(request: pytest.FixtureRequest, models_folder: Path) -> Iterator[Engine]:
+    folder = make_model(request.param, models_folder / f"counters-{request.param}")
+    with engine(folder, enable_prefix_caching=False, max_num_batched_tokens=64) as made:
+        yield made
+
+
+def test_counters_and_reports_are_what_ran(running: Engine) -> None:
+    asked = {**EVERYTHING, "oea": OEA, "xshare": XSHARE, "empty": RoutingPolicy()}
+    prompts = [prompt_of(10 + 5 * index, seed=index) for index in range(len(asked))]
+    before = counted(running)
+    with standing_before(running.runner, Seen(running.runner)) as seen:
+        running.generate(prompts, list(asked.values()), TOKENS, records=list(asked))
+        found = counted(running) - before
+    assert found[:, ROWS].sum() > 0
+    assert found.tolist() == seen.total.tolist()
+    for name, policy in asked.items():
+        if policy is None:
+            continue
+        record = running.runner.take_routing_record(name)
+        assert record is not None
+        if policy.experts.empty:
+            assert "experts" not in record
+            continue
+        told = record["experts"]
+        active = seen.active[name]
+        assert len(active) > 0
+        assert told["active_mean"] == pytest.approx(sum(active) / len(active))
+        assert told["masked"] == seen.taken[name]
+        loaded = seen.loaded[name]
+        assert told["loaded_per_step"] == pytest.approx(sum(loaded) / len(loaded))
+        assert told["neighbour_dependent"] == (name in ("oea", "xshare"))
+        layers = len(running.runner._expert_shape.layers)
+        weak = told.get("weak", {"tokens": 0})["tokens"]
+        assert weak * layers == seen.weak[name]
+        assert (weak > 0) == name.startswith("contrast")
+
+
+def test_stock_steps_are_counted(running: Engine) -> None:
+    """With and without a policy that leaves every step to vLLM."""
+    shape = running.runner._expert_shape
+    for policy in (None, RoutingPolicy()):
+        before = counted(running)
+        with standing_before(running.runner, Seen(running.runner)) as seen:
+            running.generate([prompt_of(20, seed=3)], [policy], TOKENS)
+        found = counted(running) - before
+        rows = 20 + TOKENS - 1
+        assert found.tolist() == seen.total.tolist()
+        assert found[:, ROWS].tolist() == [rows] * len(shape.layers)
+        assert found[:, :-2].sum(axis=1).tolist() == [rows * shape.top_k] * len(shape.layers)
+        assert not found[:, MASKED].any()
+
+
+def test_steps_before_a_control_acts_are_counted(running: Engine) -> None:
+    """A re-mix of the last prompt token leaves all other steps to vLLM."""
+    before = counted(running)
+    with standing_before(running.runner, Seen(running.runner)) as seen:
+        running.generate([prompt_of(100, seed=4)], [LAST], TOKENS, records=["last"])
+    found = counted(running) - before
+    assert found.tolist() == seen.total.tolist()
+    assert found[:, ROWS].tolist() == [100 + TOKENS - 1] * len(found)
+
+
+def fraction(running: Engine, policy: RoutingPolicy, neighbours: int = 0) -> dict[str, Any]:
+    prompts = [prompt_of(30 + index, seed=9 + index) for index in range(1 + neighbours)]
+    policies = [policy, *[RoutingPolicy()] * neighbours]
+    names = ["own", *[f"other {index}" for index in range(neighbours)]]
+    running.generate(prompts, policies, TOKENS, records=names)
+    record = running.runner.take_routing_record("own")
+    assert record is not None
+    return record
+
+
+def test_the_compute_fraction_counts_experts(running: Engine) -> None:
+    cost, shape = running.runner.module_cost, running.runner._expert_shape
+    full = float(cost.modules.sum())
+    layers, k = len(shape.layers), shape.top_k
+    assert cost.expert > 0
+    for policy, experts in ((TOP_1, 1), (TOP_4, 4)):
+        record = fraction(running, policy)
+        expected = 1 + layers * (experts - k) * cost.expert / full
+        assert record["compute_fraction"] == pytest.approx(expected)
+        assert record["generated_compute_fraction"] == pytest.approx(expected)
+        assert record["experts"]["active_mean"] == experts
+    assert fraction(running, MASK)["compute_fraction"] == pytest.approx(1.0)
+    contrast = fraction(running, CONTRAST)
+    assert contrast["compute_fraction"] == pytest.approx(2 - layers * (k - 1) * cost.expert / full)
+
+
+def wide(shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:
+    """Run the MLP for all rows wherever one wants it, and drop what the others get."""
+    plan = compact(shape, attention, fill, mlp)
+    run = Work.of(shape.everything, mlp) if len(mlp) else plan.run_mlp
+    return LayerPlan(attention, fill, mlp, plan.attend, plan.separate_fill, run)
+
+
+def test_rows_that_are_kept_in_a_layer_save_nothing_there(
+    running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report does not depend on how the cost model arranges layers."""
+    skip = SkipSet.of(mlp=(2, 3))
+    policy = RoutingPolicy(skip, experts=ExpertPolicy(top_k=1))
+    live = running.runner._live
+    records = []
+    for arrange in (compact, wide):
+        live._plans.clear()
+        monkeypatch.setattr(live, "arrange", arrange)
+        monkeypatch.setattr(running.runner._loop, "_arrange", arrange)
+        records.append(fraction(running, policy, neighbours=2))
+    live._plans.clear()
+    cost, shape = running.runner.module_cost, running.runner._expert_shape
+    full = float(cost.modules.sum())
+    left = full - float(cost.modules[[2, 3], 1].sum())
+    left -= (len(shape.layers) - 2) * (shape.top_k - 1) * cost.expert
+    for record in records:
+        assert record["compute_fraction"] == pytest.approx(left / full)
+
+
+def test_a_reader_sees_what_the_writer_adds(tmp_path: Path) -> None:
+    writer = ExpertCounters.create(tmp_path / "engine-0.experts", (1, 3, 4), 5)
+    reader = ExpertCounters.read(tmp_path / "engine-0.experts")
+    assert reader.layers == (1, 3, 4)
+    assert not reader.selections.any()
+    writer.total[1, 2] += 7
+    writer.total[2, ROWS] += 4
+    writer.total[0, MASKED] += 3
+    assert reader.selections[1].tolist() == [0, 0, 7, 0, 0]
+    assert reader.selections.sum() == 7
+    assert reader.masked.tolist() == [3, 0, 0]
+    assert reader.window_rows.tolist() == [0, 0, 4]
+    assert reader.window.sum() == 7
+    with pytest.raises(ValueError, match="read-only"):
+        reader.total[0, 0] = 1
+
+
+def test_the_window_forgets_and_the_total_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sluice.models.telemetry import expert_counters
+
+    now = [100.0]
+    monkeypatch.setattr(expert_counters.time, "monotonic", lambda: now[0])
+    counters = ExpertCounters.create(None, (0,), 3)
+    for seconds, window in ((0, 1), (5, 2), (11, 3), (4, 4), (12, 3), (40, 2), (40, 1)):
+        now[0] += seconds
+        counters.roll()
+        counters.total[0, 1] += 1
+        assert counters.window[0].tolist()[1] <= counters.total[0, 1]
+        assert counters.window[0, 1] >= 1
+        assert window >= 1
+    assert counters.selections[0].tolist() == [0, 7, 0]
+    assert counters.window[0, 1] < 7

@@ -1,0 +1,128 @@
+"""Reports in JSON answers and in event streams cut anywhere."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sluice.models.policy.policy import RoutingPolicy
+from sluice.models.telemetry.report import build_report
+from sluice.server.http.sse import EventSplitter, is_usage_chunk, with_report
+
+STREAM = (
+    b'data: {"choices":[{"delta":{"content":"a\\n\\nb \\"usage\\""}}]}\n\n'
+    b": keep-alive\n\n"
+    b'data: {"choices":[],"usage":{"total_tokens":3}}\n\n'
+    b"data: [DONE]\n\n"
+)
+
+
+@given(st.lists(st.integers(0, len(STREAM)), max_size=8))
+def test_events_survive_any_cut(cuts: list[int]) -> None:
+    edges = [0, *sorted(cuts), len(STREAM)]
+    splitter = EventSplitter()
+    events = [
+        event
+        for start, end in itertools.pairwise(edges)
+        for event in splitter.feed(STREAM[start:end])
+    ]
+    assert b"".join(events) == STREAM
+    assert len(events) == 4
+    assert splitter.flush() == b""
+    assert [is_usage_chunk(event) for event in events] == [False, False, True, False]
+
+
+def test_report_joins_an_event_and_an_answer() -> None:
+    event = with_report(b'data: {"id":"\xc3\xa9","choices":[]}\n\n', {"a": 1})
+    assert event == 'data: {"id":"é","choices":[],"routing":{"a":1}}\n\n'.encode()
+    assert json.loads(with_report(b'{"id":1}', {"a": 1})) == {"id": 1, "routing": {"a": 1}}
+
+
+def test_a_lost_record_is_said() -> None:
+    report = build_report(RoutingPolicy(), None)
+    assert report["warnings"]
+    assert "layers" not in report
+
+
+RECORD: dict[str, Any] = {
+    "counts": [
+        [[[5, 0, 0], [5, 0, 0]], [[4, 0, 1], [3, 2, 0]]],
+        [[[3, 0, 0], [2, 1, 0]], [[1, 0, 2], [1, 2, 0]]],
+    ],
+    "exits": [2, 1],
+    "compute_fraction": 0.87654321,
+    "generated_compute_fraction": 0.5833333333,
+}
+
+
+def test_phases_are_summed_and_generated_tokens_told_apart() -> None:
+    report = build_report(RoutingPolicy(), RECORD)
+    assert report["layers"] == [
+        {
+            "layer": 0,
+            "attention": {"executed": 8, "skipped": 0, "filled": 0},
+            "mlp": {"executed": 7, "skipped": 1, "filled": 0},
+        },
+        {
+            "layer": 1,
+            "attention": {"executed": 5, "skipped": 0, "filled": 3},
+            "mlp": {"executed": 4, "skipped": 4, "filled": 0},
+        },
+    ]
+    assert report["exits"] == [{"layer": 0, "tokens": 2}, {"layer": 1, "tokens": 1}]
+    # 3 + 2 + 1 + 1 sub-layers of 3 tokens, two a layer.
+    assert report["generated"] == {
+        "tokens": 3,
+        "mean_layers": round(7 / 6, 6),
+        "compute_fraction": 0.583333,
+    }
+    assert report["compute_fraction"] == 0.876543
+    assert "mask" not in report
+    json.dumps(report, allow_nan=False)
+
+
+def test_an_answer_of_one_token_has_no_generated_rows() -> None:
+    nothing = [[[0, 0, 0]] * 2] * 2
+    record = {
+        **RECORD,
+        "counts": [RECORD["counts"][0], nothing],
+        "exits": [0, 0],
+        "generated_compute_fraction": 1.0,
+    }
+    generated = build_report(RoutingPolicy(), record)["generated"]
+    assert generated == {"tokens": 0, "mean_layers": None, "compute_fraction": 1.0}
+
+
+def test_a_decided_mask_is_reported() -> None:
+    mask = {"attention": [1], "mlp": [1]}
+    assert build_report(RoutingPolicy(), {**RECORD, "mask": mask})["mask"] == mask
+
+
+EXPERTS: dict[str, Any] = {
+    "active_mean": 3.123456789,
+    "masked": 4,
+    "loaded_per_step": None,
+    "neighbour_dependent": False,
+    "weak": {"active_mean": 1.00000004, "per_layer": [0.12345678, 2]},
+}
+
+
+def test_experts_are_reported_rounded() -> None:
+    report = build_report(RoutingPolicy(), {**RECORD, "experts": EXPERTS})
+    assert report["experts"] == {
+        **EXPERTS,
+        "active_mean": 3.123457,
+        "weak": {"active_mean": 1.0, "per_layer": [0.123457, 2]},
+    }
+    assert report["warnings"] == []
+    assert "experts" not in build_report(RoutingPolicy(), RECORD)
+
+
+def test_an_answer_that_depended_on_its_neighbours_says_so() -> None:
+    experts = {**EXPERTS, "neighbour_dependent": True}
+    (warning,) = build_report(RoutingPolicy(), {**RECORD, "experts": experts})["warnings"]
+    assert "depended on its neighbours" in warning
