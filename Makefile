@@ -24,6 +24,7 @@ lint: $(STAMP)
 	ln -sfn ../../../models build/typing/sluice/models
 	ln -sfn ../../../kernels build/typing/sluice/kernels
 	ln -sfn ../../../loadtest build/typing/sluice/loadtest
+	$(BIN)/lint-imports --no-cache
 	MYPYPATH=build/typing $(BIN)/mypy -p sluice.server -p sluice.models -p sluice.kernels -p sluice.loadtest
 
 bench: $(STAMP)
@@ -43,7 +44,7 @@ profile: $(STAMP)
 	  --exits-tolerance 0.02 --exits-every 1 --routers-cost 0.005
 	cp $(DEMO_DATA)/profile/*.json $(DEMO_DATA)/profile/*.safetensors $(DEMO_DATA)/profile/*.png models/demo/profile/
 
-$(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt
+$(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt -r requirements/dev.txt
 	@$(BIN)/python -c "import torch, sys; torch.version.cuda and sys.exit('pip chose a CUDA build of torch: see Set-up in README.md')"

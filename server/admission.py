@@ -1,7 +1,7 @@
 """From a request body to a policy: the one place where routing is accepted or refused.
 
 Every endpoint's JSON body passes `Admission.admit`. What leaves it is either the body as it came
-(no routing: stock) or a body that vLLM's own routes understand: the base model's id, the ticket
+(no routing: stock) or a body that vLLM's own routes understand: the base model's id, the policy
 in `vllm_xargs`, and a `cache_salt` that keeps K/V of different policies apart.
 """
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, PolicyTicket
+from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.errors import RoutingError
@@ -34,13 +34,13 @@ class Admitted:
 
     Attributes:
         body: what vLLM's route gets.
-        ticket: the policy and the key of its record.
+        extra: the policy and the key of its record.
         preset: name of the preset, or `custom`.
         effort: what the request or its preset asked for, or None.
     """
 
     body: dict[str, Any]
-    ticket: PolicyTicket
+    extra: RoutingExtraArgs
     preset: str
     effort: float | None
 
@@ -112,10 +112,10 @@ class Admission:
                         param=field,
                         reason="unsupported_combination",
                     )
-        ticket = PolicyTicket(policy, uuid.uuid4().hex)
+        extra = RoutingExtraArgs(policy, uuid.uuid4().hex)
         return Admitted(
-            body=_engine_body(body, model, ticket),
-            ticket=ticket,
+            body=_engine_body(body, model, extra),
+            extra=extra,
             preset=fields.preset or CUSTOM_PRESET,
             effort=merged.effort,
         )
@@ -186,20 +186,20 @@ def _with_model_preset(fields: RoutingFields, preset: str | None) -> RoutingFiel
     return fields.model_copy(update={"preset": preset})
 
 
-def _engine_body(body: dict[str, Any], model: Any, ticket: PolicyTicket) -> dict[str, Any]:
+def _engine_body(body: dict[str, Any], model: Any, extra: RoutingExtraArgs) -> dict[str, Any]:
     """The body as vLLM's route understands it."""
     engine_body = {key: value for key, value in body.items() if key != "routing"}
     if model is not None:
         engine_body["model"] = model
     xargs = body.get("vllm_xargs") or {}
     if isinstance(xargs, dict):  # vLLM's own validation answers anything else.
-        engine_body["vllm_xargs"] = {**xargs, EXTRA_ARGS_KEY: ticket.encode()}
+        engine_body["vllm_xargs"] = {**xargs, EXTRA_ARGS_KEY: extra.encode()}
     salt = body.get("cache_salt")
     if salt is None or isinstance(salt, str):
-        own = ticket.cache_salt(salt)
+        own = extra.cache_salt(salt)
         if own is not None:
             engine_body["cache_salt"] = own
-    if body.get("stream") and ticket.policy.report:
+    if body.get("stream") and extra.policy.report:
         # The report rides on the usage chunk, so asking for it asks for that chunk.
         options = body.get("stream_options") or {}
         if isinstance(options, dict):

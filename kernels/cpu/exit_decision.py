@@ -1,4 +1,4 @@
-"""`exit_test` on a CPU; rules and arguments are in `sluice.kernels.ops.exit_decision`.
+"""`exit_decision` on a CPU; rules and arguments are in `sluice.kernels.ops.exit_decision`.
 
 A row is read twice, the second time out of the processor's cache: for the two largest logits, and
 relative to the largest for the sums.
@@ -20,10 +20,10 @@ _ONE, _OUT = np.float32(1.0), np.float32(-np.inf)
 _NOTHING = np.float32(NOTHING)
 
 
-def exit_test(
+def exit_decision(
     logits: torch.Tensor, threshold: torch.Tensor, measure: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `sluice.kernels.ops.exit_decision.exit_test`."""
+    """See `sluice.kernels.ops.exit_decision.exit_decision`."""
     stats = np.empty((len(logits), 4), dtype=np.float32)
     leaves = np.empty(len(logits), dtype=np.bool_)
     _decide(

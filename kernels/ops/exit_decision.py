@@ -30,10 +30,10 @@ def _fake(
 
 @operation(
     fake=_fake,
-    cpu="sluice.kernels.cpu.exit_decision:exit_test",
-    triton="sluice.kernels.triton.exit_decision:exit_test",
+    cpu="sluice.kernels.cpu.exit_decision:exit_decision",
+    triton="sluice.kernels.triton.exit_decision:exit_decision",
 )
-def exit_test(
+def exit_decision(
     logits: torch.Tensor, threshold: torch.Tensor, measure: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Measure the distribution of each row and hold it against the row's threshold, in fp32.

@@ -1,4 +1,4 @@
-"""`exit_test` in Triton; rules and arguments are in `sluice.kernels.ops.exit_decision`.
+"""`exit_decision` in Triton; rules and arguments are in `sluice.kernels.ops.exit_decision`.
 
 A program reads one part of the vocabulary for some rows, so that a few rows keep the whole device
 busy. Each of its lanes keeps the state of the tokens it has seen: the two largest logits, and,
@@ -146,10 +146,10 @@ def _join(
     _decide(row, live, first, second, total, weighted, thresholds, stats, decisions, CONFIDENT)
 
 
-def exit_test(
+def exit_decision(
     logits: torch.Tensor, threshold: torch.Tensor, measure: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `sluice.kernels.ops.exit_decision.exit_test`."""
+    """See `sluice.kernels.ops.exit_decision.exit_decision`."""
     rows, vocabulary = logits.shape
     parts = triton.cdiv(vocabulary, _PART)
     stats = torch.empty((rows, 4), dtype=torch.float32, device=logits.device)

@@ -21,7 +21,7 @@ from sluice.models.experts.contrast import BlockIds, WeakPasses
 from sluice.models.experts.remix import prompt_embedding
 from sluice.models.experts.selection import StepExperts
 from sluice.models.policy.axes import DECODE, PREFILL, IntArray
-from sluice.models.policy.extra_args import PolicyTicket
+from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.policy.policy import MissingKV
 from sluice.models.profile.profile import Profile
 
@@ -46,7 +46,7 @@ class WatchFactory:
     def _exit_watches(self, step: RoutedStep) -> Iterator[Watch]:
         groups: dict[tuple[str, tuple[int, ...], MissingKV], list[int]] = {}
         for index, path in step.paths.items():
-            rule = path.ticket.policy.exit
+            rule = path.extra.policy.exit
             if rule is None or step.live_row(index) is None:
                 continue
             if path.pending is None or not path.pending.must_run_full_depth(
@@ -60,7 +60,7 @@ class WatchFactory:
             companions: dict[int, IntArray] = {}
             for place, index in enumerate(indices):
                 path = step.paths[index]
-                rule, row = path.ticket.policy.exit, step.live_row(index)
+                rule, row = path.extra.policy.exit, step.live_row(index)
                 assert rule is not None
                 assert row is not None
                 nth = step.last_position(index) - path.prompt_tokens
@@ -80,7 +80,7 @@ class WatchFactory:
 
     def _mask_watches(self, step: RoutedStep) -> Iterator[Watch]:
         for index, path in step.paths.items():
-            rule = path.ticket.policy.adaptive
+            rule = path.extra.policy.adaptive
             if rule is None or rule.method == mod.NAME:
                 continue
             start = int(step.requests.computed[index])
@@ -134,7 +134,7 @@ class LiveRequests:
     def add(
         self,
         request_id: str,
-        ticket: PolicyTicket,
+        extra: RoutingExtraArgs,
         prompt: Sequence[int],
         max_tokens: int,
         embed: Callable[[torch.Tensor], torch.Tensor],
@@ -143,22 +143,22 @@ class LiveRequests:
 
         Args:
             request_id: vLLM's.
-            ticket: its policy and the key of its record.
+            extra: its policy and the key of its record.
             prompt: token ids.
             max_tokens: longest output the client allowed.
             embed: from token ids, (n,), to embeddings, (n, hidden).
         """
-        path = RequestPath(ticket, len(prompt), max_tokens, self.table)
+        path = RequestPath(extra, len(prompt), max_tokens, self.table)
 
         def embedded() -> torch.Tensor:
             ids = torch.tensor(prompt, device=self._device)
             return torch.cat([embed(part) for part in torch.split(ids, _EMBEDDED_AT_ONCE)])
 
-        rule = ticket.policy.adaptive
+        rule = extra.policy.adaptive
         if rule is not None and rule.method == mod.NAME:
             retention = rule.retention or mod.cosine_retention(self._num_layers)
             path.keep_prompt_tokens(mod.kept_tokens(mod.importance(embedded()), retention))
-        experts = ticket.policy.experts
+        experts = extra.policy.experts
         if self.experts is not None and not experts.empty:
             self.experts.add(request_id, experts, len(prompt), lambda: prompt_embedding(embedded()))
         self._paths[request_id] = path
@@ -241,7 +241,7 @@ class LiveRequests:
             if row is None or not path.records_tokens:
                 continue
             depth = exits.get(row, self._num_layers - 1)
-            if path.ticket.policy.exit is not None:
+            if path.extra.policy.exit is not None:
                 depths[index] = depth
             if path.pending is not None:
                 self._wait(step, index, row, depth, residual)
@@ -272,7 +272,7 @@ class LiveRequests:
         elastic = [
             path
             for index, path in paths.items()
-            if path.ticket.policy.skip.elastic
+            if path.extra.policy.skip.elastic
             and path.has_live_token(int(requests.computed[index]), int(requests.scheduled[index]))
         ]
         if elastic:

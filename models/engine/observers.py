@@ -160,7 +160,7 @@ class PromptWatch(Watch):
         num_layers: int,
     ) -> None:
         super().__init__(tokens, frozenset(range(num_layers)))
-        rule = path.ticket.policy.adaptive
+        rule = path.extra.policy.adaptive
         assert rule is not None
         self.looks_ahead = rule.masked_prefill
         self._rule: AdaptiveRule = rule

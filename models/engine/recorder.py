@@ -1,4 +1,4 @@
-"""TODO module docstring."""
+"""What became of a step's tokens, counted."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sluice.models.depth.masks import DepthMask, MaskTable, Segment, phase_masks
 from sluice.models.depth.recompute import PendingTokens
 from sluice.models.policy.axes import DECODE, PREFILL
-from sluice.models.policy.extra_args import PolicyTicket
+from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.policy.policy import MissingKV
 
 
@@ -24,7 +24,7 @@ class RequestPath:
     """Masks of one request, as rows of the mask table.
 
     Attributes:
-        ticket: the request's policy and the key of its record.
+        extra: the request's policy and the key of its record.
         max_tokens: longest output the client allowed.
         prompt_tokens: length of the prompt.
         statistics: per-layer sums that a prompt method has pooled so far, (layers,), float64.
@@ -35,29 +35,29 @@ class RequestPath:
     """
 
     def __init__(
-        self, ticket: PolicyTicket, prompt_tokens: int, max_tokens: int, table: MaskTable
+        self, extra: RoutingExtraArgs, prompt_tokens: int, max_tokens: int, table: MaskTable
     ) -> None:
-        self.ticket = ticket
+        self.extra = extra
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
         num_layers = table.skip.shape[1]
         self.statistics = np.zeros(num_layers)
         self.counted = 0
         self.decided = False
-        rule = ticket.policy.exit
+        rule = extra.policy.exit
         recomputes = rule is not None and rule.kv is MissingKV.RECOMPUTE
         self.pending = PendingTokens() if recomputes else None
         self._table = table
         self._held: set[int] = set()
         self._prompt: int | NDArray[np.int64]
-        prefill, self.wanted = phase_masks(ticket.policy.skip, num_layers)
+        prefill, self.wanted = phase_masks(extra.policy.skip, num_layers)
         self._prompt, self._decode = self.hold(prefill), self.hold(self.wanted)
         self._generated: list[int] = []
 
     @property
     def records_tokens(self) -> bool:
         """Whether masks of generated tokens are decided one by one."""
-        policy = self.ticket.policy
+        policy = self.extra.policy
         replaces = policy.adaptive is not None and policy.adaptive.mode == "replace"
         return policy.exit is not None or replaces or policy.skip.elastic
 

@@ -25,7 +25,7 @@ from sluice.models.experts.contrast import BlockIds
 from sluice.models.experts.router import ExpertRouter
 from sluice.models.policy.axes import DECODE, MODULES, PHASES, IntArray
 from sluice.models.policy.expert_shape import ExpertShape
-from sluice.models.policy.extra_args import PolicyTicket
+from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.profile.profile import PROFILE_ENV, Profile
 from sluice.models.telemetry.counter_file import telemetry_folder
 from sluice.models.telemetry.expert_counters import SUFFIX, ExpertCounters
@@ -147,11 +147,11 @@ class RoutedModelRunner(_Runner):
             poison_new_blocks(self, scheduler_output, weak)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
-            ticket = params and PolicyTicket.from_extra_args(params.extra_args)
-            if ticket is not None and self._stack is not None:
+            extra = params and RoutingExtraArgs.from_extra_args(params.extra_args)
+            if extra is not None and self._stack is not None:
                 self._live.add(
                     request.req_id,
-                    ticket,
+                    extra,
                     request.prompt_token_ids,
                     params.max_tokens or self.model_config.max_model_len,
                     self._stack.embed,
@@ -193,7 +193,7 @@ class RoutedModelRunner(_Runner):
         counts, exits = count_outcomes(outcome.segments, step.passes, table.skip, table.fill)
         self._counters.add(counts.sum(axis=(0, 1)), exits.sum(axis=0))
         for index, path in step.paths.items():
-            record = self._records.of(path.ticket.record)
+            record = self._records.of(path.extra.request_key)
             record.counts += counts[index]
             record.exits += exits[index]
             record.skipped = path.decided_skip
@@ -212,10 +212,10 @@ class RoutedModelRunner(_Runner):
             if segment.weak:
                 weak[step.owner(segment.request), segment.phase] += segment.length
         for index, path in step.paths.items():
-            policy = path.ticket.policy.experts
+            policy = path.extra.policy.experts
             if policy.empty:
                 continue
-            record = self._records.of(path.ticket.record)
+            record = self._records.of(path.extra.request_key)
             if record.experts is None:
                 record.experts = ExpertRecord(policy.budget is not None)
             record.experts.ran += ran[index]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sluice.kernels.ops.batch_budget import OEA, batch_budget
-from sluice.kernels.ops.exit_decision import CONFIDENCE, exit_test
+from sluice.kernels.ops.exit_decision import CONFIDENCE, exit_decision
 from sluice.kernels.ops.layer_stats import layer_stats
 from sluice.kernels.ops.route_topk import count_selections, route_topk
 from sluice.kernels.ops.router_scores import router_scores
@@ -50,7 +50,7 @@ def warm_up_exits(hidden: int, dtype: torch.dtype, device: torch.device) -> None
     """
     row = torch.zeros((1, hidden), dtype=dtype, device=device)
     layer_stats(row, row.new_empty(0), row)
-    exit_test(row, torch.zeros(1, device=device), CONFIDENCE)
+    exit_decision(row, torch.zeros(1, device=device), CONFIDENCE)
 
 
 def warm_up_routers(spec: RouterSpec, shape: ExpertShape, device: torch.device) -> None:

@@ -19,7 +19,7 @@ from sluice.models.engine.workers import CPU_WORKER, CUDA_WORKER
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.offline.hf_model.model import Subject
 from sluice.models.policy.axes import ATTENTION, DECODE, EXECUTED, MODULES
-from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, PolicyTicket
+from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.profile import PROFILE_ENV, Profile
 from sluice.models.routing.capabilities import Capabilities
@@ -159,7 +159,7 @@ class CalibrationEngine:
         extra_args = None
         if policy is not None:
             # Without a prefix cache there is nothing that a salt keeps apart.
-            extra_args = {EXTRA_ARGS_KEY: PolicyTicket(policy, name).encode()}
+            extra_args = {EXTRA_ARGS_KEY: RoutingExtraArgs(policy, name).encode()}
         params = SamplingParams(
             temperature=0.0,
             max_tokens=limit,

@@ -1,4 +1,4 @@
-"""TODO module docstring."""
+"""Confidence intervals and how many repeats they need."""
 
 from __future__ import annotations
 

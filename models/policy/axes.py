@@ -1,4 +1,4 @@
-"""TODO module docstring."""
+"""The axes of every array about depth: phases, modules, outcomes."""
 
 from __future__ import annotations
 

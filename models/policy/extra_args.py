@@ -1,4 +1,4 @@
-"""TODO module docstring."""
+"""What crosses from the HTTP edge to the worker, inside vLLM's `SamplingParams.extra_args`."""
 
 from __future__ import annotations
 
@@ -6,41 +6,41 @@ import json
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sluice.models.policy.policy import RoutingPolicy, _canonical, _digest
+from sluice.models.policy.policy import RoutingPolicy, canonical_json, short_digest
 
 EXTRA_ARGS_KEY = "sluice"
 """The one key of `SamplingParams.extra_args` that is ours."""
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyTicket:
-    """What crosses from the HTTP edge to the worker: a policy and the key of its record."""
+class RoutingExtraArgs:
+    """A request's policy, and the key under which the worker keeps what it ran."""
 
     policy: RoutingPolicy
-    record: str
+    request_key: str
 
     def encode(self) -> str:
         """Canonical JSON, the value of `extra_args[EXTRA_ARGS_KEY]`."""
-        return _canonical({"policy": self.policy.to_dict(), "record": self.record})
+        return canonical_json({"policy": self.policy.to_dict(), "request_key": self.request_key})
 
     @classmethod
     def decode(cls, text: str) -> Self:
         """Inverse of `encode`."""
         wire = json.loads(text)
-        return cls(policy=RoutingPolicy.from_dict(wire["policy"]), record=wire["record"])
+        return cls(policy=RoutingPolicy.from_dict(wire["policy"]), request_key=wire["request_key"])
 
     def cache_salt(self, client_salt: str | None) -> str | None:
         """Prefix-cache salt of the request: its policy's part joined with the client's own."""
         digest = self.policy.prompt_kv_digest
         if digest is not None and self.policy.private_prompt:
             # Samples of one request have one prompt and one record: they may share.
-            digest = f"{digest}-{self.record}"
+            digest = f"{digest}-{self.request_key}"
         if digest is None:
             return client_salt
-        return f"sluice-{digest}-{_digest(client_salt)}" if client_salt else f"sluice-{digest}"
+        return f"sluice-{digest}-{short_digest(client_salt)}" if client_salt else f"sluice-{digest}"
 
     @classmethod
     def from_extra_args(cls, extra_args: dict[str, Any] | None) -> Self | None:
-        """The ticket of a request, or None for a stock request."""
+        """What a request carries, or None for a stock request."""
         text = (extra_args or {}).get(EXTRA_ARGS_KEY)
         return None if text is None else cls.decode(text)

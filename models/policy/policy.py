@@ -37,11 +37,11 @@ class MissingKV(StrEnum):
     RECOMPUTE = "recompute"
 
 
-def _digest(text: str) -> str:
+def short_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARS]
 
 
-def _canonical(value: Any) -> str:
+def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
@@ -196,7 +196,7 @@ class RoutingPolicy:
     @property
     def digest(self) -> str:
         """16 hex characters naming the effective policy; equal policies have equal digests."""
-        return _digest(_canonical(self.to_dict()))
+        return short_digest(canonical_json(self.to_dict()))
 
     @property
     def prompt_kv_digest(self) -> str | None:

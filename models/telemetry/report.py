@@ -1,4 +1,4 @@
-"""TODO module docstring."""
+"""The response's `routing` object: what ran of a policy, from the worker's record."""
 
 from __future__ import annotations
 

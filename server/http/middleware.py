@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sluice.models.policy.extra_args import PolicyTicket
+from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.presets import CUSTOM_PRESET, NO_PRESET
 from sluice.models.telemetry.report import build_report
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class RoutingMiddleware:
-    """Turns `routing` into a ticket for the engine and the engine's record into a report."""
+    """Turns `routing` into extra args for the engine and the engine's record into a report."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -69,8 +69,8 @@ class RoutingMiddleware:
             headers = MutableHeaders(scope=scope)
             headers["content-length"] = str(len(raw))
             if edge.spans is not None:
-                edge.spans.open(admitted.ticket.record, policy_attributes(admitted))
-        answer = _Answer(edge, admitted.ticket if admitted else None, send)
+                edge.spans.open(admitted.extra.request_key, policy_attributes(admitted))
+        answer = _Answer(edge, admitted.extra if admitted else None, send)
         try:
             await self._app(scope, _replay(raw, receive), answer.send)
         finally:
@@ -86,15 +86,17 @@ async def _finish(edge: Edge, admitted: Admitted | None, caller: Caller, answer:
         if admitted is not None:
             log_expert_routing(caller, admitted, answer.outcome, answer.status, answer.record)
             if edge.spans is not None:
-                edge.spans.close(admitted.ticket.record, ran_attributes(admitted, answer.record))
+                edge.spans.close(
+                    admitted.extra.request_key, ran_attributes(admitted, answer.record)
+                )
 
 
 class _Answer:
     """Watches one answer go by, adds the report, and counts what ran."""
 
-    def __init__(self, edge: Edge, ticket: PolicyTicket | None, send: Send) -> None:
+    def __init__(self, edge: Edge, extra: RoutingExtraArgs | None, send: Send) -> None:
         self._edge = edge
-        self._ticket = ticket
+        self._extra = extra
         self._send = send
         self.status = 0
         self._complete = False
@@ -131,7 +133,7 @@ class _Answer:
 
     @property
     def _reports(self) -> bool:
-        return self._ticket is not None and self._ticket.policy.report and self.status == 200
+        return self._extra is not None and self._extra.policy.report and self.status == 200
 
     def _streams(self, start: Message) -> bool:
         kind = Headers(raw=start["headers"]).get("content-type", "")
@@ -163,22 +165,22 @@ class _Answer:
         return with_report(event, await self._report()) if is_usage_chunk(event) else event
 
     async def _report(self) -> dict[str, Any]:
-        assert self._ticket is not None
+        assert self._extra is not None
         await self._take()
-        return build_report(self._ticket.policy, self.record)
+        return build_report(self._extra.policy, self.record)
 
     async def _take(self) -> None:
         """Fetch the record once. An engine that dies meanwhile must not take the answer along."""
-        assert self._ticket is not None
+        assert self._extra is not None
         if self.record is None:
             try:
-                self.record = await self._edge.take_record(self._ticket.record)
+                self.record = await self._edge.take_record(self._extra.request_key)
             except Exception:
                 logger.exception("no routing record for a request that ran")
 
     async def count(self) -> None:
         """Observe the compute fraction of a request that the engine ran."""
-        if self._ticket is None:
+        if self._extra is None:
             if self.outcome == "ok":
                 self._edge.metrics.ran(1.0)
             return

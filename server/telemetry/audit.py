@@ -46,7 +46,7 @@ def log_expert_routing(
         record: the worker's record, None if the request never reached the engine. Token counts are
             rows that ran: prompt tokens from the prefix cache are not among them.
     """
-    policy = admitted.ticket.policy
+    policy = admitted.extra.policy
     if policy.experts.empty:
         return
     prompt, generated = _rows(record)

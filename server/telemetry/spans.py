@@ -11,7 +11,7 @@ from sluice.server.admission import Admitted
 
 def policy_attributes(admitted: Admitted) -> Attributes:
     """What the request asked for: names and numbers, never its text or its lists of layers."""
-    policy = admitted.ticket.policy
+    policy = admitted.extra.policy
     return _given(
         {
             "sluice.preset": admitted.preset,
@@ -31,7 +31,7 @@ def ran_attributes(admitted: Admitted, record: dict[str, Any] | None) -> Attribu
     """What the request ran; nothing if the engine has no record of it."""
     if record is None:
         return {}
-    report = build_report(admitted.ticket.policy, record)
+    report = build_report(admitted.extra.policy, record)
     generated, experts = report["generated"], report.get("experts", {})
     return _given(
         {

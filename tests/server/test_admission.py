@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from support.edge import CAPABILITIES, LAYERS
 
-from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, PolicyTicket
+from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import Phase, SkipSet
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.schema import DepthFields, PresetFields, SkipFields
@@ -39,8 +39,8 @@ def test_the_engine_gets_a_ticket_a_salt_and_the_base_model() -> None:
     assert engine_body["model"] == "m"
     assert "routing" not in engine_body
     assert engine_body["vllm_xargs"]["other"] == 1
-    ticket = PolicyTicket.decode(engine_body["vllm_xargs"][EXTRA_ARGS_KEY])
-    assert ticket.policy.skip == SkipSet.of(blocks=(1, 2))
+    extra = RoutingExtraArgs.decode(engine_body["vllm_xargs"][EXTRA_ARGS_KEY])
+    assert extra.policy.skip == SkipSet.of(blocks=(1, 2))
     assert engine_body["cache_salt"].startswith("sluice-")
     assert body["vllm_xargs"] == {"other": 1}, "the client's body must not change"
 
@@ -110,10 +110,10 @@ def test_explicit_fields_override_the_preset_one_by_one() -> None:
     routing = {"preset": "half", "depth": {"phase": "prefill"}}
     admitted = ADMISSION.admit(CHAT, {"routing": routing}, CALLER)
     assert admitted is not None
-    assert admitted.ticket.policy.skip == SkipSet.of(blocks=(1, 2), phase=Phase.PREFILL)
+    assert admitted.extra.policy.skip == SkipSet.of(blocks=(1, 2), phase=Phase.PREFILL)
     emptied = ADMISSION.admit(CHAT, {"routing": {"preset": "half", "depth": {"skip": {}}}}, CALLER)
     assert emptied is not None
-    assert emptied.ticket.policy.skip.empty
+    assert emptied.extra.policy.skip.empty
 
 
 def test_everything_but_one_sub_layer_may_go() -> None:

@@ -66,7 +66,7 @@ class Dispatch:
             # An unused slot repeats an expert with weight 0.
             chosen[expert] = chosen.get(expert, 0.0) + weight
         kept = self.strong if number < requests else self.weak
-        kept[path.ticket.record][place, int(self._positions[token])] = chosen
+        kept[path.extra.request_key][place, int(self._positions[token])] = chosen
 
 
 class Watcher(Protocol):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sluice.models.engine.workers import CPU_WORKER
-from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, PolicyTicket
+from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy, SkipSet
 
 STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -46,7 +46,7 @@ class Engine:
         tokens: int = 12,
         **sampling: Any,
     ) -> list[list[int]]:
-        """One batch of requests; each gets its own policy, `None` being no ticket at all."""
+        """One batch of requests; each gets its own policy, `None` being no policy at all."""
         return [out.outputs[0].token_ids for out in self.run(prompts, skips, tokens, **sampling)]
 
     def run(
@@ -120,9 +120,9 @@ class Engine:
             if skip is not None:
                 policy = RoutingPolicy(skip) if isinstance(skip, SkipSet) else skip
                 record = records[index] if records else uuid.uuid4().hex
-                ticket = PolicyTicket(policy, record)
-                extra_args = {EXTRA_ARGS_KEY: ticket.encode()}
-                salt = ticket.cache_salt(None)
+                extra = RoutingExtraArgs(policy, record)
+                extra_args = {EXTRA_ARGS_KEY: extra.encode()}
+                salt = extra.cache_salt(None)
                 if salt:
                     request["cache_salt"] = salt
             requests.append(request)

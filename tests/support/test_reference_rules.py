@@ -24,7 +24,7 @@ from torch import Tensor
 from sluice.models.policy.policy import AdaptiveRule, ExitRule
 
 
-def exit_test(
+def exit_decision(
     method: str,
     threshold: float | None = 0.5,
     patience: int | None = None,
@@ -44,19 +44,21 @@ NOTHING = torch.zeros(3)
 
 class TestExits:
     def test_confidence_is_first_minus_second(self) -> None:
-        score = exit_test("confidence").score(NOTHING, logits(0.3, 0.5, 0.2))
+        score = exit_decision("confidence").score(NOTHING, logits(0.3, 0.5, 0.2))
         assert score == pytest.approx(0.2, abs=1e-6)
 
     def test_entropy_is_in_nats(self) -> None:
-        score = exit_test("entropy").score(NOTHING, logits(0.5, 0.25, 0.25))
+        score = exit_decision("entropy").score(NOTHING, logits(0.5, 0.25, 0.25))
         assert score == pytest.approx(1.5 * math.log(2.0), abs=1e-6)
 
     def test_saturation_is_the_cosine(self) -> None:
-        score = exit_test("saturation").score(torch.tensor([3.0, 4.0]), torch.tensor([8.0, 6.0]))
+        score = exit_decision("saturation").score(
+            torch.tensor([3.0, 4.0]), torch.tensor([8.0, 6.0])
+        )
         assert score == pytest.approx(0.96, abs=1e-6)
 
     def test_patience_counts_agreeing_exits(self) -> None:
-        test = exit_test("patience", threshold=None, patience=2)
+        test = exit_decision("patience", threshold=None, patience=2)
         scores = [test.score(NOTHING, torch.eye(3)[answer]) for answer in (1, 1, 2, 2, 2)]
         assert scores == [0.0, 1.0, 0.0, 1.0, 2.0]
         assert [test.leaves(score) for score in scores] == [False, False, False, False, True]
@@ -65,7 +67,7 @@ class TestExits:
         zero = {f"q_exit.{i}.{name}": torch.zeros(1) for i in range(3) for name in ("bias",)}
         weights = {"0": torch.zeros(1, 2), "1": torch.zeros(1, 1), "2": torch.zeros(1, 1)}
         zero |= {f"q_exit.{i}.weight": weight for i, weight in weights.items()}
-        test = exit_test("q_exit", 0.75, heads=zero)
+        test = exit_decision("q_exit", 0.75, heads=zero)
         scores = [test.score(torch.ones(1), torch.ones(1)) for _ in range(3)]
         assert scores == [0.5, 0.75, 0.875]
         assert [test.leaves(score) for score in scores] == [False, False, True]
@@ -79,7 +81,7 @@ class TestExits:
             "q_exit.2.weight": torch.tensor([[1.5]]),
             "q_exit.2.bias": torch.tensor([-0.4]),
         }
-        score = exit_test("q_exit", heads=heads).score(torch.tensor([0.6]), torch.tensor([0.3]))
+        score = exit_decision("q_exit", heads=heads).score(torch.tensor([0.6]), torch.tensor([0.3]))
         inner = math.tanh(-3.0 * math.tanh(2.0 * 0.3 + 0.5 * 0.6 + 0.1) + 0.2)
         assert score == pytest.approx(1.0 / (1.0 + math.exp(-(1.5 * inner - 0.4))), abs=1e-6)
 
@@ -88,7 +90,7 @@ class TestExits:
             "classifier.weight": torch.tensor([1.0, -1.0]),
             "classifier.bias": torch.tensor(0.5),
         }
-        score = exit_test("classifier", heads=heads).score(NOTHING, torch.tensor([2.0, 1.0]))
+        score = exit_decision("classifier", heads=heads).score(NOTHING, torch.tensor([2.0, 1.0]))
         assert score == pytest.approx(1.0 / (1.0 + math.exp(-1.5)), abs=1e-6)
 
     @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ class TestExits:
     def test_which_side_of_the_threshold_leaves(
         self, method: str, below: bool, at: bool, above: bool
     ) -> None:
-        test = exit_test(method, 0.5)
+        test = exit_decision(method, 0.5)
         assert [test.leaves(score) for score in (0.25, 0.5, 0.75)] == [below, at, above]
         assert test.margin == 0.0
 

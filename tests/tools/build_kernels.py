@@ -20,7 +20,7 @@ from sluice.kernels.triton import (
     route_topk,
     row_compact,
 )
-from sluice.kernels.triton import exit_decision as exit_test
+from sluice.kernels.triton import exit_decision as exit_decision
 
 ARCHITECTURES = (80, 90)
 
@@ -137,10 +137,10 @@ def build_depth() -> None:
     for confident, parts in ((True, 8), (False, 1)):
         constants = {"column_stride": 1, "CONFIDENT": confident, "PARTS": parts, "PART": 4096}
         constants |= {"R": 1, "B": 1024}
-        types = typed(exit_test._read, constants, logits="*bf16", **answers)
-        build(exit_test._read, types, constants)
+        types = typed(exit_decision._read, constants, logits="*bf16", **answers)
+        build(exit_decision._read, types, constants)
         constants = {"CONFIDENT": confident, "PARTS": 38, "R": 16, "P": 64}
-        build(exit_test._join, typed(exit_test._join, constants, **answers), constants)
+        build(exit_decision._join, typed(exit_decision._join, constants, **answers), constants)
     for back in (True, False):
         states = ("delta", "residual", "delta_rows", "residual_rows")
         constants = {**{f"{name}_step": 1 for name in states}, "BACK": back, "R": 2, "H": 1024}

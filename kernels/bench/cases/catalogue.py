@@ -73,11 +73,11 @@ OPERATIONS = (
         "layer_stats: PyTorch is norm and cosine_similarity.",
     ),
     Entry(
-        "exit_test",
+        "exit_decision",
         exit_test_cases,
         _vocabulary,
-        "exit_test: PyTorch is softmax and topk for confidence, log_softmax and sum for entropy; "
-        "neither gives the rest of our statistics.",
+        "exit_decision: PyTorch is softmax and topk for confidence, log_softmax and sum for "
+        "entropy; neither gives the rest of our statistics.",
     ),
     Entry(
         "row_compact",

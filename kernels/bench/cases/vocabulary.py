@@ -15,7 +15,7 @@ from sluice.kernels.ops.exit_decision import (
     LOG_SUM,
     SECOND,
     SPREAD,
-    exit_test,
+    exit_decision,
 )
 
 _ENTROPY_TOLERANCE = 1e-4
@@ -61,7 +61,7 @@ def exit_test_cases(shapes: Shapes, rows: int) -> tuple[Case, ...]:
     )
     return tuple(
         Case(
-            exit_test,
+            exit_decision,
             rows,
             (logits, threshold, measure),
             nbytes(logits, threshold) + 17 * rows,

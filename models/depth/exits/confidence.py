@@ -24,8 +24,8 @@ class Confidence(ExitMethod):
 
     def leaves(self, at: ExitPoint) -> Tensor:
         """See `ExitMethod.leaves`."""
-        from sluice.kernels.ops.exit_decision import CONFIDENCE, exit_test
+        from sluice.kernels.ops.exit_decision import CONFIDENCE, exit_decision
 
         assert at.logits is not None
-        _, leaves = exit_test(at.logits, at.threshold, CONFIDENCE)
+        _, leaves = exit_decision(at.logits, at.threshold, CONFIDENCE)
         return leaves

@@ -25,8 +25,8 @@ class Entropy(ExitMethod):
 
     def leaves(self, at: ExitPoint) -> Tensor:
         """See `ExitMethod.leaves`."""
-        from sluice.kernels.ops.exit_decision import ENTROPY, exit_test
+        from sluice.kernels.ops.exit_decision import ENTROPY, exit_decision
 
         assert at.logits is not None
-        _, leaves = exit_test(at.logits, at.threshold, ENTROPY)
+        _, leaves = exit_decision(at.logits, at.threshold, ENTROPY)
         return leaves

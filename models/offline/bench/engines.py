@@ -10,7 +10,7 @@ from typing import Any
 
 from sluice.models.offline.bench.model import VOCABULARY, BenchModel
 from sluice.models.offline.bench.rows import Row
-from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, PolicyTicket
+from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 
 _KV_CACHE_BYTES = {BenchModel.DENSE: 5 * 1024**3, BenchModel.MOE: 1024**3}
 
@@ -79,7 +79,7 @@ class BenchEngine:
                 max_tokens=row.new_tokens,
                 ignore_eos=True,
                 detokenize=False,
-                extra_args={EXTRA_ARGS_KEY: PolicyTicket(policy, records[number]).encode()}
+                extra_args={EXTRA_ARGS_KEY: RoutingExtraArgs(policy, records[number]).encode()}
                 if records is not None and policy is not None
                 else None,
             )

@@ -106,8 +106,10 @@ class InProcess:
                 use_tqdm=False,
             )
             for output, own in zip(outputs, admitted, strict=True):
-                records = self.llm.collective_rpc("take_routing_record", args=(own.ticket.record,))
-                yield output, build_report(own.ticket.policy, records[0])
+                records = self.llm.collective_rpc(
+                    "take_routing_record", args=(own.extra.request_key,)
+                )
+                yield output, build_report(own.extra.policy, records[0])
 
     def _admitted(self, routing: Mapping[str, Any]) -> Admitted:
         body = {"model": _NAME, "routing": dict(routing)}
@@ -122,7 +124,7 @@ class InProcess:
         # What else the model's generation_config.json says holds, as it does on a server.
         params = self.llm.get_default_sampling_params()
         params.temperature = 0.0
-        params.extra_args = {EXTRA_ARGS_KEY: admitted.ticket.encode()}
+        params.extra_args = {EXTRA_ARGS_KEY: admitted.extra.encode()}
         for name, value in more.items():
             setattr(params, name, value)
         return params

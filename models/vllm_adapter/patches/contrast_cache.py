@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sluice.models.experts.contrast import BlockIds
-from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, PolicyTicket
+from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.vllm_adapter.patching import wrap_once
 
 _OUTPUT_ATTRIBUTE = "sluice_weak_blocks"
@@ -43,10 +43,10 @@ def weak_blocks(scheduler_output: Any) -> dict[str, BlockIds]:
 def _contrasts(request: Any) -> bool:
     params = request.sampling_params
     text = ((params and params.extra_args) or {}).get(EXTRA_ARGS_KEY)
-    # Asked for every request and step: most tickets need not be read to know.
+    # Asked for every request and step: most extras need not be read to know.
     if text is None or '"contrast"' not in text:
         return False
-    return PolicyTicket.decode(text).policy.experts.contrast is not None
+    return RoutingExtraArgs.decode(text).policy.experts.contrast is not None
 
 
 def _with_weak_slots(stock: Any) -> Callable[..., Any]:

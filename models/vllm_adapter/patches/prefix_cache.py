@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sluice.models.policy.extra_args import PolicyTicket
+from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.vllm_adapter.patching import wrap_once
 
 
@@ -30,11 +30,11 @@ def own_block_key(request: Any, end: int) -> tuple[str, str] | None:
     params = request.sampling_params
     if params is None or end < request.num_prompt_tokens:
         return None
-    ticket = PolicyTicket.from_extra_args(params.extra_args)
-    if ticket is None:
+    extra = RoutingExtraArgs.from_extra_args(params.extra_args)
+    if extra is None:
         return None
     only_prompt = end == request.num_prompt_tokens
-    policy = ticket.policy
+    policy = extra.policy
     if not (policy.private_last_prompt if only_prompt else policy.private_generated):
         return None
     # The tag is vLLM's own for salts, so that its consumers of hash keys understand it.
@@ -69,7 +69,7 @@ def _with_own_key(stock: Any) -> Callable[..., Any]:
 def _with_whole_prompt(stock: Any) -> Callable[[Any], bool]:
     def skips_reading(request: Any) -> bool:
         params = request.sampling_params
-        ticket = params and PolicyTicket.from_extra_args(params.extra_args)
-        return bool(ticket and ticket.policy.reads_whole_prompt) or bool(stock(request))
+        extra = params and RoutingExtraArgs.from_extra_args(params.extra_args)
+        return bool(extra and extra.policy.reads_whole_prompt) or bool(stock(request))
 
     return skips_reading

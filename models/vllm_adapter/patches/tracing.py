@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
-from sluice.models.policy.extra_args import PolicyTicket
+from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.vllm_adapter.patching import SeamMovedError, wrap_once
 
 Attributes = Mapping[str, str | int | float | Sequence[int] | Sequence[str]]
@@ -78,7 +78,7 @@ class RequestSpans:
         """Hold the spans of a request that is about to go to the engine.
 
         Args:
-            record: its ticket's record key.
+            record: the request's key.
             attributes: that are known now.
         """
         self._waiting[record] = _Waiting(dict(attributes))
@@ -87,7 +87,7 @@ class RequestSpans:
         """Export the spans of a request that has been answered; later ones no longer wait.
 
         Args:
-            record: its ticket's record key.
+            record: the request's key.
             attributes: the rest.
         """
         waiting = self._waiting.pop(record)
@@ -106,8 +106,8 @@ class RequestSpans:
         def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
             stock(request, *args, **kwargs)
             params = request.sampling_params
-            ticket = params and PolicyTicket.from_extra_args(params.extra_args)
-            waiting = ticket and self._waiting.get(ticket.record)
+            extra = params and RoutingExtraArgs.from_extra_args(params.extra_args)
+            waiting = extra and self._waiting.get(extra.request_key)
             if waiting:
                 self._of_state[processor.request_states[request.request_id]] = waiting
 

@@ -127,7 +127,7 @@ MOVED = {
     "batch_budget, Lynx": 2 * 5 * 512 + 128,
     "count_selections": 5 * (8 * 4 + 8 + 48) + 2 * HISTOGRAM,
     "layer_stats": 5 * (3 * 24 * 4 + 12),
-    "exit_test, confidence": 5 * (61 * 4 + 4 + 17),
+    "exit_decision, confidence": 5 * (61 * 4 + 4 + 17),
     "row_compact": 5 * (8 + 4 * 24 * 4),
     "row_scatter": 5 * (8 + 4 * 24 * 4),
     "contrast_logits": 5 * (3 * 61 * 4 + 8),
@@ -176,9 +176,9 @@ def test_sizes_that_are_left_out_are_named() -> None:
     assert shapes.sweep(20_000, 7) == (1,)
     assert shapes.left_out(20_000, None) == (32,)
     assert shapes.left_out(20_000, 8) == ()
-    found = notes([BY_NAME["exit_test"], BY_NAME["layer_stats"]], shapes, None)
+    found = notes([BY_NAME["exit_decision"], BY_NAME["layer_stats"]], shapes, None)
     assert [note for note in found if "not with" in note] == [
-        "exit_test: not with 32 rows, an input of more than 1 MiB."
+        "exit_decision: not with 32 rows, an input of more than 1 MiB."
     ]
 
 

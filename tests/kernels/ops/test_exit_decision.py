@@ -21,7 +21,7 @@ from sluice.kernels.ops.exit_decision import (
     LOG_SUM,
     SECOND,
     SPREAD,
-    exit_test,
+    exit_decision,
 )
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -85,7 +85,7 @@ def run(
     choice: str, logits: torch.Tensor, thresholds: torch.Tensor, measure: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     before = logits.clone()
-    stats, leaves = exit_test.implementation("cpu", choice)(logits, thresholds, measure)
+    stats, leaves = exit_decision.implementation("cpu", choice)(logits, thresholds, measure)
     assert stats.dtype == torch.float32
     assert stats.shape == (len(logits), 4)
     assert stats.is_contiguous()
@@ -260,4 +260,4 @@ def test_a_row_without_any_token_stays(choice: str, measure: int, vocabulary: in
 @measures
 def test_a_graph_can_hold_it(measure: int) -> None:
     args = (drawn(3, 20).bfloat16(), torch.tensor([0.1, 0.5, 0.9]), measure)
-    torch.library.opcheck(exit_test.op.default, args)
+    torch.library.opcheck(exit_decision.op.default, args)

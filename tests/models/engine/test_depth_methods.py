@@ -120,8 +120,8 @@ CASES = [
 
 
 OPERATIONS = {
-    "confidence": {"exit_test"},
-    "entropy": {"exit_test"},
+    "confidence": {"exit_decision"},
+    "entropy": {"exit_decision"},
     "saturation": {"layer_stats"},
     "lac": {"layer_stats"},
     "similarity": {"layer_stats"},

@@ -16,7 +16,7 @@ from sluice.models.policy.experts import (
     RemixMethod,
     RemixScope,
 )
-from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, PolicyTicket
+from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import (
     AdaptiveRule,
     ExitRule,
@@ -77,26 +77,26 @@ def test_blocks_are_attention_and_mlp() -> None:
 
 @given(skips)
 def test_ticket_round_trip(skip: SkipSet) -> None:
-    ticket = PolicyTicket(RoutingPolicy(skip), "key")
-    decoded = PolicyTicket.from_extra_args({EXTRA_ARGS_KEY: ticket.encode()})
+    extra = RoutingExtraArgs(RoutingPolicy(skip), "key")
+    decoded = RoutingExtraArgs.from_extra_args({EXTRA_ARGS_KEY: extra.encode()})
     assert decoded is not None
-    assert decoded.record == "key"
-    assert decoded.policy.to_dict() == ticket.policy.to_dict()
-    assert decoded.policy.digest == ticket.policy.digest
+    assert decoded.request_key == "key"
+    assert decoded.policy.to_dict() == extra.policy.to_dict()
+    assert decoded.policy.digest == extra.policy.digest
 
 
 @given(skips, experts)
 def test_ticket_round_trip_of_experts(skip: SkipSet, own: ExpertPolicy) -> None:
     policy = RoutingPolicy(skip, experts=own)
-    ticket = PolicyTicket(policy, "key")
-    decoded = PolicyTicket.from_extra_args({EXTRA_ARGS_KEY: ticket.encode()})
+    extra = RoutingExtraArgs(policy, "key")
+    decoded = RoutingExtraArgs.from_extra_args({EXTRA_ARGS_KEY: extra.encode()})
     assert decoded is not None
     assert decoded.policy.experts == (ExpertPolicy() if own.empty else own)
     assert hash(decoded.policy.experts) == hash(ExpertPolicy() if own.empty else own)
     assert decoded.policy.digest == policy.digest
     assert (decoded.policy.digest == RoutingPolicy(skip).digest) == own.empty
-    # The seam asks the text before it reads the ticket.
-    assert ('"contrast"' in ticket.encode()) >= (own.contrast is not None)
+    # The seam asks the text before it reads the policy.
+    assert ('"contrast"' in extra.encode()) >= (own.contrast is not None)
 
 
 @given(experts, experts)
@@ -107,8 +107,8 @@ def test_digests_name_expert_policies(first: ExpertPolicy, second: ExpertPolicy)
 
 
 def test_no_ticket_is_stock() -> None:
-    assert PolicyTicket.from_extra_args(None) is None
-    assert PolicyTicket.from_extra_args({"other": 1}) is None
+    assert RoutingExtraArgs.from_extra_args(None) is None
+    assert RoutingExtraArgs.from_extra_args({"other": 1}) is None
 
 
 def exits(kv: MissingKV) -> RoutingPolicy:
@@ -159,9 +159,9 @@ SUPPLIED = Remix(RemixMethod.SUPPLIED, RemixScope.LAST, 0.5, (0,), 4, pathway=((
 def test_what_changes_keys_and_values(policy: RoutingPolicy, prompt: bool, generated: bool) -> None:
     assert (policy.prompt_kv_digest is not None) == prompt
     assert policy.private_generated == generated
-    ticket = PolicyTicket(policy, "key")
-    assert PolicyTicket.decode(ticket.encode()) == ticket
-    assert (ticket.cache_salt(None) is not None) == prompt
+    extra = RoutingExtraArgs(policy, "key")
+    assert RoutingExtraArgs.decode(extra.encode()) == extra
+    assert (extra.cache_salt(None) is not None) == prompt
 
 
 def test_a_remix_keeps_the_last_prompt_token_to_itself() -> None:
@@ -178,10 +178,16 @@ def test_a_contrast_reads_its_whole_prompt() -> None:
 def test_prompts_that_no_other_request_may_share() -> None:
     """Their K/V depend on later prompt tokens: only samples of one request have equal salts."""
     mod = adapts("mod")
-    assert PolicyTicket(mod, "a").cache_salt(None) == PolicyTicket(mod, "a").cache_salt(None)
-    assert PolicyTicket(mod, "a").cache_salt(None) != PolicyTicket(mod, "b").cache_salt(None)
+    assert RoutingExtraArgs(mod, "a").cache_salt(None) == RoutingExtraArgs(mod, "a").cache_salt(
+        None
+    )
+    assert RoutingExtraArgs(mod, "a").cache_salt(None) != RoutingExtraArgs(mod, "b").cache_salt(
+        None
+    )
     skip = RoutingPolicy(SkipSet.of(mlp=(1,)))
-    assert PolicyTicket(skip, "a").cache_salt(None) == PolicyTicket(skip, "b").cache_salt(None)
+    assert RoutingExtraArgs(skip, "a").cache_salt(None) == RoutingExtraArgs(skip, "b").cache_salt(
+        None
+    )
 
 
 def test_report_changes_no_digest() -> None:
@@ -191,10 +197,10 @@ def test_report_changes_no_digest() -> None:
 
 def test_salts_differ_by_policy_and_by_client() -> None:
     policies = [RoutingPolicy(), RoutingPolicy(SkipSet.of(mlp=(1,))), adapts("mod")]
-    tickets = [PolicyTicket(policy, "key") for policy in policies]
-    salts = {ticket.cache_salt(client) for ticket in tickets for client in (None, "x", "y")}
+    extras = [RoutingExtraArgs(policy, "key") for policy in policies]
+    salts = {extra.cache_salt(client) for extra in extras for client in (None, "x", "y")}
     assert len(salts) == 9
-    assert tickets[0].cache_salt("x") == "x"
+    assert extras[0].cache_salt("x") == "x"
     assert all(salt is None or len(salt) <= 128 for salt in salts)
 
 

@@ -66,8 +66,8 @@ def test_both_kinds_are_served(file: Path) -> None:
     by_model = admitting.admit(PATH, {"model": "m@balanced"}, CALLER)
     assert by_name is not None
     assert by_model is not None
-    assert by_name.ticket.policy == by_model.ticket.policy
-    assert by_name.ticket.policy.skip == SkipSet.of(blocks=(5,))
+    assert by_name.extra.policy == by_model.extra.policy
+    assert by_name.extra.policy.skip == SkipSet.of(blocks=(5,))
     assert (by_name.preset, by_model.preset, by_model.body["model"]) == (
         "balanced",
         "balanced",
@@ -79,7 +79,7 @@ def test_a_request_may_override_a_measured_preset() -> None:
     body = {"model": "m@balanced", "routing": {"depth": {"skip": {"mlp": [1]}}}}
     admitted = admission().admit(PATH, body, Caller(None, Capability.DEPTH))
     assert admitted is not None
-    assert admitted.ticket.policy.skip == SkipSet.of(mlp=(1,))
+    assert admitted.extra.policy.skip == SkipSet.of(mlp=(1,))
 
 
 def test_what_was_measured_is_listed(file: Path) -> None:

@@ -75,14 +75,14 @@ class Seen:
         step = self._step
         loaded = len(set.union(*rows))
         for path in step.paths.values():
-            self.loaded[path.ticket.record].append(loaded)
+            self.loaded[path.extra.request_key].append(loaded)
         for token, chosen, gone in zip(tokens, rows, missing, strict=True):
             number = int(step.plan.shape.requests[token])
             if number >= len(step.requests.ids):
                 owner = int(step.weak.owners[number - len(step.requests.ids)])
-                self.weak[step.paths[owner].ticket.record] += 1
+                self.weak[step.paths[owner].extra.request_key] += 1
             elif number in step.paths:
-                record = step.paths[number].ticket.record
+                record = step.paths[number].extra.request_key
                 self.active[record].append(len(chosen))
                 self.taken[record] += gone
 

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from starlette.responses import JSONResponse
 
 from sluice.models.policy.experts import ExpertPolicy
-from sluice.models.policy.extra_args import PolicyTicket
+from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy, SkipSet
 from sluice.models.routing.errors import RoutingError
 from sluice.server.access.authentication import CallerMiddleware
@@ -37,7 +37,7 @@ RECORD: dict[str, Any] = {
 
 
 def admitted(policy: RoutingPolicy = POLICY) -> Admitted:
-    return Admitted({"messages": SECRET}, PolicyTicket(policy, "r"), "custom", None)
+    return Admitted({"messages": SECRET}, RoutingExtraArgs(policy, "r"), "custom", None)
 
 
 class Lines(logging.Handler):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, PolicyTicket
+from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.vllm_adapter.patches import tracing
 from sluice.models.vllm_adapter.patches.tracing import RequestSpans
@@ -47,9 +47,9 @@ class Tracing:
         self.exported.append({"span_name": name, "attributes": attributes, "end_time": end})
 
     def add(self, name: str, record: str | None) -> None:
-        ticket = record and PolicyTicket(RoutingPolicy(), record)
-        extra = {EXTRA_ARGS_KEY: ticket.encode()} if ticket else None
-        params = SimpleNamespace(extra_args=extra)
+        extra = record and RoutingExtraArgs(RoutingPolicy(), record)
+        extra_args = {EXTRA_ARGS_KEY: extra.encode()} if extra else None
+        params = SimpleNamespace(extra_args=extra_args)
         self._add(SimpleNamespace(request_id=name, sampling_params=params), "prompt")
 
     def finish(self, name: str) -> None:
