@@ -38,10 +38,12 @@ class MissingKV(StrEnum):
 
 
 def short_digest(text: str) -> str:
+    """The first characters of a text's SHA-256, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARS]
 
 
 def canonical_json(value: Any) -> str:
+    """JSON that is equal for equal values: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
