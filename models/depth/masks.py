@@ -1,5 +1,8 @@
 """Masks over sub-layers: what one token does not run, and where it fills K/V all the same.
 
+A batch has many tokens and few distinct masks: `MaskTable` keeps each mask once, and a `Segment`
+is a run of tokens that share a row of it.
+
 Source of static sets: LLM-Drop, "What Matters in Transformers?" (arXiv 2406.15786), whose
 attention, MLP and block drop leave out a sub-layer together with its norm. K/V consequence: a
 layer that no later token of the request will attend in needs nothing. A layer that later tokens do
@@ -17,28 +20,7 @@ import numpy as np
 
 from sluice.models.policy.axes import ATTENTION, MLP, MODULES, BoolArray
 from sluice.models.policy.policy import Phase, SkipSet
-
-
-class Segment(NamedTuple):
-    """A run of tokens of one request and phase that share a mask.
-
-    Attributes:
-        request: batch index.
-        phase: `PREFILL` or `DECODE`.
-        mask: row of the mask table.
-        length: tokens.
-        pending: the tokens are not scheduled in this step: they wait for layers that they have
-            not run (`sluice.models.depth.recompute`).
-        weak: the tokens are another request's, once more, for the weak pass of its contrast
-            (`sluice.models.experts.contrast`); `request` is then past the batch's end.
-    """
-
-    request: int
-    phase: int
-    mask: int
-    length: int
-    pending: bool = False
-    weak: bool = False
+from sluice.models.policy.row_table import FIRST_ROW, RowTable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,11 +80,12 @@ def phase_masks(skip: SkipSet, num_layers: int) -> tuple[DepthMask, DepthMask]:
     return DepthMask(prefill, prefill[:, ATTENTION] & attended), DepthMask(decode, full.fill)
 
 
-FULL_DEPTH = 0
+FULL_DEPTH = FIRST_ROW
+"""Row of the mask that leaves nothing out."""
 
 
 class MaskTable:
-    """Reference-counted masks.
+    """The distinct masks of a batch's tokens, one row each.
 
     Attributes:
         skip: bool, (rows, layers, 2 modules); True where a token does not run the module.
@@ -111,43 +94,46 @@ class MaskTable:
 
     def __init__(self, num_layers: int) -> None:
         full = DepthMask.full(num_layers)
-        self._row_of: dict[bytes, int] = {full.key: FULL_DEPTH}
-        self._key_of: list[bytes] = [full.key]
-        self._users: list[int] = [1]
+        self._rows = RowTable(full.key)
         self.skip: BoolArray = full.skip[np.newaxis].copy()
         self.fill: BoolArray = full.fill[np.newaxis].copy()
 
     def acquire(self, mask: DepthMask) -> int:
-        """Row of `mask`, making one if no live request has an equal one."""
-        row = self._row_of.get(mask.key)
-        if row is None:
-            row = self._free_row()
-            self._row_of[mask.key], self._key_of[row] = row, mask.key
+        """Row of `mask`, to be released once for every time it was acquired."""
+        row, is_new = self._rows.acquire(mask.key)
+        if is_new:
+            if row == len(self.skip):
+                self.skip = np.concatenate([self.skip, mask.skip[np.newaxis]])
+                self.fill = np.concatenate([self.fill, mask.fill[np.newaxis]])
             self.skip[row], self.fill[row] = mask.skip, mask.fill
-        if row != FULL_DEPTH:
-            self._users[row] += 1
         return row
 
     def release(self, row: int) -> bool:
-        """Give a row back; True if that was its last user and the row is free again."""
-        if row == FULL_DEPTH:
-            return False
-        self._users[row] -= 1
-        if self._users[row]:
-            return False
-        del self._row_of[self._key_of[row]]
-        return True
+        """Give a row back; True if that was its last user and another mask may get it."""
+        return self._rows.release(row)
 
     def mask(self, row: int) -> DepthMask:
-        """The mask of a live row."""
+        """The mask of an acquired row."""
         return DepthMask(self.skip[row].copy(), self.fill[row].copy())
 
-    def _free_row(self) -> int:
-        for row, users in enumerate(self._users):
-            if users == 0:
-                return row
-        self._users.append(0)
-        self._key_of.append(b"")
-        self.skip = np.concatenate([self.skip, np.zeros_like(self.skip[:1])])
-        self.fill = np.concatenate([self.fill, np.zeros_like(self.fill[:1])])
-        return len(self._users) - 1
+
+class Segment(NamedTuple):
+    """A run of tokens of one request and phase that share a mask.
+
+    Attributes:
+        request: batch index.
+        phase: `PREFILL` or `DECODE`.
+        mask: row of the `MaskTable`.
+        length: tokens.
+        pending: the tokens are not scheduled in this step: they wait for layers that they have
+            not run (`sluice.models.depth.recompute`).
+        weak: the tokens are another request's, once more, for the weak pass of its contrast
+            (`sluice.models.experts.contrast`); `request` is then past the batch's end.
+    """
+
+    request: int
+    phase: int
+    mask: int
+    length: int
+    pending: bool = False
+    weak: bool = False
