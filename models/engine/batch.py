@@ -16,7 +16,7 @@ from sluice.models.engine.observers import ExitWatch, PromptWatch, VoidWatch, Wa
 from sluice.models.engine.plan import Arrange, StepPlan, build_plan, compact
 from sluice.models.engine.request_state import RequestPath
 from sluice.models.engine.step import RoutedStep, StepOutcome, StepRequests
-from sluice.models.experts.active import LiveExperts
+from sluice.models.experts.batch import BatchExperts
 from sluice.models.experts.contrast import BlockIds, WeakPasses
 from sluice.models.experts.remix import prompt_embedding
 from sluice.models.experts.selection import StepExperts
@@ -119,7 +119,7 @@ class LiveRequests:
     ) -> None:
         self.arrange: Arrange = compact
         """How layers are run; replaced once the cost model has been measured."""
-        self.experts: LiveExperts | None = None
+        self.experts: BatchExperts | None = None
         """Expert controls; set once the model is loaded, if it has experts."""
         self.table = MaskTable(num_layers)
         self._num_layers = num_layers

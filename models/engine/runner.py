@@ -20,7 +20,7 @@ from sluice.models.engine.loop import LayerLoop, ResidualStream
 from sluice.models.engine.recorder import count_outcomes
 from sluice.models.engine.startup import measured_cost, warm_up_exits, warm_up_routers
 from sluice.models.engine.step import RoutedStep, StepOutcome, StepRequests
-from sluice.models.experts.active import LiveExperts
+from sluice.models.experts.batch import BatchExperts
 from sluice.models.experts.contrast import BlockIds
 from sluice.models.experts.router import ExpertRouter
 from sluice.models.policy.axes import DECODE, MODULES, PHASES, IntArray
@@ -133,7 +133,7 @@ class RoutedModelRunner(_Runner):
         self._router = ExpertRouter(specs, counters, self.device)
         attach(stack, self._router)
         warm_up_routers(specs[0], shape, self.device)
-        self._live.experts = LiveExperts(shape, self._profile, self.device)
+        self._live.experts = BatchExperts(shape, self._profile, self.device)
         self.expert_answer = {"shape": shape.to_dict(), "refusal": None}
 
     def _update_states(self, scheduler_output: Any) -> Any:

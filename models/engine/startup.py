@@ -14,7 +14,7 @@ from sluice.kernels.ops.router_scores import router_scores
 from sluice.kernels.ops.routing_args import RouteRows, RouterSpec, Shared
 from sluice.models.engine.cost_model import CostModel
 from sluice.models.experts.policy_table import ExpertTable
-from sluice.models.experts.routing_counts import StepLedger
+from sluice.models.experts.routing_counts import RoutingCounts
 from sluice.models.policy.expert_shape import ExpertShape
 from sluice.models.vllm_adapter.decoder import DecoderStack
 
@@ -65,7 +65,7 @@ def warm_up_routers(spec: RouterSpec, shape: ExpertShape, device: torch.device) 
     one = torch.zeros(1, dtype=torch.int32, device=device)
     rows = RouteRows(one, one.long(), one[:0], one[:0])
     shared = Shared.nothing(shape.experts, device)
-    counts = StepLedger(1, len(shape.layers), shape.experts, device).counts
+    counts = RoutingCounts(1, len(shape.layers), shape.experts, device).tensors
     correction = spec.corrections.to(device)
     logits = torch.zeros((1, shape.experts), device=device)
     repeat = device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Expert controls of the live requests as rows of deduplicated tables.
+"""Expert controls of the requests in the batch as rows of deduplicated tables.
 
 As with depth masks (`sluice.models.depth.masks`), a batch holds many tokens and few distinct
 policies; a token carries a row number. Row 0 is vLLM's own choice and is never released.

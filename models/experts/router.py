@@ -15,7 +15,7 @@ from sluice.kernels.ops.batch_budget import LYNX, OEA, XSHARE, batch_budget
 from sluice.kernels.ops.route_topk import count_selections, route_topk
 from sluice.kernels.ops.router_scores import plain_scores, router_scores
 from sluice.kernels.ops.routing_args import EXTRA, PolicyTable, RouterSpec, Shared
-from sluice.models.experts.routing_counts import LiveCounts, StepSums
+from sluice.models.experts.routing_counts import StepSums, StockCounts
 from sluice.models.experts.selection import CallRows, LayerRows, StepExperts
 from sluice.models.policy.axes import IntArray
 from sluice.models.policy.experts import BudgetMethod, ExpertBudget
@@ -61,7 +61,7 @@ class ExpertRouter:
         """
         self._specs = [(spec, spec.numbers, spec.corrections.to(device)) for spec in specs]
         self._counters = counters
-        self._counts = LiveCounts(counters, device)
+        self._counts = StockCounts(counters, device)
         self._layers = counters.layers
         # vLLM's CPU kernel runs whatever id a slot has; the others leave out what is no expert.
         self._repeat = device.type == "cpu"
@@ -86,7 +86,7 @@ class ExpertRouter:
     def end(self) -> None:
         """Leave what follows to vLLM."""
         if self._step is not None:
-            self._step.ledger.leave()
+            self._step.counts.leave()
         self._step = self._call = None
 
     def roll(self) -> None:
@@ -96,7 +96,7 @@ class ExpertRouter:
 
     def sums(self, step: StepExperts) -> StepSums:
         """Count what the routers did in a step that has ended; once for each."""
-        return step.ledger.close(self._counters.total)
+        return step.counts.close(self._counters.total)
 
     def route(self, place: int, logits: torch.Tensor, stock: Callable[[], Routed]) -> Routed:
         """Select experts for the rows of one layer.
@@ -111,7 +111,7 @@ class ExpertRouter:
             weights, ids = stock()
             self._counts.add(place, ids)
             return weights, ids
-        counts = step.ledger.counts
+        counts = step.counts.tensors
         asked = call.controlled(place, self._layers[place])
         if asked is None:
             weights, ids = stock()

@@ -33,29 +33,29 @@ class StepSums:
     layers: int
 
 
-class StepLedger:
+class RoutingCounts:
     """Counts of a step.
 
     Attributes:
-        counts: where its routers count.
+        tensors: where its routers count.
     """
 
     def __init__(self, tokens: int, layers: int, experts: int, device: torch.device) -> None:
         """Open it for a step of `tokens` rows and a model's layers with experts."""
-        self.counts = RouteCounts(
+        self.tensors = RouteCounts(
             torch.zeros((layers, experts + EXTRA), dtype=torch.int64, device=device),
             torch.zeros((tokens, 3), dtype=torch.int64, device=device),
         )
-        self._host: list[torch.Tensor] = list(self.counts)
+        self._host: list[torch.Tensor] = list(self.tensors)
         self._arrived: Any = None
 
     def leave(self) -> None:
         """Send the counts to the host: the step has been launched."""
-        if self.counts.histogram.device.type == "cpu":
+        if self.tensors.histogram.device.type == "cpu":
             return
         self._host = [
             torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
-            for part in self.counts
+            for part in self.tensors
         ]
         cuda: Any = torch.cuda  # Its classes have no types.
         self._arrived = cuda.Event()
@@ -75,7 +75,7 @@ class StepLedger:
         return StepSums(ran, loaded, int(np.count_nonzero(histogram[:, ROWS])))
 
 
-class LiveCounts:
+class StockCounts:
     """Counts of vLLM's own selections; one instance per model runner."""
 
     def __init__(self, counters: ExpertCounters, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sluice.kernels.ops.routing_args import RouteRows
 from sluice.models.experts.policy_table import STOCK_ROW, ExpertTable
 from sluice.models.experts.remix import Pathway
-from sluice.models.experts.routing_counts import StepLedger
+from sluice.models.experts.routing_counts import RoutingCounts
 from sluice.models.policy.axes import IntArray
 from sluice.models.policy.expert_shape import ExpertShape
 from sluice.models.policy.experts import ExpertBudget
@@ -47,7 +47,7 @@ class StepExperts:
 
     Attributes:
         table: of the live policies.
-        ledger: what its routers did.
+        counts: what its routers did.
         device: of the model.
     """
 
@@ -72,7 +72,7 @@ class StepExperts:
         """
         self.table = table
         self.device = device
-        self.ledger = StepLedger(len(table_rows), len(shape.layers), shape.experts, device)
+        self.counts = RoutingCounts(len(table_rows), len(shape.layers), shape.experts, device)
         self._table_rows = table_rows
         self._budgets = budgets
         self._remixes = remixes

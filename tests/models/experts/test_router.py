@@ -29,7 +29,7 @@ from support.routings import reference_router
 from sluice.kernels.ops.router_scores import plain_scores, selection_scores
 from sluice.kernels.ops.routing_args import ACTIVE, MASKED, ROUTED, ROWS, TAKEN, RouterSpec
 from sluice.models.depth.masks import Segment
-from sluice.models.experts.active import LiveExperts
+from sluice.models.experts.batch import BatchExperts
 from sluice.models.experts.router import ExpertRouter
 from sluice.models.policy.axes import DECODE, PREFILL
 from sluice.models.policy.expert_shape import ExpertShape
@@ -244,7 +244,7 @@ def test_steps_of_random_policies(seed: int) -> None:
     step = Step(drawn_requests(rng, model))
     shape, device = model.shape, torch.device("cpu")
     profile = SimpleNamespace(super_experts=model.super_experts, references={})
-    live = LiveExperts(shape, profile, device)
+    live = BatchExperts(shape, profile, device)
     for index, request in enumerate(step.requests):
         if not request.policy.empty:
             live.add(str(index), request.policy, request.prompt, lambda: torch.zeros(1))

@@ -1,4 +1,4 @@
-"""Expert policies of the live requests, and what a step's tokens ask of the routers."""
+"""Expert policies of the requests in the batch, and what a step's tokens ask of the routers."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class RequestExperts:
     last_prompt_token: int
 
 
-class LiveExperts:
+class BatchExperts:
     """Expert controls by vLLM's request id; one instance per model runner."""
 
     def __init__(self, shape: ExpertShape, profile: Profile | None, device: torch.device) -> None:
         self._shape = shape
         self._table = ExpertTable(shape, profile.super_experts if profile else (), device)
         self._device = device
-        self._live: dict[str, RequestExperts] = {}
+        self._requests: dict[str, RequestExperts] = {}
         self._stores: dict[str, ReferenceStore] = {}
         if profile is not None:
             for name in profile.references:
@@ -81,7 +81,7 @@ class LiveExperts:
             embedding: gives the model's own embedding of the prompt, fp32, (hidden,).
         """
         contrasts = policy.contrast is not None
-        self._live[request_id] = RequestExperts(
+        self._requests[request_id] = RequestExperts(
             policy=policy,
             row=self._table.acquire(policy),
             weak_row=self._table.acquire(policy, weak=True) if contrasts else STOCK_ROW,
@@ -91,7 +91,7 @@ class LiveExperts:
 
     def remove(self, request_id: str) -> None:
         """Forget an ended request."""
-        request = self._live.pop(request_id, None)
+        request = self._requests.pop(request_id, None)
         if request is not None:
             self._table.release(request.row)
             if request.weak_row != STOCK_ROW:
@@ -101,7 +101,7 @@ class LiveExperts:
         """Contrasts of a step's requests by batch index. `ids`: in batch order."""
         found = {}
         for index, name in enumerate(ids):
-            request = self._live.get(name)
+            request = self._requests.get(name)
             if request is not None and request.policy.contrast is not None:
                 found[index] = request.policy.contrast
         return found
@@ -125,7 +125,7 @@ class LiveExperts:
             scheduled: tokens scheduled in it.
             first_rows: row of the first of them.
         """
-        live = {i: self._live[name] for i, name in enumerate(ids) if name in self._live}
+        live = {i: self._requests[name] for i, name in enumerate(ids) if name in self._requests}
         if not live:
             return None
         lengths = np.array([segment.length for segment in segments], dtype=np.int64)
