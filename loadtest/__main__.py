@@ -26,7 +26,7 @@ _SERVE = "--enforce-eager"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Play scenarios: 0, 1 if a bar was missed, 2 if one could not be played."""
+    """Run scenarios: 0 if all bars were met, 1 if one was missed, 2 if a scenario could not run."""
     parser = _parser()
     args = parser.parse_args(argv)
     changed = {name: getattr(args, name) for name in _OVERRIDES if getattr(args, name) is not None}
@@ -53,26 +53,35 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sluice.loadtest",
-        description="Plays load test scenarios against a server and writes a report of each.",
+        description="Runs load test scenarios against a server and writes a report of each.",
     )
-    parser.add_argument("scenario", nargs="+", help=f"file, or one of: {', '.join(shipped())}")
+    parser.add_argument(
+        "scenario", nargs="+", help=f"scenario file, or one of: {', '.join(shipped())}"
+    )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--url", help="server to ask, for example http://127.0.0.1:8000")
+    where.add_argument("--url", help="server to load, for example http://127.0.0.1:8000")
     where.add_argument(
         "--serve",
         nargs="?",
         const=_SERVE,
         metavar="ARGUMENTS",
-        help="start `sluice serve ARGUMENTS` (default: %(const)s, the demo model), and stop it "
+        help="start `sluice serve ARGUMENTS` (default: %(const)s, the demo model) and stop it "
         "afterwards",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the reports")
-    parser.add_argument("--api-key", help="bearer key of the server")
-    parser.add_argument("--seed", type=int, help="instead of the scenario's")
     parser.add_argument(
-        "--duration", type=float, metavar="SECONDS", help="of each stage, instead of the scenario's"
+        "--out", type=Path, required=True, metavar="FOLDER", help="folder for the reports"
     )
-    parser.add_argument("--rounds", type=int, help="instead of the scenario's")
+    parser.add_argument("--api-key", help="API key of the server")
+    parser.add_argument("--seed", type=int, help="random seed (default: the scenario's)")
+    parser.add_argument(
+        "--duration",
+        type=float,
+        metavar="SECONDS",
+        help="how long each stage lasts (default: the scenario's)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="how often everything is measured (default: the scenario's)"
+    )
     return parser
 
 
@@ -86,7 +95,7 @@ def _server(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _play(name: str, scenario: Scenario, url: str, args: Any) -> bool:
-    """Play one scenario and write its report: whether all bars were met."""
+    """Run one scenario and write its report; whether all bars were met."""
 
     def say(line: str) -> None:
         print(f"{name}: {line}", file=sys.stderr, flush=True)

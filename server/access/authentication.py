@@ -37,8 +37,8 @@ _ANONYMOUS = Caller(None, Capability.BASIC)
 class CallerMiddleware:
     """Puts a `Caller` into the scope's state; answers 401 where a key is needed and none fits.
 
-    Without keys nobody is told apart and everybody may everything. With keys, callers of paths that
-    need none are anonymous and may use presets at most.
+    Without keys all callers are the same and have every capability. With keys, callers of paths
+    that need no key are anonymous and may only use presets.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys | None) -> None:

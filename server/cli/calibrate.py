@@ -38,10 +38,10 @@ def main(argv: list[str]) -> None:
     except CalibrationError as error:
         parser.error(str(error))
     except OSError as error:
-        print(f"{parser.prog}: {error}; what was done before is kept", file=sys.stderr)
+        print(f"{parser.prog}: {error}; the results so far are kept", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         raise SystemExit(_STOPPED) from None
 
 
@@ -53,37 +53,46 @@ def _parser(steps: Sequence[type[Step]], named: type[Step] | None) -> argparse.A
         prog=f"sluice calibrate {named.name}" if named else "sluice calibrate",
         description=named.help
         if named
-        else f"Runs every step, or one with `sluice calibrate STEP MODEL`. Steps: {every}.",
+        else "Measures a model, trains its exit heads and routers, and writes a profile for "
+        f"`sluice serve --profile`. `sluice calibrate STEP MODEL` runs one step. Steps: {every}.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder, or a name in the hub's cache")
+    parser.add_argument(
+        "model", metavar="MODEL", help="model folder, or a model name in the Hugging Face cache"
+    )
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE.jsonl",
         required=True,
-        help="a line is an object with one of text, prompt and messages, and perhaps answer, task "
-        "and label",
+        help="prompts to learn from: each line is a JSON object with `text`, `prompt` or "
+        "`messages`, and optionally `answer`, `task` and `label`",
     )
     parser.add_argument(
         "--tasks",
         type=Path,
         metavar="FILE.jsonl",
-        help="the same with an answer in every line; without it quality is agreement with full "
-        "depth on the prompts",
+        help="tasks to measure quality on: the same lines, each with an `answer`; without this "
+        "file, quality is agreement with full depth on the prompts",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of the profile"
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write the profile to"
     )
-    parser.add_argument("--new-tokens", type=int, default=48, help="most tokens of an answer")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
+        "--new-tokens",
+        type=int,
+        default=48,
+        metavar="N",
+        help="longest answer, in tokens (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="where to run (default: cuda if there is a GPU)"
     )
     parser.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
-        help="of the weights; auto is the checkpoint's",
+        help="data type of the weights; auto takes the checkpoint's (default: %(default)s)",
     )
     if named is None:
         parser.add_argument(
@@ -91,7 +100,7 @@ def _parser(steps: Sequence[type[Step]], named: type[Step] | None) -> argparse.A
             action="append",
             default=[],
             choices=[step.name for step in STEPS],
-            help="a step to leave out; repeatable",
+            help="leave this step out; may be given several times",
         )
     for step in steps:
         group = parser.add_argument_group(f"step {step.name}", step.help)
@@ -154,11 +163,11 @@ def _run(args: argparse.Namespace, kinds: Sequence[type[Step]], named: type[Step
 def _able(
     steps: Sequence[Step], calibration: Calibration, say: Callable[[str], None]
 ) -> list[Step]:
-    """Steps that have something to do; of the others it is said why they have not."""
+    """The steps that can run here; for each of the others, a line says why it cannot."""
     refusals = {step: step.refusal(calibration) for step in steps}
     for step, refusal in refusals.items():
         if refusal is not None:
-            say(f"{step.name}: left out: {refusal}")
+            say(f"{step.name}: skipped: {refusal}")
     return [step for step, refusal in refusals.items() if refusal is None]
 
 
@@ -175,7 +184,7 @@ def _calibration(args: argparse.Namespace, progress: Progress) -> Calibration:
     tasks = read_tasks(args.tasks) if args.tasks else ()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise CalibrationError("--device cuda: no GPU here")
+        raise CalibrationError("--device cuda: this machine has no GPU")
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     return Calibration(
         subject=Subject.of(args.model, device, dtype),
@@ -190,7 +199,7 @@ def _calibration(args: argparse.Namespace, progress: Progress) -> Calibration:
 
 
 def _add_earlier_parts(calibration: Calibration, named: type[Step]) -> None:
-    """Results of the other steps, as they were found last."""
+    """Add the latest results of the other steps."""
     from sluice.models.offline.calibrate.registry import STEPS
 
     for step in STEPS:

@@ -29,25 +29,29 @@ def add_parser(commands: Any) -> None:
     """Add the subcommand to argparse's subparsers."""
     parser = commands.add_parser(
         "eval",
-        help="exact match per task on held-out items",
-        description="Prints exact match per task on held-out items, in process through "
-        "transformers, or through a running server with --url. With several policies it prints a "
-        "row for each, with the work it took. Exits with 1 if a task is under the bar of the demo "
-        "model (95 %) at full depth.",
+        help="measure exact match per task on held-out items",
+        description="Prints exact match per task on held-out items: in this process through "
+        "transformers, or on a running server with --url. With several policies it prints a "
+        "row for each, with the work it took. The exit status is 1 if a task scores below 95 % at "
+        "full depth.",
     )
-    parser.add_argument("--url", help="server to ask, for example http://127.0.0.1:8000/v1")
-    parser.add_argument("--model", default="demo", help="model id to ask for (with --url)")
+    parser.add_argument("--url", help="server to measure, for example http://127.0.0.1:8000/v1")
+    parser.add_argument("--model", default="demo", help="model id to send (with --url)")
     add_policy_argument(parser, " (with --url)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the policies' rows there")
-    parser.add_argument("--api-key", default="EMPTY", help="bearer key (with --url)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write a row per policy to this file"
+    )
+    parser.add_argument("--api-key", default="EMPTY", help="API key of the server (with --url)")
     parser.add_argument("--items", type=int, default=DEFAULT_ITEMS, help="held-out items per task")
     parser.add_argument(
         "--longer",
         action="store_true",
-        help="ask items longer than any trained on, of which the model answers about half "
-        "(with --policy)",
+        help="use items longer than any that the model was trained on; it answers about half of "
+        "them (with --policy)",
     )
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="seed of the item draw")
+    parser.add_argument(
+        "--seed", type=int, default=DEFAULT_SEED, help="random seed that the items are drawn with"
+    )
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -93,7 +97,7 @@ def _run_policies(args: argparse.Namespace) -> None:
     from sluice.models.offline.evaluate.http_backend import Served
 
     if args.url is None:
-        args.parser.error("--policy needs --url: plain transformers knows nothing of routing")
+        args.parser.error("--policy needs --url: plain transformers has no routing")
     if MODEL_SEPARATOR in args.model:
         args.parser.error("name the preset with --policy or with --model, not with both")
     try:

@@ -35,33 +35,36 @@ def add_parser(commands: Any) -> None:
     """Add the subcommand to argparse's subparsers."""
     parser = commands.add_parser(
         "eval",
-        help="exact match of a model on tasks, by policy",
-        description="Asks tasks of a running server (--url), or of a model in this process "
+        help="measure what policies cost in quality on your tasks",
+        description="Sends your tasks to a running server (--url), or to a model in this process "
         "(--model FOLDER), under one policy after the other. Prints exact match per task, the "
-        "average of the tasks with its 95 % interval, and the work it took. Of a task with "
-        "choices, the likeliest counts.",
+        "average over the tasks with its 95 % interval, and the work it took. If an item has "
+        "choices, the most likely one is the answer.",
     )
     parser.add_argument(
         "--tasks",
         type=Path,
         required=True,
         metavar="FILE",
-        help="JSON lines, each with `prompt`, `messages` or `text`, an `answer`, and, to choose "
-        "from by log likelihood, `choices`; `task` is what it is counted under",
+        help="JSON lines, each with `prompt`, `messages` or `text`, and an `answer`; optionally "
+        "`choices` to pick the answer from, and the `task` that the item counts for",
     )
-    parser.add_argument("--url", help="server to ask, for example http://127.0.0.1:8000/v1")
+    parser.add_argument("--url", help="server to measure, for example http://127.0.0.1:8000/v1")
     parser.add_argument(
         "--model",
-        help="with --url, model id to ask for (default: the one that the server has); without, "
-        "folder or cached name of a model to run in this process",
+        help="with --url: the model id to send (default: the server's model); without: a model "
+        "folder, or a name in the Hugging Face cache, to run in this process",
     )
-    parser.add_argument("--api-key", default=_NO_KEY, help="bearer key (with --url)")
+    parser.add_argument("--api-key", default=_NO_KEY, help="API key of the server (with --url)")
     add_policy_argument(parser, f" (default: {NO_PRESET})")
     parser.add_argument(
-        "--presets", type=Path, metavar="FILE", help="as `sluice serve` reads it (without --url)"
+        "--presets",
+        type=Path,
+        metavar="FILE",
+        help="presets file, as for `sluice serve` (without --url)",
     )
     parser.add_argument(
-        "--profile", type=Path, metavar="FOLDER", help="of the model (without --url)"
+        "--profile", type=Path, metavar="FOLDER", help="profile of the model (without --url)"
     )
     parser.add_argument(
         "--kv-cache-memory-bytes",
@@ -72,10 +75,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--per-token",
         action="store_true",
-        help="choose by the mean log probability of a choice's tokens, not by their sum",
+        help="pick the choice with the highest mean log probability per token, not the highest sum",
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=MAX_TOKENS, help="of an answer (default: %(default)s)"
+        "--max-tokens",
+        type=int,
+        default=MAX_TOKENS,
+        help="longest answer, in tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--concurrency",
@@ -83,7 +89,9 @@ def add_parser(commands: Any) -> None:
         default=CONCURRENCY,
         help="requests at a time (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write a row per policy there")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write a row per policy to this file"
+    )
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -128,7 +136,7 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             args.parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.url is None and args.model is None:
-        args.parser.error("give --url of a server, or --model FOLDER to run here")
+        args.parser.error("give --url for a server, or --model FOLDER to run a model here")
     if args.url is None and args.api_key != _NO_KEY:
         args.parser.error("--api-key needs --url")
     for name in ("presets", "profile", "kv_cache_memory_bytes"):
@@ -157,7 +165,7 @@ def _backend(
     """The server, or the model in this process.
 
     Raises:
-        EvaluationError: it is not there or cannot be had.
+        EvaluationError: the server does not answer, or the model cannot be loaded.
     """
     if args.url is not None:
         found = Served.found(args.url, args.model, args.api_key, args.concurrency)
@@ -180,7 +188,7 @@ def _backend(
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error, where that is a terminal; what it yields moves it on by one."""
+    """A progress bar on standard error, if that is a terminal; yields what advances it by one."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,4 +1,4 @@
-"""`sluice keys hash`: the hash of a key for the keys file, so that nobody hashes by hand."""
+"""`sluice keys hash`: the hash of an API key, for the file of `sluice serve --keys`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "hash",
         help="print the hash of a key for the keys file",
-        description="Read a key from standard input, or make one with --new, and print the line "
-        "that the keys file takes.",
+        description="Reads a key from standard input, or makes one with --new, and prints its "
+        "`sha256` line for the keys file.",
     )
-    parser.add_argument("--new", action="store_true", help="make a random key and print it too")
+    parser.add_argument(
+        "--new", action="store_true", help="make a random key, and print it as well"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -33,5 +35,5 @@ def _run(args: argparse.Namespace) -> None:
         key = getpass.getpass("key: ") if sys.stdin.isatty() else sys.stdin.read()
         key = key.removesuffix("\n").removesuffix("\r")
     if not KEY.fullmatch(key):
-        raise SystemExit("a key is one or more visible ASCII characters, without spaces")
+        raise SystemExit("a key must be visible ASCII characters without spaces, at least one")
     print(f"sha256: {digest_of(key).hex()}")

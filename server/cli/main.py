@@ -28,24 +28,25 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sluice",
-        description="Inference server where each request decides how deep the model runs.",
-    )
-    commands = parser.add_subparsers(title="commands", required=True)
-    commands.add_parser("serve", help="serve a model (takes every flag of `vllm serve`)")
-    commands.add_parser("calibrate", help="measure a model and write its profile")
-    demo = commands.add_parser("demo", help="the demo model").add_subparsers(required=True)
-
-    keys = commands.add_parser("keys", help="keys of a server").add_subparsers(required=True)
-
     from sluice.server.cli.demo import add_parser as add_demo_eval
     from sluice.server.cli.evaluate import add_parser as add_eval
     from sluice.server.cli.keys import add_parser as add_keys_hash
     from sluice.server.cli.report import add_parser as add_report
+    from sluice.server.telemetry.build_info import sluice_version, vllm_version
 
+    parser = argparse.ArgumentParser(
+        prog="sluice",
+        description="Inference server where each request decides how deep the model runs.",
+    )
+    versions = f"sluice {sluice_version()}, vLLM {vllm_version()}"
+    parser.add_argument("--version", action="version", version=versions)
+    commands = parser.add_subparsers(title="commands", required=True)
+    commands.add_parser("serve", help="serve a model; takes every flag of `vllm serve`")
+    commands.add_parser("calibrate", help="measure a model and write its profile")
     add_eval(commands)
     add_report(commands)
-    add_demo_eval(demo)
-    add_keys_hash(keys)
+    demo = commands.add_parser("demo", help="measure the demo model")
+    add_demo_eval(demo.add_subparsers(required=True))
+    keys = commands.add_parser("keys", help="make API keys for `sluice serve --keys`")
+    add_keys_hash(keys.add_subparsers(required=True))
     return parser

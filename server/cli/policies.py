@@ -1,4 +1,4 @@
-"""`--policy` of the commands that measure: what to compare, by name."""
+"""`--policy` of the commands that measure: the policies to compare, by name."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ if TYPE_CHECKING:
 
 
 Policies = dict[str, Mapping[str, Any]]
-"""`routing` objects by what to call them, in order."""
+"""`routing` objects by name, in order."""
 
 
 def add_policy_argument(parser: argparse.ArgumentParser, more: str = "") -> None:
-    """Add `--policy`; `more` is said at the end of its help."""
+    """Add `--policy`; `more` ends its help text."""
     parser.add_argument(
         "--policy",
         action="append",
         default=[],
-        help="a preset's name, `none` for full depth, a routing object as JSON, or @FILE with "
-        f"JSON of names and routing objects; repeatable{more}",
+        help="policy to measure: a preset's name, `none` for full depth, a routing object as JSON, "
+        "or @FILE with a JSON object of names and routing objects; may be given several "
+        f"times{more}",
     )
 
 
@@ -34,13 +35,13 @@ def read_policies(texts: list[str]) -> Policies:
     """`--policy` arguments as routing objects by name, in order.
 
     Raises:
-        ValueError: no JSON, no object, or a name that came twice.
+        ValueError: not JSON, not an object, or a name was given twice.
     """
     policies: Policies = {}
     for text in texts:
         for name, routing in _read_policy(text).items():
             if not isinstance(routing, dict):
-                raise ValueError(f"--policy {text}: {name} is no routing object")
+                raise ValueError(f"--policy {text}: {name} is not a routing object")
             if name in policies:
                 raise ValueError(f"--policy {text}: {name} was given before")
             policies[name] = routing
@@ -62,7 +63,7 @@ def _read_policy(text: str) -> dict[str, Any]:
         raise ValueError(f"--policy {text}: not UTF-8: {error}") from None
     named = _json(text, content)
     if not isinstance(named, dict):
-        raise ValueError(f"--policy {text}: not an object of names and routing objects")
+        raise ValueError(f"--policy {text}: not a JSON object of names and routing objects")
     if not named:
         raise ValueError(f"--policy {text}: no policies")
     return named
@@ -82,10 +83,10 @@ Measure = Callable[[str, Mapping[str, Any]], "PolicyResult"]
 def measure_all(
     policies: Mapping[str, Mapping[str, Any]], measure: Measure
 ) -> tuple[list[PolicyResult], str | None]:
-    """Measure policies until one cannot be.
+    """Measure policies until one fails.
 
     Returns:
-        Results, and what is wrong with the policy that has none, if there is one.
+        The results, and why the first policy without one failed, or None if all were measured.
     """
     from sluice.models.offline.evaluate.evaluation import EvaluationError, PolicyRefusedError
 
@@ -101,7 +102,7 @@ def measure_all(
 
 
 def print_results(results: list[PolicyResult], title: str, bar: float | None = None) -> None:
-    """Print the tables, and on standard error what the reader has to know."""
+    """Print the tables, and the warnings on standard error."""
     from rich.console import Console
 
     from sluice.models.offline.evaluate.results import show

@@ -13,16 +13,17 @@ def add_parser(commands: Any) -> None:
     """Add the subcommand to argparse's subparsers."""
     parser = commands.add_parser(
         "report",
-        help="a profile as one HTML page",
-        description="Writes a profile as one HTML page that opens from disk: how it was made, what "
-        "each layer and expert does, exits and their risk, the frontier with its presets.",
+        help="write a profile as one HTML page",
+        description="Writes a profile as one HTML page that opens from disk: how the profile was "
+        "made, what each layer and expert does, the exits and their risk, and the frontier with "
+        "its presets.",
     )
     parser.add_argument("profile", type=Path, metavar="DIR", help="folder of the profile")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help=f"the page (default: {DEFAULT_NAME} in this folder)",
+        help=f"file to write (default: {DEFAULT_NAME} in the current folder)",
     )
     parser.set_defaults(run=run, parser=parser)
 

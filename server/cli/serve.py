@@ -1,8 +1,8 @@
 """`sluice serve`: vLLM's own OpenAI server, with our worker, our plugin and safe defaults.
 
-Every flag of `vllm serve` is passed through. What is set here, and only where the user has not:
-the worker class, loopback as the host, expert routing where only this machine can ask for it, and,
-without a MODEL, the demo model with its profile.
+Every flag of `vllm serve` is passed through. Set here, unless the user sets it: the worker class,
+loopback as the host, expert routing if only this machine can connect, and, without a MODEL, the
+demo model with its profile.
 """
 
 from __future__ import annotations
@@ -77,39 +77,39 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=None,
         metavar="FILE",
-        help="YAML or JSON file of named policies (see the README)",
+        help="YAML or JSON file of named policies (see docs/routing.md)",
     )
     group.add_argument(
         "--profile",
         type=Path,
         default=None,
         metavar="FOLDER",
-        help="folder with what was measured and trained for MODEL (see the README); "
-        f"default: {PROFILE_ENV}, if set",
+        help="profile of MODEL, made by `sluice calibrate` (see docs/calibration.md); "
+        f"default: the folder in {PROFILE_ENV}, if set",
     )
     group.add_argument(
         "--keys",
         type=Path,
         default=None,
         metavar="FILE",
-        help="YAML or JSON file of hashed API keys and what each may ask for (see the README)",
+        help="YAML or JSON file of hashed API keys and what each may ask for (see docs/access.md)",
     )
     group.add_argument(
         "--expert-routing",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="whether requests and presets may choose experts; default: only on a loopback host. "
-        "Elsewhere it needs --keys",
+        help="whether requests and presets may choose experts; default: only if --host is a "
+        "loopback address. On any other host it needs --keys",
     )
     group.add_argument(
         "--expert-metrics",
         action="store_true",
-        help="a series per layer and expert in /metrics",
+        help="export one series per layer and expert on /metrics",
     )
     group.add_argument(
         "--console",
         action="store_true",
-        help="a page at /console to try policies and watch layers and experts",
+        help="serve a page at /console for trying policies and watching layers and experts",
     )
     overload.add_arguments(group)
     make_arg_parser(parser)
@@ -169,11 +169,11 @@ def check_presets(
 
 
 def check_keys(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Check the keys file, if there is one, and that it is the only gate."""
+    """Check the keys file, if there is one, and that vLLM's own keys are not used too."""
     if args.keys is None:
         return
     if any(args.api_key or [os.environ.get("VLLM_API_KEY")]):
-        parser.error("--keys and --api-key (or VLLM_API_KEY) are two gates of one door: drop one")
+        parser.error("give either --keys or --api-key (VLLM_API_KEY), not both")
     try:
         Keys.load(args.keys)
     except KeysFileError as error:
@@ -181,14 +181,14 @@ def check_keys(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 
 def choose_expert_routing(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Set `--expert-routing` where the user has not; refuse it where anybody could ask for it."""
+    """Decide about `--expert-routing` if the user has not; refuse it if anybody could use it."""
     local = bool(args.uds) or is_loopback(args.host)
     if args.expert_routing is None:
         args.expert_routing = local
     if args.expert_routing and not local and args.keys is None:
         parser.error(
-            f"--expert-routing on host {args.host or '0.0.0.0'} needs --keys: removing experts can "
-            "remove a model's refusals, and anybody could ask for it"
+            f"--expert-routing on host {args.host or '0.0.0.0'} needs --keys: taking experts away "
+            "can take a model's refusals away, and anybody could ask for it"
         )
 
 

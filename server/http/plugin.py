@@ -26,6 +26,7 @@ from sluice.server.http.overload import OverloadMiddleware
 from sluice.server.http.routes import build_router
 from sluice.server.http.state import Edge
 from sluice.server.telemetry.audit import show_audit_log
+from sluice.server.telemetry.build_info import BuildInfoCollector
 from sluice.server.telemetry.expert_metrics import ExpertCollector
 from sluice.server.telemetry.metrics import LayerCollector, RequestMetrics
 
@@ -50,6 +51,7 @@ class RoutingPlugin:
         if folder is None:
             raise RuntimeError("start the server with `sluice serve`: no telemetry folder is set")
         args: Namespace = app.state.args
+        registry.register(BuildInfoCollector())
         registry.register(LayerCollector(folder))
         registry.register(ExpertCollector(folder, per_expert=args.expert_metrics))
         app.include_router(build_router(registry, folder))

@@ -33,7 +33,7 @@ def test_policies_keep_their_order_and_names(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("[]", "not an object"),
         ("{}", "no policies"),
-        ('{"a": []}', "a is no routing object"),
+        ('{"a": []}', "a is not a routing object"),
         ('{"none": {}}', "none was given before"),
     ],
 )

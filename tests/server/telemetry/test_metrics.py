@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
+from importlib.metadata import version
 from typing import Any
 
 import openai
@@ -27,6 +30,7 @@ def ask(client: openai.OpenAI, **options: Any) -> Any:
 def test_promtool_is_content(server: Server) -> None:
     ours = "".join(line + "\n" for line in server.metrics_text().splitlines() if "sluice_" in line)
     for name in (
+        "sluice_build_info",
         "sluice_layer_tokens_total",
         "sluice_layer_utilization_ratio",
         "sluice_exit_tokens_total",
@@ -41,6 +45,17 @@ def test_promtool_is_content(server: Server) -> None:
         assert f"\n{name}{{" in ours
     check = promtool("check", "metrics", input=ours)
     assert (check.returncode, check.stdout, check.stderr) == (0, "", "")
+
+
+def test_the_versions_that_run(server: Server) -> None:
+    with urllib.request.urlopen(f"{server.url}/version", timeout=30) as response:
+        vllm = json.load(response)["version"]
+    lines = [line for line in server.metrics_text().splitlines() if "sluice_build_info" in line]
+    assert lines == [
+        "# HELP sluice_build_info Versions of Sluice and vLLM; always 1.",
+        "# TYPE sluice_build_info gauge",
+        f'sluice_build_info{{version="{version("sluice")}",vllm_version="{vllm}"}} 1.0',
+    ]
 
 
 def test_every_known_series_is_there(server: Server, client: openai.OpenAI) -> None:

@@ -52,6 +52,7 @@ def test_every_scrape_tells_the_whole_load(two: Processes, load: tuple[Gains, To
         generated = told.completion_tokens - told.samples
         assert gains.of_all("sluice_exit_tokens_total") == generated
         assert two.gauges() == before
+        assert two.metrics_text().count("\nsluice_build_info{") == 1
     assert len(two.answered) == 2
 
 
