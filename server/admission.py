@@ -1,8 +1,8 @@
 """From a request body to a policy: the one place where routing is accepted or refused.
 
-Every endpoint's JSON body passes `Admission.admit`. What leaves it is either the body as it came
-(no routing: stock) or a body that vLLM's own routes understand: the base model's id, the policy
-in `vllm_xargs`, and a `cache_salt` that keeps K/V of different policies apart.
+`Admission.admit` reads the JSON body of every endpoint. A body without routing goes on to vLLM as
+it came. For one with routing it makes a body that vLLM's own routes understand: the base model's
+id, the policy in `vllm_xargs`, and a `cache_salt` that keeps the K/V of different policies apart.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.errors import RoutingError
-from sluice.models.routing.presets import CUSTOM_PRESET, MODEL_SEPARATOR
+from sluice.models.routing.presets import CUSTOM_PRESET, MODEL_SEPARATOR, preset_policy
 from sluice.models.routing.resolve import merge_preset, resolve
 from sluice.models.routing.schema import PresetFields, RoutingFields, parse_routing
 from sluice.server.access.capability import Caller, Capability, check_access
 
 ROUTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 _INCOMPATIBLE = {"use_beam_search": "beam search", "prompt_embeds": "prompt embeddings"}
-_ANYBODY = Caller(None, Capability.BASIC)
+_LEAST_CALLER = Caller(None, Capability.BASIC)
 _EXTRA_ARGS_FIELDS = ("vllm_xargs", "extra_args")
 
 
@@ -51,28 +51,11 @@ class Admission:
 
     Attributes:
         capabilities: of the engine.
-        presets: by name, the profile's among them; the others have been resolved once at start-up.
+        presets: by name, those of the presets file and of the profile.
     """
 
     capabilities: Capabilities
     presets: dict[str, PresetFields]
-
-    def check_presets(self) -> None:
-        """Resolve every preset but the profile's, which may have been measured on another engine.
-
-        Raises:
-            RoutingError: a preset asks for something this model cannot do; `param` names it.
-        """
-        profile = self.capabilities.profile
-        measured = profile.presets if profile else {}
-        for name in self.presets:
-            if name in measured:
-                continue
-            try:
-                self.preset_policy(name)
-            except RoutingError as error:
-                param = error.param.replace("routing", f"presets.{name}", 1)
-                raise RoutingError(error.message, param=param, reason=error.reason) from None
 
     def admit(self, path: str, body: dict[str, Any], caller: Caller) -> Admitted | None:
         """Accept or refuse the routing of a request; None if it has none.
@@ -83,8 +66,8 @@ class Admission:
             caller: who sent it.
 
         Raises:
-            ForbiddenError: the caller may not ask for this policy; comes before all that depends on
-                the path or the model.
+            ForbiddenError: the caller may not ask for this policy. This is checked before anything
+                that depends on the path or the model.
             RoutingError: the routing cannot be done exactly as asked.
         """
         _refuse_smuggled(body)
@@ -95,9 +78,8 @@ class Admission:
         fields = _with_model_preset(fields, model_preset)
         param = "model" if model_preset is not None else "routing.preset"
         merged = merge_preset(fields, self.presets, param)
-        with _refusals_of(fields.preset):
-            flag = self.capabilities.expert_routing
-            check_access(fields, merged, param, caller, expert_routing=flag)
+        with _errors_name(fields.preset):
+            self._check_access(fields, merged, param, caller)
             if path not in ROUTED_PATHS:
                 raise RoutingError(
                     f"routing is not available on {path}; use {' or '.join(sorted(ROUTED_PATHS))}",
@@ -120,37 +102,33 @@ class Admission:
             effort=merged.effort,
         )
 
-    def preset_policy(self, name: str) -> RoutingPolicy:
-        """The policy of a preset alone.
-
-        Raises:
-            RoutingError: it asks for something this model cannot do.
-        """
-        fields = merge_preset(RoutingFields(preset=name), self.presets, "routing.preset")
-        return resolve(fields, self.capabilities)
-
     def preset_refusal(self, name: str) -> RoutingError | None:
-        """Why this server cannot serve a preset to anybody, or None if it can."""
+        """Why no caller can have a preset on this server, or None if all can."""
         fields = RoutingFields(preset=name)
         merged = merge_preset(fields, self.presets, "routing.preset")
-        flag = self.capabilities.expert_routing
         try:
-            check_access(fields, merged, "routing.preset", _ANYBODY, expert_routing=flag)
-            resolve(merged, self.capabilities)
+            self._check_access(fields, merged, "routing.preset", _LEAST_CALLER)
+            preset_policy(name, self.presets, self.capabilities)
         except RoutingError as error:
             return error
         return None
 
-    def _resolve(self, own: RoutingFields, merged: RoutingFields, param: str) -> RoutingPolicy:
-        """The policy of merged fields; where the preset alone fails, it is named."""
+    def _check_access(
+        self, fields: RoutingFields, merged: RoutingFields, param: str, caller: Caller
+    ) -> None:
+        flag = self.capabilities.expert_routing
+        check_access(fields, merged, param, caller, expert_routing=flag)
+
+    def _resolve(self, fields: RoutingFields, merged: RoutingFields, param: str) -> RoutingPolicy:
+        """The policy of merged fields. An error that the preset alone causes names the preset."""
         try:
             return resolve(merged, self.capabilities)
         except RoutingError as error:
-            refusal = None if own.preset is None else self.preset_refusal(own.preset)
+            refusal = None if fields.preset is None else self.preset_refusal(fields.preset)
             if refusal is None or refusal.message != error.message:
                 raise
             raise RoutingError(
-                f"preset {own.preset!r} is not available: {error.message}",
+                f"preset {fields.preset!r} is not available: {error.message}",
                 param=param,
                 reason=error.reason,
             ) from None
@@ -165,8 +143,8 @@ class Admission:
 
 
 @contextmanager
-def _refusals_of(preset: str | None) -> Iterator[None]:
-    """Name the preset of a request that is refused for what it asks."""
+def _errors_name(preset: str | None) -> Iterator[None]:
+    """Put the request's preset into the errors of its routing, for the metric's label."""
     try:
         yield
     except RoutingError as error:
@@ -196,11 +174,11 @@ def _engine_body(body: dict[str, Any], model: Any, extra: RoutingExtraArgs) -> d
         engine_body["vllm_xargs"] = {**xargs, EXTRA_ARGS_KEY: extra.encode()}
     salt = body.get("cache_salt")
     if salt is None or isinstance(salt, str):
-        own = extra.cache_salt(salt)
-        if own is not None:
-            engine_body["cache_salt"] = own
+        policy_salt = extra.cache_salt(salt)
+        if policy_salt is not None:
+            engine_body["cache_salt"] = policy_salt
     if body.get("stream") and extra.policy.report:
-        # The report rides on the usage chunk, so asking for it asks for that chunk.
+        # The usage chunk carries the report, so the server must send one.
         options = body.get("stream_options") or {}
         if isinstance(options, dict):
             engine_body["stream_options"] = {**options, "include_usage": True}
@@ -210,7 +188,7 @@ def _engine_body(body: dict[str, Any], model: Any, extra: RoutingExtraArgs) -> d
 def _refuse_smuggled(body: dict[str, Any]) -> None:
     """Refuse our key in any extra-arguments field, at any depth of any endpoint's body.
 
-    Iterative: a body nested deeper than Python recurses must not end the search early.
+    A loop and not a recursion, since a body may be nested deeper than Python recurses.
     """
     pending: list[tuple[str, Any]] = [("", body)]
     while pending:

@@ -1,4 +1,4 @@
-"""The path of a request, as the router sees it."""
+"""What our ASGI middlewares read of a request: its path, its kind and its body."""
 
 from __future__ import annotations
 
@@ -7,39 +7,40 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope
 
 
-def _is_json_post(scope: Scope) -> bool:
+def route_path(scope: Scope) -> str:
+    """Path of a request below the app's root, as the router sees it.
+
+    This is the router's own function. A guard that strips the root in any other way (a root of `/`
+    is enough) would check another path than the one that is served.
+    """
+    return get_route_path(scope)
+
+
+def is_json_post(scope: Scope) -> bool:
+    """Whether this is a POST whose body may be JSON; one without a content type may be."""
     if scope["type"] != "http" or scope["method"] != "POST":
         return False
-    kind = Headers(scope=scope).get("content-type", "").lower()
-    return not kind or "json" in kind
+    content_type = Headers(scope=scope).get("content-type", "").lower()
+    return not content_type or "json" in content_type
 
 
-async def _read_body(receive: Receive) -> tuple[bytes, bool]:
-    """The whole body, and whether the client left before it was there."""
-    parts: list[bytes] = []
+async def read_body(receive: Receive) -> bytes | None:
+    """The whole body of a request, or None if the client left before all of it was there."""
+    chunks: list[bytes] = []
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return b"", True
-        parts.append(message.get("body", b""))
+            return None
+        chunks.append(message.get("body", b""))
         if not message.get("more_body", False):
-            return b"".join(parts), False
+            return b"".join(chunks)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that hands out `body` once and then listens for the disconnect."""
+def replay_body(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that hands out `body` once and then waits for the client to disconnect."""
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:
         return pending.pop() if pending else await receive()
 
     return replayed
-
-
-def route_path(scope: Scope) -> str:
-    """Path below the app's root.
-
-    It is the router's own function: a guard that strips the root in any other way (a root of `/`
-    is enough) reads another path than the one that is served.
-    """
-    return get_route_path(scope)

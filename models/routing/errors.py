@@ -1,10 +1,7 @@
-"""Errors a client can cause, and their OpenAI shape.
+"""The error of routing that cannot be done, and its OpenAI shape.
 
-RoutingError                 400, with the dotted name of the offending field
-└── ForbiddenError           403, the caller or the server may not
-
-The `reason` of each is one of `REASONS`, a closed set for the metric's label. A caller without a
-key gets 401 and `unauthorized_body`.
+Its `reason` is one of `REASONS`, a closed set, since it is a label of a metric. A server adds
+errors of its own for callers who may not ask.
 """
 
 from __future__ import annotations

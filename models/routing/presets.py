@@ -1,4 +1,4 @@
-"""Named policies from a YAML or JSON file.
+"""Presets: named policies of a YAML or JSON file, and those of a profile.
 
 presets:
   shallow:
@@ -9,15 +9,26 @@ presets:
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.profile import Profile, ProfileError
 from sluice.models.profile.writer import JSON_NAME
-from sluice.models.routing.schema import PolicyFields, PresetFields, StrictFields, dotted
+from sluice.models.routing.capabilities import Capabilities
+from sluice.models.routing.errors import RoutingError
+from sluice.models.routing.resolve import merge_preset, resolve
+from sluice.models.routing.schema import (
+    PolicyFields,
+    PresetFields,
+    RoutingFields,
+    StrictFields,
+    dotted,
+)
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 NO_PRESET = "none"
@@ -71,26 +82,26 @@ def all_presets(path: Path | None, profile: Profile | None) -> dict[str, PresetF
 
     Raises:
         PresetsFileError: the file cannot be used, or a name is in both.
-        ProfileError: a preset of the profile is no policy.
+        ProfileError: a preset of the profile is not a policy.
     """
-    own = {} if path is None else load_presets(path)
+    presets = {} if path is None else load_presets(path)
     if profile is None:
-        return own
+        return presets
     measured = profile_presets(profile)
-    for name in own:
+    for name in presets:
         if name in measured:
             raise PresetsFileError(
                 f"preset {name!r} is in presets file {path} and in profile {profile.folder}: "
                 "rename the one in the file"
             )
-    return {**own, **measured}
+    return {**presets, **measured}
 
 
 def profile_presets(profile: Profile) -> dict[str, PresetFields]:
     """The presets of a profile's frontier.
 
     Raises:
-        ProfileError: one has no preset's name, or its routing is malformed.
+        ProfileError: a name is not a preset's, or the routing is malformed.
     """
     presets: dict[str, PresetFields] = {}
     for name, point in profile.presets.items():
@@ -107,6 +118,39 @@ def profile_presets(profile: Profile) -> dict[str, PresetFields]:
             ) from None
         presets[name] = PresetFields(**point.routing, description=f"measured: {point.name}")
     return presets
+
+
+def preset_policy(
+    name: str, presets: Mapping[str, PresetFields], capabilities: Capabilities
+) -> RoutingPolicy:
+    """The policy that a preset alone gives.
+
+    Raises:
+        RoutingError: the preset does not exist, or asks for something this engine cannot do.
+    """
+    return resolve(
+        merge_preset(RoutingFields(preset=name), presets, "routing.preset"), capabilities
+    )
+
+
+def check_presets(presets: Mapping[str, PresetFields], capabilities: Capabilities) -> None:
+    """Check that the engine can run every preset of the file.
+
+    The profile's own presets are not checked: they may have been measured on another engine, and
+    one that does not run here is listed as not available.
+
+    Raises:
+        RoutingError: a preset asks for something this engine cannot do; `param` names it.
+    """
+    measured = capabilities.profile.presets if capabilities.profile else {}
+    for name in presets:
+        if name in measured:
+            continue
+        try:
+            preset_policy(name, presets, capabilities)
+        except RoutingError as error:
+            param = error.param.replace("routing", f"presets.{name}", 1)
+            raise RoutingError(error.message, param=param, reason=error.reason) from None
 
 
 def measured_preset(profile: Profile, name: str) -> dict[str, Any] | None:

@@ -1,1 +1,1 @@
-"""Who asks, what they may, and what is written down about it."""
+"""Who sent a request, and what its sender may ask for."""

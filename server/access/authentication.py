@@ -1,7 +1,7 @@
-"""Pure ASGI middleware that finds out who calls.
+"""Middleware that finds out who sent a request.
 
-It guards the paths that vLLM's `--api-key` would guard, and stands directly outside
-`RoutingMiddleware`, which reads the caller.
+It guards the paths that vLLM's `--api-key` would guard. It runs just before `RoutingMiddleware`,
+which reads the caller.
 """
 
 from __future__ import annotations
@@ -16,21 +16,8 @@ from sluice.server.access.capability import Caller, Capability
 from sluice.server.access.keys import Keys
 from sluice.server.asgi import route_path
 
-
-def unauthorized_body() -> dict[str, Any]:
-    """OpenAI-shaped error object for a request without a known key."""
-    return {
-        "error": {
-            "message": "this server needs a key that it knows: Authorization: Bearer KEY",
-            "type": "AuthenticationError",
-            "param": None,
-            "code": 401,
-        }
-    }
-
-
 _CALLER = "sluice_caller"
-_EVERYBODY = Caller(None, Capability.ADMIN)
+_UNRESTRICTED = Caller(None, Capability.ADMIN)
 _ANONYMOUS = Caller(None, Capability.BASIC)
 
 
@@ -64,9 +51,9 @@ class CallerMiddleware:
 
     def _caller(self, scope: Scope) -> Caller | None:
         if self._keys is None:
-            return _EVERYBODY
-        open_to_all = scope.get("method") == "OPTIONS"
-        if open_to_all or not route_path(scope).startswith(self._guarded):
+            return _UNRESTRICTED
+        preflight = scope.get("method") == "OPTIONS"
+        if preflight or not route_path(scope).startswith(self._guarded):
             return _ANONYMOUS
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         return self._keys.caller(key) if scheme.lower() == "bearer" else None
@@ -76,7 +63,19 @@ def caller_of(scope: Scope) -> Caller:
     """Who sent the request.
 
     Raises:
-        KeyError: nobody has asked; such a request is not to be served.
+        KeyError: the request has not passed `CallerMiddleware`, and must not be served.
     """
     caller: Caller = scope["state"][_CALLER]
     return caller
+
+
+def unauthorized_body() -> dict[str, Any]:
+    """OpenAI-shaped error object for a request without a known key."""
+    return {
+        "error": {
+            "message": "this server needs a key that it knows: Authorization: Bearer KEY",
+            "type": "AuthenticationError",
+            "param": None,
+            "code": 401,
+        }
+    }

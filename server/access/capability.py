@@ -1,7 +1,8 @@
-"""Who may ask for what: one check on the parsed policy, whatever the endpoint or the field.
+"""Who may ask for what: one check of the parsed policy, the same on every endpoint.
 
-Removing experts can remove refusals, so expert controls need the server's `--expert-routing` and a
-key that may. A preset is the operator's choice: any caller may use it.
+Removing experts can remove a model's refusals. So expert controls need the server's
+`--expert-routing` and a key of that capability. A preset is the operator's choice, and any caller
+may use it.
 """
 
 from __future__ import annotations
@@ -12,19 +13,18 @@ from enum import StrEnum
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.schema import RoutingFields
 
+_EXPERTS = "routing.experts"
+_PROTECT = f"{_EXPERTS}.protect_super_experts"
+
 
 class ForbiddenError(RoutingError):
-    """The policy is a good one, and this caller may not have it, or not on this server."""
+    """The policy is valid, but not for this caller or not on this server: 403."""
 
     status = 403
     kind = "PermissionDeniedError"
 
     def __init__(self, message: str, *, param: str) -> None:
         super().__init__(message, param=param, reason="forbidden")
-
-
-_EXPERTS = "routing.experts"
-_PROTECT = f"{_EXPERTS}.protect_super_experts"
 
 
 class Capability(StrEnum):
@@ -46,7 +46,7 @@ class Caller:
     """Who sent a request.
 
     Attributes:
-        id: of the key in the keys file, or None where nobody is told apart.
+        id: of the key in the keys file, or None for a caller without a key.
         capability: what the caller may ask for.
     """
 
@@ -54,7 +54,7 @@ class Caller:
     capability: Capability
 
 
-# A field of `routing` that is missing here fails with a KeyError: nothing is allowed by accident.
+# A new field of `routing` that is missing here raises KeyError, and is not allowed by accident.
 _NEEDED = {
     "preset": Capability.BASIC,
     "report": Capability.BASIC,
@@ -65,22 +65,22 @@ _NEEDED = {
 
 
 def check_access(
-    own: RoutingFields,
+    fields: RoutingFields,
     merged: RoutingFields,
     preset_param: str,
     caller: Caller,
     *,
     expert_routing: bool,
 ) -> None:
-    """A caller may ask for this policy, and the server may run it.
+    """Check that a caller may ask for a policy, and that the server may run it.
 
     A field counts as soon as it is given: `experts: {}` asks for nothing and still needs the key.
 
     Args:
-        own: fields that the client wrote.
-        merged: those with the preset's filled in.
+        fields: what the client wrote.
+        merged: the same with the preset's fields filled in.
         preset_param: dotted path of what selected the preset.
-        caller: who asks.
+        caller: who sent the request.
         expert_routing: the server's `--expert-routing`.
 
     Raises:
@@ -89,14 +89,14 @@ def check_access(
     if merged.experts is not None and not expert_routing:
         raise ForbiddenError(
             "expert routing is off on this server (--expert-routing turns it on)",
-            param=preset_param if own.experts is None else _EXPERTS,
+            param=preset_param if fields.experts is None else _EXPERTS,
         )
     for name in RoutingFields.model_fields:
-        if name in own.model_fields_set and getattr(own, name) is not None:
+        if name in fields.model_fields_set and getattr(fields, name) is not None:
             _check_capability(caller, _NEEDED[name], f"routing.{name}")
-    # A preset may give super experts up, and that does not cover what the client adds to it.
+    # A preset may lift the protection for itself, not for experts that the client adds to it.
     unprotected = merged.experts is not None and merged.experts.protect_super_experts is False
-    if own.experts is not None and unprotected:
+    if fields.experts is not None and unprotected:
         _check_capability(caller, Capability.ADMIN, _PROTECT)
 
 

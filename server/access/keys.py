@@ -88,13 +88,13 @@ class Keys:
         return cls(tuple(zip(digests, callers, strict=True)))
 
     def caller(self, key: str) -> Caller | None:
-        """Who a key belongs to, or None; compares with every entry in constant time."""
+        """Who a key belongs to, or None if it is unknown. Takes as long for any key."""
         digest = digest_of(key)
-        found: Caller | None = None
+        owner: Caller | None = None
         for known, caller in self.entries:
             if hmac.compare_digest(digest, known):
-                found = caller
-        return found
+                owner = caller
+        return owner
 
 
 def digest_of(key: str) -> bytes:

@@ -14,7 +14,7 @@ import tempfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from sluice.models.engine.workers import worker_class
+from sluice.models.engine.workers import V2_RUNNER_ENV, worker_class
 from sluice.models.offline.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
 from sluice.models.profile.fingerprint import FingerprintError
 from sluice.models.profile.profile import PROFILE_ENV, Profile, ProfileError
@@ -25,7 +25,6 @@ from sluice.server.http import overload
 
 PLUGIN = "sluice"
 _ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
-_V2_RUNNER_ENV = "VLLM_USE_V2_MODEL_RUNNER"
 DEMO_NAME = "demo"
 DEMO_PRESETS = DEMO_MODEL_DIR.parent / "presets.yaml"
 DEMO_KV_CACHE_BYTES = 512 * 1024**2
@@ -34,7 +33,7 @@ DEMO_KV_CACHE_BYTES = 512 * 1024**2
 def main(argv: list[str]) -> None:
     """Serve until interrupted; does not return before that."""
     allow_plugin()
-    os.environ.setdefault(_V2_RUNNER_ENV, "0")
+    os.environ.setdefault(V2_RUNNER_ENV, "0")
 
     # vLLM reads the environment on import.
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -118,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def apply_demo_defaults(args: argparse.Namespace) -> None:
-    """Without a MODEL, serve the demo model; what the user did set stays."""
+    """Serve the demo model, with what the user has set."""
     args.model_tag = str(DEMO_MODEL_DIR)
     if args.served_model_name is None:
         args.served_model_name = [DEMO_NAME]
@@ -148,7 +147,7 @@ def choose_profile(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 def check_model(parser: argparse.ArgumentParser, profile: Profile | None, model: str) -> None:
     """Refuse the profile of another model, if this one is a folder.
 
-    One of the hub may not be here yet; the engine checks it once it is.
+    A model of the hub may not be downloaded yet; the engine checks it when it loads it.
     """
     if profile is None or not Path(model).is_dir():
         return
@@ -161,7 +160,7 @@ def check_model(parser: argparse.ArgumentParser, profile: Profile | None, model:
 def check_presets(
     parser: argparse.ArgumentParser, presets: Path | None, profile: Profile | None
 ) -> None:
-    """Check the presets of the file and of the profile as far as that goes without the engine."""
+    """Check the presets of the file and of the profile, as far as that can be without an engine."""
     try:
         all_presets(presets, profile)
     except (PresetsFileError, ProfileError) as error:
@@ -205,7 +204,7 @@ def is_loopback(host: str | None) -> bool:
 
 
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse front ends that our plugin is not part of: routing would be ignored there."""
+    """Refuse front ends without our plugin: they would ignore routing."""
     if getattr(args, "grpc", False):
         parser.error("--grpc is not supported: routing is an extension of the OpenAI HTTP API")
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
@@ -213,9 +212,10 @@ def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 def allow_plugin() -> None:
-    """Name our plugin in `VLLM_PLUGINS`, as vLLM asks of plugins that add routes.
+    """Name our plugin in `VLLM_PLUGINS`, as vLLM wants it for plugins that add routes.
 
-    Unset means "all but endpoint plugins", so the others are named too and nothing else changes.
+    An unset variable means "all but endpoint plugins". So all of those are named as well, and
+    nothing else changes.
     """
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is None:

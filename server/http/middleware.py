@@ -1,7 +1,7 @@
-"""Pure ASGI middleware around vLLM's routes: admits routing on the way in, reports on the way out.
+"""Middleware around vLLM's routes: admits routing on the way in, adds the report on the way out.
 
-It sits innermost, behind vLLM's authentication and ours, so that nobody without a key gets this
-far where one is needed.
+It is the innermost one, behind vLLM's authentication and ours: where a key is needed, a request
+without one does not come this far.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sluice.models.telemetry.report import build_report
 from sluice.server.access.authentication import caller_of
 from sluice.server.access.capability import Caller, ForbiddenError
 from sluice.server.admission import ROUTED_PATHS, Admitted
-from sluice.server.asgi import _is_json_post, _read_body, _replay, route_path
+from sluice.server.asgi import is_json_post, read_body, replay_body, route_path
 from sluice.server.http.sse import EventSplitter, is_usage_chunk, with_report
 from sluice.server.http.state import Edge
 from sluice.server.telemetry.audit import log_expert_routing, log_refused
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class RoutingMiddleware:
-    """Turns `routing` into extra args for the engine and the engine's record into a report."""
+    """Turns `routing` into extra args for the engine, and the engine's record into a report."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -39,18 +39,18 @@ class RoutingMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection; anything but a JSON POST passes untouched."""
         edge: Edge | None = getattr(scope["app"].state, "sluice", None) if "app" in scope else None
-        if edge is None or not _is_json_post(scope):
+        if edge is None or not is_json_post(scope):
             await self._app(scope, receive, send)
             return
         path, caller = route_path(scope), caller_of(scope)
-        raw, disconnected = await _read_body(receive)
-        if disconnected:
+        raw = await read_body(receive)
+        if raw is None:
             return
         try:
             body = _parse(raw)
             admitted = edge.admission.admit(path, body, caller) if isinstance(body, dict) else None
         except (UnicodeDecodeError, json.JSONDecodeError):
-            admitted = None  # vLLM's route answers a body that is no JSON.
+            admitted = None  # vLLM's route says what is wrong with a body that is not JSON.
         except RoutingError as error:
             if isinstance(error, ForbiddenError):
                 log_refused(caller, error)
@@ -60,7 +60,7 @@ class RoutingMiddleware:
             await JSONResponse(error.body(), error.status)(scope, receive, send)
             return
         if path not in ROUTED_PATHS:
-            await self._app(scope, _replay(raw, receive), send)
+            await self._app(scope, replay_body(raw, receive), send)
             return
         if admitted is not None:
             if admitted.effort is not None:
@@ -72,13 +72,13 @@ class RoutingMiddleware:
                 edge.spans.open(admitted.extra.request_key, policy_attributes(admitted))
         answer = _Answer(edge, admitted.extra if admitted else None, send)
         try:
-            await self._app(scope, _replay(raw, receive), answer.send)
+            await self._app(scope, replay_body(raw, receive), answer.send)
         finally:
             await _finish(edge, admitted, caller, answer)
 
 
 async def _finish(edge: Edge, admitted: Admitted | None, caller: Caller, answer: _Answer) -> None:
-    """Count a request that ended, however it did; log it if it had expert controls; trace it."""
+    """Count, log and trace a request that has ended, whatever its outcome."""
     edge.metrics.finished(admitted.preset if admitted else NO_PRESET, answer.outcome)
     try:
         await answer.count()
@@ -92,18 +92,23 @@ async def _finish(edge: Edge, admitted: Admitted | None, caller: Caller, answer:
 
 
 class _Answer:
-    """Watches one answer go by, adds the report, and counts what ran."""
+    """Passes one answer on, adds the report to it, and counts what ran.
+
+    Attributes:
+        status: HTTP status that was sent, 0 until there is one.
+        record: the engine's record of the request, None until it was taken.
+    """
 
     def __init__(self, edge: Edge, extra: RoutingExtraArgs | None, send: Send) -> None:
         self._edge = edge
         self._extra = extra
         self._send = send
         self.status = 0
+        self.record: dict[str, Any] | None = None
         self._complete = False
         self._start: Message | None = None
         self._buffer = b""
         self._events: EventSplitter | None = None
-        self.record: dict[str, Any] | None = None
 
     @property
     def outcome(self) -> Any:
@@ -112,7 +117,7 @@ class _Answer:
             return "aborted"
         if self.status < 400:
             return "ok"
-        # 503 asks to come back: the server was full.
+        # A 503 says that the server is full: the request itself was in order.
         return "rejected" if self.status < 500 or self.status == 503 else "error"
 
     async def send(self, message: Message) -> None:
@@ -120,12 +125,12 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             if self._reports and not self._streams(message):
-                self._start = message  # The length is known once the report is in.
+                self._start = message  # Held back: the length is known with the report.
                 return
         elif message["type"] == "http.response.body":
-            # `null` is vLLM's answer to nobody: the client left before there was one.
-            left = message.get("body") == b"null"
-            self._complete = not message.get("more_body", False) and not left
+            # vLLM sends `null` where the client left before there was an answer.
+            abandoned = message.get("body") == b"null"
+            self._complete = not message.get("more_body", False) and not abandoned
             if self._reports:
                 await self._send_reported(message)
                 return
@@ -136,8 +141,8 @@ class _Answer:
         return self._extra is not None and self._extra.policy.report and self.status == 200
 
     def _streams(self, start: Message) -> bool:
-        kind = Headers(raw=start["headers"]).get("content-type", "")
-        if kind.startswith("text/event-stream"):
+        content_type = Headers(raw=start["headers"]).get("content-type", "")
+        if content_type.startswith("text/event-stream"):
             self._events = EventSplitter()
         return self._events is not None
 
@@ -170,7 +175,10 @@ class _Answer:
         return build_report(self._extra.policy, self.record)
 
     async def _take(self) -> None:
-        """Fetch the record once. An engine that dies meanwhile must not take the answer along."""
+        """Take the record from the engine, once.
+
+        The answer is there by now, and goes out without a record if the engine has died.
+        """
         assert self._extra is not None
         if self.record is None:
             try:
@@ -179,7 +187,7 @@ class _Answer:
                 logger.exception("no routing record for a request that ran")
 
     async def count(self) -> None:
-        """Observe the compute fraction of a request that the engine ran."""
+        """Observe the share of full depth's compute that the request took, if it ran."""
         if self._extra is None:
             if self.outcome == "ok":
                 self._edge.metrics.ran(1.0)

@@ -1,9 +1,10 @@
-"""Pure ASGI middleware: at most so many requests at once, and a time to come back for the others.
+"""Middleware that limits open requests, and tells refused clients when to try again.
 
-vLLM's own bounds (`--max-num-queued-reqs`, `--max-num-queued-tokens`) look at requests that the
-engine has already taken. Of many that come at once, more pass than fit, and those that stream get
-their refusal inside an answer that has begun. Here a request is counted before anything else runs,
-so that each one beyond the limit gets 503. vLLM's 503 get the header that clients wait by.
+vLLM's own limits (`--max-num-queued-reqs`, `--max-num-queued-tokens`) count requests that the
+engine has taken already. When many come at once, more get in than the limit says, and a streaming
+request is refused inside an answer that has begun. Here a request is counted before anything else
+runs, and each one beyond the limit gets 503 at once. vLLM's own 503 get the `Retry-After` header
+too.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ _UNAVAILABLE = 503
 
 
 class OverloadMiddleware:
-    """Refuses requests beyond a limit, and dates each 503 that answers a POST.
+    """Refuses requests beyond a limit, and adds `Retry-After` to each 503 that answers a POST.
 
-    Counted are POSTs to paths that a key would guard: those that may ask the engine for work. Each
-    API server process has its own count. Probes of the engine's health are GET: nobody promises
-    when a dead engine is back.
+    POSTs to the paths that `--api-key` guards are counted: those may ask the engine for work. Each
+    API server process has a count of its own. Health checks are GETs and get no header, since
+    nobody knows when a dead engine is back.
     """
 
     def __init__(self, app: ASGIApp, limit: int | None, retry_after: int) -> None:
@@ -44,26 +45,26 @@ class OverloadMiddleware:
             await self._app(scope, receive, send)
             return
 
-        async def send_dated(message: Message) -> None:
+        async def send_with_retry(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] == _UNAVAILABLE:
                 MutableHeaders(scope=message).setdefault("retry-after", self._retry_after)
             await send(message)
 
         if self._limit is None or not route_path(scope).startswith(self._guarded):
-            await self._app(scope, receive, send_dated)
+            await self._app(scope, receive, send_with_retry)
             return
         if self._open >= self._limit:
-            answer = JSONResponse(_body(self._limit), _UNAVAILABLE)
-            await answer(scope, receive, send_dated)
+            answer = JSONResponse(_refusal(self._limit), _UNAVAILABLE)
+            await answer(scope, receive, send_with_retry)
             return
         self._open += 1
         try:
-            await self._app(scope, receive, send_dated)
+            await self._app(scope, receive, send_with_retry)
         finally:
             self._open -= 1
 
 
-def _body(limit: int) -> dict[str, Any]:
+def _refusal(limit: int) -> dict[str, Any]:
     """OpenAI-shaped error object."""
     return {
         "error": {
@@ -81,15 +82,15 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "--max-open-requests",
         type=_at_least_one,
         metavar="N",
-        help="requests that an API server process has in hand at once; others get 503 with "
-        "Retry-After (default: no limit)",
+        help="most open requests of an API server process; others get 503 with Retry-After "
+        "(default: no limit)",
     )
     group.add_argument(
         "--retry-after",
         type=_at_least_one,
         default=RETRY_AFTER_SECONDS,
         metavar="SECONDS",
-        help="what a 503 tells the client to wait (default: %(default)s)",
+        help="how long a 503 tells the client to wait (default: %(default)s)",
     )
 
 

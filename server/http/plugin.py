@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from sluice.models.profile.profile import PROFILE_ENV, Profile
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.errors import RoutingError
-from sluice.models.routing.presets import PresetsFileError, all_presets
+from sluice.models.routing.presets import PresetsFileError, all_presets, check_presets
 from sluice.models.telemetry.counter_file import telemetry_folder
 from sluice.models.vllm_adapter.patches.tracing import RequestSpans
 from sluice.server.access.authentication import CallerMiddleware
@@ -83,12 +83,11 @@ class RoutingPlugin:
         capabilities = Capabilities.of(
             engine_client.vllm_config, served, profile, expert_answer, args.expert_routing
         )
-        admission = Admission(capabilities, presets)
         try:
-            admission.check_presets()
+            check_presets(presets, capabilities)
         except RoutingError as error:
             raise PresetsFileError(
                 f"presets file {args.presets}: {error.param}: {error.message}"
             ) from None
         metrics, spans = RequestMetrics(presets, REGISTRY), RequestSpans.attach(engine_client)
-        state.sluice = Edge(admission, metrics, engine_client, spans)
+        state.sluice = Edge(Admission(capabilities, presets), metrics, engine_client, spans)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from sluice.models.routing.errors import RoutingError
-from sluice.models.routing.presets import MODEL_SEPARATOR, measured_preset
+from sluice.models.routing.presets import MODEL_SEPARATOR, measured_preset, preset_policy
 from sluice.server.admission import Admission
 from sluice.server.http.state import Edge
 from sluice.server.telemetry.utilization import utilization
@@ -81,7 +81,7 @@ def preset_listing(admission: Admission, name: str) -> dict[str, Any]:
 def _policy(admission: Admission, name: str) -> dict[str, Any] | None:
     """A preset's effective policy, or None where this engine cannot do it."""
     try:
-        return admission.preset_policy(name).to_dict()
+        return preset_policy(name, admission.presets, admission.capabilities).to_dict()
     except RoutingError:
         return None
 

@@ -15,7 +15,7 @@ class Edge:
     """Everything a request needs at the edge.
 
     Attributes:
-        admission: decides about routing.
+        admission: accepts or refuses routing.
         metrics: counts requests.
         engine: vLLM's `EngineClient`.
         spans: of routed requests, or None where vLLM traces nothing.
@@ -26,10 +26,11 @@ class Edge:
     engine: Any
     spans: RequestSpans | None = None
 
-    async def take_record(self, record: str) -> dict[str, Any] | None:
-        """The worker's record of an ended request; every rank forgets it.
+    async def take_record(self, request_key: str) -> dict[str, Any] | None:
+        """The record of an ended request, or None if the engine has none.
 
-        Tensor-parallel ranks run the same plan, so the first answer serves.
+        Every rank forgets its record. Tensor-parallel ranks run the same plan, so that the first
+        record stands for all.
         """
-        answers = await self.engine.collective_rpc("take_routing_record", args=(record,))
-        return next((answer for answer in answers if answer is not None), None)
+        records = await self.engine.collective_rpc("take_routing_record", args=(request_key,))
+        return next((record for record in records if record is not None), None)

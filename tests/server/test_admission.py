@@ -10,6 +10,7 @@ from support.edge import CAPABILITIES, LAYERS
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import Phase, SkipSet
 from sluice.models.routing.errors import RoutingError
+from sluice.models.routing.presets import check_presets
 from sluice.models.routing.schema import DepthFields, PresetFields, SkipFields
 from sluice.server.access.capability import Caller, Capability
 from sluice.server.admission import Admission
@@ -30,7 +31,7 @@ def test_a_request_without_routing_is_not_touched() -> None:
     assert ADMISSION.admit(CHAT, {"model": "unknown@half"}, CALLER) is None
 
 
-def test_the_engine_gets_a_ticket_a_salt_and_the_base_model() -> None:
+def test_the_engine_gets_extra_args_a_salt_and_the_base_model() -> None:
     body = {"model": "m@half", "routing": {"report": True}, "vllm_xargs": {"other": 1}}
     admitted = ADMISSION.admit(CHAT, body, CALLER)
     assert admitted is not None
@@ -127,7 +128,7 @@ def test_everything_but_one_sub_layer_may_go() -> None:
 def test_a_preset_the_model_cannot_run_is_found_at_start_up() -> None:
     presets = {"deep": PresetFields(depth=DepthFields(skip=SkipFields(mlp=[7])))}
     with pytest.raises(RoutingError, match="layer 7 does not exist") as caught:
-        Admission(CAPABILITIES, presets).check_presets()
+        check_presets(presets, CAPABILITIES)
     assert caught.value.param == "presets.deep.depth.skip.mlp.0"
 
 

@@ -1,10 +1,13 @@
-"""Where Sluice touches vLLM: one file per seam, written against vLLM 0.32.0."""
+"""Our vLLM workers by name; naming one imports nothing of vLLM."""
 
 from __future__ import annotations
 
 CPU_WORKER = "sluice.models.engine.workers.cpu.RoutedCPUWorker"
 CUDA_WORKER = "sluice.models.engine.workers.cuda.RoutedCUDAWorker"
-"""Values for vLLM's `worker_cls`: names, so that naming a worker imports nothing."""
+"""Values for vLLM's `worker_cls`."""
+
+V2_RUNNER_ENV = "VLLM_USE_V2_MODEL_RUNNER"
+"""Environment variable that must be 0: our workers run on vLLM's V1 model runner."""
 
 
 def worker_class() -> str:
@@ -19,4 +22,4 @@ def worker_class() -> str:
         return CPU_WORKER
     if current_platform.is_cuda():
         return CUDA_WORKER
-    raise SystemExit(f"sluice serve runs on CPU and CUDA, not on {current_platform.device_name}")
+    raise SystemExit(f"Sluice runs on CPU and CUDA, not on {current_platform.device_name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sluice.models.engine.runner import RoutedModelRunner
+from sluice.models.engine.workers import V2_RUNNER_ENV
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
@@ -21,7 +22,7 @@ class RunnerNotAttachedError(RuntimeError):
         super().__init__(
             f"vLLM {vllm.__version__} built {type(runner).__module__}.{type(runner).__name__}, "
             "which Sluice is not attached to. Sluice runs on the V1 model runner: unset "
-            "VLLM_USE_V2_MODEL_RUNNER or set it to 0."
+            f"{V2_RUNNER_ENV} or set it to 0."
         )
 
 

@@ -19,7 +19,7 @@ from sluice.models.policy.extra_args import EXTRA_ARGS_KEY
 from sluice.models.profile.profile import PROFILE_ENV, Profile, ProfileError
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.errors import RoutingError
-from sluice.models.routing.presets import PresetsFileError, all_presets
+from sluice.models.routing.presets import PresetsFileError, all_presets, check_presets
 from sluice.models.telemetry.report import build_report
 from sluice.server.access.capability import Caller, Capability
 from sluice.server.admission import Admission, Admitted
@@ -201,7 +201,7 @@ def in_process(
                 llm.llm_engine.vllm_config, (_NAME,), held, answer, expert_routing=True
             )
             admission = Admission(able, own)
-            admission.check_presets()
+            check_presets(own, able)
         except ProfileError as error:
             raise EvaluationError(str(error)) from None
         except RoutingError as error:

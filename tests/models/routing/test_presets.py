@@ -15,7 +15,12 @@ from sluice.models.policy.policy import SkipSet
 from sluice.models.profile.profile import Profile, ProfileError
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.errors import RoutingError
-from sluice.models.routing.presets import PresetsFileError, all_presets, profile_presets
+from sluice.models.routing.presets import (
+    PresetsFileError,
+    all_presets,
+    check_presets,
+    profile_presets,
+)
 from sluice.server.access.capability import Caller, Capability, ForbiddenError
 from sluice.server.admission import Admission
 from sluice.server.http.routes import preset_listing
@@ -61,7 +66,7 @@ def file(tmp_path: Path) -> Path:
 def test_both_kinds_are_served(file: Path) -> None:
     admitting = admission(file=file)
     assert [*admitting.presets] == ["mine", *NAMES]
-    admitting.check_presets()
+    check_presets(admitting.presets, admitting.capabilities)
     by_name = admitting.admit(PATH, {"model": "m", "routing": {"preset": "balanced"}}, CALLER)
     by_model = admitting.admit(PATH, {"model": "m@balanced"}, CALLER)
     assert by_name is not None
@@ -113,7 +118,7 @@ def test_what_was_measured_is_listed(file: Path) -> None:
 
 def test_a_point_that_this_engine_cannot_do_does_not_stop_it() -> None:
     admitting = admission()
-    admitting.check_presets()
+    check_presets(admitting.presets, admitting.capabilities)
     listed = preset_listing(admitting, "odd")
     assert (listed["available"], listed["policy"]) == (False, None)
     assert listed["reason"] == f"layer 9 does not exist: the model has layers 0 to {LAYERS - 1}"
@@ -138,7 +143,7 @@ def test_a_field_of_the_requests_own_is_named_itself() -> None:
 
 def test_experts_where_expert_routing_is_off() -> None:
     admitting = admission(replace(MOE, expert_routing=False))
-    admitting.check_presets()
+    check_presets(admitting.presets, admitting.capabilities)
     listed = preset_listing(admitting, "fast")
     assert not listed["available"]
     assert "expert routing is off on this server" in listed["reason"]
@@ -161,7 +166,7 @@ def test_an_engine_that_refuses_controls(
     capabilities: Capabilities, available: set[str], reason: str
 ) -> None:
     admitting = admission(capabilities)
-    admitting.check_presets()
+    check_presets(admitting.presets, admitting.capabilities)
     listed = {name: preset_listing(admitting, name) for name in admitting.presets}
     assert {name for name, entry in listed.items() if entry["available"]} == available
     assert reason in listed["fast"]["reason"]
@@ -172,8 +177,9 @@ def test_an_engine_that_refuses_controls(
 def test_a_preset_of_a_file_still_stops_the_server(tmp_path: Path) -> None:
     path = tmp_path / "presets.yaml"
     path.write_text("presets: {mine: {depth: {skip: {blocks: [9]}}}}")
+    admitting = admission(file=path)
     with pytest.raises(RoutingError) as caught:
-        admission(file=path).check_presets()
+        check_presets(admitting.presets, admitting.capabilities)
     assert caught.value.param == "presets.mine.depth.skip.blocks.0"
 
 

@@ -14,10 +14,11 @@ from prometheus_client import CollectorRegistry
 from support.edge import MOE, SMALL
 from support.full_profile import frontier, point
 
+from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.profile import PROFILE_ENV
 from sluice.models.profile.writer import write_profile
 from sluice.models.routing.capabilities import Capabilities
-from sluice.models.routing.presets import PresetsFileError
+from sluice.models.routing.presets import PresetsFileError, preset_policy
 from sluice.server.access.capability import Caller, Capability, ForbiddenError
 from sluice.server.http import plugin
 
@@ -62,6 +63,10 @@ def started(
     return state.sluice
 
 
+def policy_of(edge: Any, preset: str) -> RoutingPolicy:
+    return preset_policy(preset, edge.admission.presets, edge.admission.capabilities)
+
+
 def test_the_flag_reaches_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
     path = "/v1/completions"
     assert started(monkeypatch, flag=True).admission.admit(path, FEW, ADMIN) is not None
@@ -76,7 +81,7 @@ def test_presets_with_experts_are_resolved_whatever_the_flag(
     presets = tmp_path / "presets.yaml"
     presets.write_text("presets: {few: {experts: {top_k: 2}}}")
     edge = started(monkeypatch, flag=flag, presets=presets)
-    assert edge.admission.preset_policy("few").experts.top_k == 2
+    assert policy_of(edge, "few").experts.top_k == 2
     presets.write_text("presets: {few: {experts: {top_k: 99}}}")
     with pytest.raises(PresetsFileError, match=r"presets\.few\.experts\.top_k"):
         started(monkeypatch, flag=flag, presets=presets)
@@ -93,7 +98,7 @@ def test_presets_of_the_profile_join_those_of_the_file(
     registry = CollectorRegistry()
     edge = started(monkeypatch, presets=presets, folder=tmp_path, registry=registry)
     assert [*edge.admission.presets] == ["mine", "fast", "balanced"]
-    assert edge.admission.preset_policy("fast").experts.top_k == 2
+    assert policy_of(edge, "fast").experts.top_k == 2
     for name in ("mine", "fast", "balanced", "custom", "none"):
         labels = {"preset": name, "outcome": "ok"}
         assert registry.get_sample_value("sluice_requests_total", labels) == 0, name
