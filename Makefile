@@ -39,10 +39,10 @@ DEMO_DATA := build/demo-calibration
 profile: $(STAMP)
 	mkdir -p $(DEMO_DATA)
 	$(BIN)/python -m sluice.models.offline.demo.calibration --prompts $(DEMO_DATA)/prompts.jsonl --tasks $(DEMO_DATA)/tasks.jsonl
-	HF_HUB_OFFLINE=1 $(BIN)/sluice calibrate models/demo/weights --prompts $(DEMO_DATA)/prompts.jsonl \
+	HF_HUB_OFFLINE=1 $(BIN)/sluice calibrate models/offline/demo/weights --prompts $(DEMO_DATA)/prompts.jsonl \
 	  --tasks $(DEMO_DATA)/tasks.jsonl --out $(DEMO_DATA)/profile --dtype float32 --super-experts-criterion paper \
 	  --exits-tolerance 0.02 --exits-every 1 --routers-cost 0.005
-	cp $(DEMO_DATA)/profile/*.json $(DEMO_DATA)/profile/*.safetensors $(DEMO_DATA)/profile/*.png models/demo/profile/
+	cp $(DEMO_DATA)/profile/*.json $(DEMO_DATA)/profile/*.safetensors $(DEMO_DATA)/profile/*.png models/offline/demo/profile/
 
 $(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt setup.py
 	$(PYTHON) -m venv $(VENV)

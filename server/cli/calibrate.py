@@ -130,7 +130,7 @@ def _run(args: argparse.Namespace, kinds: Sequence[type[Step]], named: type[Step
 
     from sluice.models.offline.calibrate.pipeline import open_workspace, run_steps
     from sluice.models.offline.hf_model.examples import CalibrationError
-    from sluice.models.offline.report.frontier_report import (
+    from sluice.models.offline.report.frontier import (
         TABLE_WIDTH,
         frontier_table,
         write_plots,

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         SystemExit: 2 for a profile that cannot be used, or a file that cannot be written.
     """
-    from sluice.models.offline.report.report_page import report_page
+    from sluice.models.offline.report.page import report_page
     from sluice.models.profile.profile import Profile, ProfileError
     from sluice.models.profile.writer import write_whole
 

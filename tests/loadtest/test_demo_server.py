@@ -247,7 +247,7 @@ def test_vllms_load_generator_as_the_documents_have_it(bounded: Server, tmp_path
     assert given[:3] == ["python", "-c", "$BENCH"]
     ours = {
         "http://127.0.0.1:8000": bounded.url,
-        "models/demo/weights": str(root / "models" / "demo" / "weights"),
+        "models/offline/demo/weights": str(root / "models" / "offline" / "demo" / "weights"),
         '{"routing": {"preset": "fast"}}': json.dumps({"routing": {"preset": "shallow"}}),
         "40": "12",
     }

@@ -1,4 +1,4 @@
-"""Templates of pages: `page.html` is extended, its `page.css` comes before the page's own."""
+"""Templates of pages: `base.html` is extended, its `base.css` comes before the page's own."""
 
 from __future__ import annotations
 

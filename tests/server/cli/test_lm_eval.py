@@ -19,7 +19,7 @@ from sluice.server.cli.evaluate import add_parser
 
 RECIPE = Path(__file__).parents[3] / "docs" / "lm-eval"
 PRESET = "half-depth"
-"""Of models/demo/presets.yaml: it acts on prompts too, and gets some of the items wrong."""
+"""Of models/offline/demo/presets.yaml: it acts on prompts too, and gets some of the items wrong."""
 
 
 @pytest.fixture(scope="module")

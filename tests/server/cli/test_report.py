@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.commands import run_command
 
-from sluice.models.offline.report.report_page import report_page
+from sluice.models.offline.report.page import report_page
 from sluice.models.profile.profile import Profile
 from sluice.models.profile.writer import write_profile
 from sluice.server.cli.report import add_parser

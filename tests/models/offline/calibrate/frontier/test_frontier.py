@@ -29,7 +29,7 @@ from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.engine import Work, resolver
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.offline.intervals import share_interval
-from sluice.models.offline.report.frontier_report import (
+from sluice.models.offline.report.frontier import (
     EQUAL_COMPUTE_PNG,
     FRONTIER_PNG,
     frontier_table,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.html_page import Page
 
-from sluice.models.offline.report.report_page import PARTS, report_page
+from sluice.models.offline.report.page import PARTS, report_page
 from sluice.models.profile.profile import Profile
 from sluice.models.profile.writer import write_profile
 
