@@ -12,9 +12,14 @@ from sluice.models.depth.adaptive import mod
 from sluice.models.depth.masks import FULL_DEPTH, MaskTable, Segment
 from sluice.models.depth.recompute import PendingToken
 from sluice.models.depth.registry import PROMPT_METHODS, exit_method
-from sluice.models.engine.observers import ExitWatch, PromptWatch, VoidWatch, Watch
-from sluice.models.engine.plan import Arrange, StepPlan, build_plan, compact
-from sluice.models.engine.request_state import RequestPath
+from sluice.models.engine.observers import (
+    ExitObserver,
+    LayerObserver,
+    PromptObserver,
+    VoidLayerObserver,
+)
+from sluice.models.engine.plan import LayerPlanner, StepPlan, build_plan, compact
+from sluice.models.engine.request_state import RequestState
 from sluice.models.engine.step import RoutedStep, StepOutcome, StepRequests
 from sluice.models.experts.batch import BatchExperts
 from sluice.models.experts.contrast import BlockIds, WeakPasses
@@ -26,8 +31,8 @@ from sluice.models.policy.policy import MissingKV
 from sluice.models.profile.profile import Profile
 
 
-class WatchFactory:
-    """Makes the watches of each step; one instance per model runner."""
+class ObserverFactory:
+    """Makes the observers of each step; one instance per model runner."""
 
     def __init__(
         self, num_layers: int, block_size: int, profile: Profile | None, device: torch.device
@@ -38,18 +43,18 @@ class WatchFactory:
         self._device = device
         self._tensors: dict[str, dict[str, torch.Tensor]] = {}
 
-    def of(self, step: RoutedStep) -> Iterator[Watch]:
-        """Watches of the requests of a planned step."""
-        yield from self._exit_watches(step)
-        yield from self._mask_watches(step)
+    def of(self, step: RoutedStep) -> Iterator[LayerObserver]:
+        """Observers of the requests of a planned step."""
+        yield from self._exit_observers(step)
+        yield from self._mask_observers(step)
 
-    def _exit_watches(self, step: RoutedStep) -> Iterator[Watch]:
+    def _exit_observers(self, step: RoutedStep) -> Iterator[LayerObserver]:
         groups: dict[tuple[str, tuple[int, ...], MissingKV], list[int]] = {}
-        for index, path in step.paths.items():
-            rule = path.extra.policy.exit
-            if rule is None or step.live_row(index) is None:
+        for index, state in step.states.items():
+            rule = state.extra.policy.exit
+            if rule is None or step.new_token_row(index) is None:
                 continue
-            if path.pending is None or not path.pending.must_run_full_depth(
+            if state.pending is None or not state.pending.must_run_full_depth(
                 step.last_position(index), self._block_size
             ):
                 groups.setdefault((rule.method, rule.layers, rule.kv), []).append(index)
@@ -59,16 +64,16 @@ class WatchFactory:
             rows = np.zeros(len(indices), dtype=np.int64)
             companions: dict[int, IntArray] = {}
             for place, index in enumerate(indices):
-                path = step.paths[index]
-                rule, row = path.extra.policy.exit, step.live_row(index)
+                state = step.states[index]
+                rule, row = state.extra.policy.exit, step.new_token_row(index)
                 assert rule is not None
                 assert row is not None
-                nth = step.last_position(index) - path.prompt_tokens
-                thresholds[place] = method.threshold(rule, nth, path.max_tokens)
+                nth = step.last_position(index) - state.prompt_tokens
+                thresholds[place] = method.threshold(rule, nth, state.max_tokens)
                 rows[place] = row
-                if path.pending is not None:
-                    companions[row] = np.arange(row - len(path.pending.tokens), row)
-            yield ExitWatch(
+                if state.pending is not None:
+                    companions[row] = np.arange(row - len(state.pending.tokens), row)
+            yield ExitObserver(
                 frozenset(layers),
                 method,
                 self._tensors_of(name),
@@ -78,27 +83,27 @@ class WatchFactory:
                 companions if kv is MissingKV.RECOMPUTE else None,
             )
 
-    def _mask_watches(self, step: RoutedStep) -> Iterator[Watch]:
-        for index, path in step.paths.items():
-            rule = path.extra.policy.adaptive
+    def _mask_observers(self, step: RoutedStep) -> Iterator[LayerObserver]:
+        for index, state in step.states.items():
+            rule = state.extra.policy.adaptive
             if rule is None or rule.method == mod.NAME:
                 continue
             start = int(step.requests.computed[index])
             end = start + int(step.requests.scheduled[index])
             first_row = int(step.first_rows[index]) - start
             if rule.mode in ("readout", "replace"):
-                fresh = np.arange(start, min(end, path.prompt_tokens))
-                if step.live_row(index) is not None:
+                fresh = np.arange(start, min(end, state.prompt_tokens))
+                if step.new_token_row(index) is not None:
                     fresh = np.append(fresh, end - 1)
                 if len(fresh):
-                    yield VoidWatch(rule, first_row + fresh, self._num_layers)
+                    yield VoidLayerObserver(rule, first_row + fresh, self._num_layers)
                 continue
             method = PROMPT_METHODS[rule.method]
-            first = path.prompt_tokens - 1 if method.pool == "last" else path.counted
-            fresh = np.arange(max(first, start), min(end, path.prompt_tokens))
-            if not path.decided and len(fresh):
+            first = state.prompt_tokens - 1 if method.pool == "last" else state.counted
+            fresh = np.arange(max(first, start), min(end, state.prompt_tokens))
+            if not state.decided and len(fresh):
                 tensors = self._tensors_of(rule.method)
-                yield PromptWatch(path, method, tensors, first_row + fresh, self._num_layers)
+                yield PromptObserver(state, method, tensors, first_row + fresh, self._num_layers)
 
     def _tensors_of(self, method: str) -> dict[str, torch.Tensor]:
         if method not in self._tensors:
@@ -111,25 +116,25 @@ _MAX_CACHED_PLANS = 16
 _EMBEDDED_AT_ONCE = 4096
 
 
-class LiveRequests:
-    """Paths of the routed requests, by vLLM's request id."""
+class Batch:
+    """States of the routed requests, by vLLM's request id."""
 
     def __init__(
         self, num_layers: int, block_size: int, profile: Profile | None, device: torch.device
     ) -> None:
-        self.arrange: Arrange = compact
+        self.plan_layer: LayerPlanner = compact
         """How layers are run; replaced once the cost model has been measured."""
         self.experts: BatchExperts | None = None
         """Expert controls; set once the model is loaded, if it has experts."""
         self.table = MaskTable(num_layers)
         self._num_layers = num_layers
         self._device = device
-        self._watches = WatchFactory(num_layers, block_size, profile, device)
-        self._paths: dict[str, RequestPath] = {}
+        self._observers = ObserverFactory(num_layers, block_size, profile, device)
+        self._states: dict[str, RequestState] = {}
         self._plans: dict[tuple[Segment, ...], StepPlan] = {}
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._states)
 
     def add(
         self,
@@ -148,7 +153,7 @@ class LiveRequests:
             max_tokens: longest output the client allowed.
             embed: from token ids, (n,), to embeddings, (n, hidden).
         """
-        path = RequestPath(extra, len(prompt), max_tokens, self.table)
+        state = RequestState(extra, len(prompt), max_tokens, self.table)
 
         def embedded() -> torch.Tensor:
             ids = torch.tensor(prompt, device=self._device)
@@ -157,18 +162,18 @@ class LiveRequests:
         rule = extra.policy.adaptive
         if rule is not None and rule.method == mod.NAME:
             retention = rule.retention or mod.cosine_retention(self._num_layers)
-            path.keep_prompt_tokens(mod.kept_tokens(mod.importance(embedded()), retention))
+            state.keep_prompt_tokens(mod.kept_tokens(mod.importance(embedded()), retention))
         experts = extra.policy.experts
         if self.experts is not None and not experts.empty:
             self.experts.add(request_id, experts, len(prompt), lambda: prompt_embedding(embedded()))
-        self._paths[request_id] = path
+        self._states[request_id] = state
 
     def remove(self, request_id: str) -> None:
         """Forget an ended request."""
         if self.experts is not None:
             self.experts.remove(request_id)
-        path = self._paths.pop(request_id, None)
-        if path is not None and path.release():
+        state = self._states.pop(request_id, None)
+        if state is not None and state.release():
             # The row may come back with another mask, and plans are keyed by row.
             self._plans.clear()
 
@@ -181,21 +186,21 @@ class LiveRequests:
             requests: in it.
             weak_blocks: K/V blocks of the weak passes of contrasts, by request id.
         """
-        found = [self._paths.get(request_id) for request_id in requests.ids]
-        paths = {index: path for index, path in enumerate(found) if path is not None}
-        self._agree(requests, paths)
+        found = [self._states.get(request_id) for request_id in requests.ids]
+        states = {index: state for index, state in enumerate(found) if state is not None}
+        self._agree(requests, states)
         segments: list[Segment] = []
         waiting: list[PendingToken] = []
         first_rows = np.zeros(len(found), dtype=np.int64)
         end = 0
-        for index, path in enumerate(found):
+        for index, state in enumerate(found):
             computed, scheduled = int(requests.computed[index]), int(requests.scheduled[index])
-            if path is None:
+            if state is None:
                 own = _stock_segments(index, computed, scheduled, int(requests.prompt[index]))
             else:
-                own = list(path.segments(index, computed, scheduled))
-                if path.pending is not None and own[-1].phase == DECODE:
-                    waiting += path.pending.tokens
+                own = list(state.segments(index, computed, scheduled))
+                if state.pending is not None and own[-1].phase == DECODE:
+                    waiting += state.pending.tokens
             segments += own
             end += sum(segment.length for segment in own)
             first_rows[index] = end - scheduled
@@ -209,17 +214,17 @@ class LiveRequests:
             segments=segments,
             plan=self._plan(tuple(segments), len(owners)),
             first_rows=first_rows,
-            paths=paths,
+            states=states,
             pending=torch.stack([token.hidden for token in waiting]) if waiting else None,
             pending_positions=np.array([token.position for token in waiting], dtype=np.int64),
-            watches=[],
+            observers=[],
             experts=self._experts_of(requests, owners, segments, first_rows),
             weak=weak,
         )
-        step.watches.extend(self._watches.of(step))
+        step.observers.extend(self._observers.of(step))
         return step
 
-    def settle(self, step: RoutedStep, residual: Callable[[IntArray], torch.Tensor]) -> StepOutcome:
+    def commit(self, step: RoutedStep, residual: Callable[[IntArray], torch.Tensor]) -> StepOutcome:
         """Store what the step decided.
 
         Args:
@@ -228,64 +233,64 @@ class LiveRequests:
         """
         exits: dict[int, int] = {}
         replaced: dict[int, NDArray[np.bool_]] = {}
-        for watch in step.watches:
-            if isinstance(watch, ExitWatch):
-                exits.update(zip(watch.watched.tolist(), watch.exits.tolist(), strict=True))
-            elif isinstance(watch, PromptWatch):
-                watch.decide()
-            elif isinstance(watch, VoidWatch):
-                replaced.update(zip(watch.tokens.tolist(), watch.void, strict=True))
+        for observer in step.observers:
+            if isinstance(observer, ExitObserver):
+                exits.update(zip(observer.observed.tolist(), observer.exits.tolist(), strict=True))
+            elif isinstance(observer, PromptObserver):
+                observer.decide()
+            elif isinstance(observer, VoidLayerObserver):
+                replaced.update(zip(observer.tokens.tolist(), observer.void, strict=True))
         depths: dict[int, int] = {}
-        for index, path in step.paths.items():
-            row = step.live_row(index)
-            if row is None or not path.records_tokens:
+        for index, state in step.states.items():
+            row = step.new_token_row(index)
+            if row is None or not state.records_tokens:
                 continue
             depth = exits.get(row, self._num_layers - 1)
-            if path.extra.policy.exit is not None:
+            if state.extra.policy.exit is not None:
                 depths[index] = depth
-            if path.pending is not None:
+            if state.pending is not None:
                 self._wait(step, index, row, depth, residual)
-                path.decide_token(path.wanted)
+                state.decide_token(state.wanted)
             elif row in replaced:
-                path.decide_token(path.wanted.without_blocks(replaced[row], fill=True))
+                state.decide_token(state.wanted.without_blocks(replaced[row], fill=True))
             else:
-                path.decide_token(path.wanted.leaving_after(depth, fill=True))
+                state.decide_token(state.wanted.leaving_after(depth, fill=True))
         return StepOutcome(self._segments_as_run(step, depths), depths)
 
     def _segments_as_run(self, step: RoutedStep, depths: dict[int, int]) -> list[Segment]:
         """Segments with what was decided on the way."""
         final: list[Segment] = []
         for segment, following in zip(step.segments, [*step.segments[1:], None], strict=True):
-            path, mask = step.paths.get(segment.request), segment.mask
+            state, mask = step.states.get(segment.request), segment.mask
             last = following is None or following.request != segment.request
-            if path is not None and segment.phase == PREFILL:
-                mask = path.prompt_mask_as_run(mask)
-            elif path is not None and segment.request in depths and (last or segment.pending):
+            if state is not None and segment.phase == PREFILL:
+                mask = state.prompt_mask_as_run(mask)
+            elif state is not None and segment.request in depths and (last or segment.pending):
                 base = self.table.mask(mask)
-                fill = path.pending is None
-                mask = path.hold(base.leaving_after(depths[segment.request], fill=fill))
+                fill = state.pending is None
+                mask = state.hold(base.leaving_after(depths[segment.request], fill=fill))
             final.append(segment._replace(mask=mask))
         return final
 
-    def _agree(self, requests: StepRequests, paths: dict[int, RequestPath]) -> None:
+    def _agree(self, requests: StepRequests, states: dict[int, RequestState]) -> None:
         """The step's elastic generated tokens agree on their largest common skip."""
         elastic = [
-            path
-            for index, path in paths.items()
-            if path.extra.policy.skip.elastic
-            and path.has_live_token(int(requests.computed[index]), int(requests.scheduled[index]))
+            state
+            for index, state in states.items()
+            if state.extra.policy.skip.elastic
+            and state.has_new_token(int(requests.computed[index]), int(requests.scheduled[index]))
         ]
         if elastic:
-            common = np.logical_and.reduce([path.wanted.skip for path in elastic])
-            for path in elastic:
-                path.agree(common)
+            common = np.logical_and.reduce([state.wanted.skip for state in elastic])
+            for state in elastic:
+                state.agree(common)
 
     def _plan(self, segments: tuple[Segment, ...], requests: int) -> StepPlan:
         plan = self._plans.get(segments)
         if plan is None:
             if len(self._plans) >= _MAX_CACHED_PLANS:
                 self._plans.clear()
-            plan = build_plan(segments, requests, self.table.skip, self.table.fill, self.arrange)
+            plan = build_plan(segments, requests, self.table.skip, self.table.fill, self.plan_layer)
             self._plans[segments] = plan
         return plan
 
@@ -324,7 +329,7 @@ class LiveRequests:
         residual: Callable[[IntArray], torch.Tensor],
     ) -> None:
         """Bring the waiting tokens of a request up to date after its live token left at `depth`."""
-        pending = step.paths[index].pending
+        pending = step.states[index].pending
         assert pending is not None
         if depth == self._num_layers - 1:
             pending.tokens.clear()

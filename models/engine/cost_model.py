@@ -66,7 +66,7 @@ class CostModel:
         """(4, sizes)."""
         return np.stack([self.attention, self.fill, self.mlp, self.move])
 
-    def arrange(self, shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:
+    def plan_layer(self, shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:
         """Choose which rows to run for the rows that need to."""
         everything = shape.everything
         merged = shape.union(attention, fill) if len(fill) and len(attention) else None
@@ -91,7 +91,7 @@ class CostModel:
         )
 
     def _seconds(self, attend: Rows, separate: Rows | None, mlp: Rows) -> float:
-        """Cost of one layer if the layers around it are arranged alike."""
+        """Cost of one layer if the layers around it are planned alike."""
         steps = [
             (rows, costs)
             for rows, costs in (

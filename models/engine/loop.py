@@ -3,7 +3,7 @@
 One loop for every family. The residual stream is vLLM's pair `(delta, residual)`, whose sum is the
 hidden state; a row that skips a sub-layer keeps its pending `delta` (design section 5). Rows that
 run are compacted, and stay compacted as long as the following sub-layers want the same rows.
-Watches look on and may take rows out on the way.
+Observers look on and may take rows out on the way.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 from sluice.kernels.ops.row_compact import row_compact, row_scatter
 from sluice.models.engine.attention import StepContext, rows_forward_context
-from sluice.models.engine.observers import Watch
-from sluice.models.engine.plan import Arrange, LayerPlan, Rows, StepShape, Work
+from sluice.models.engine.observers import LayerObserver
+from sluice.models.engine.plan import LayerPlan, LayerPlanner, Rows, StepShape, Work
 from sluice.models.engine.step import RoutedStep
 from sluice.models.experts.router import ExpertRouter
 from sluice.models.policy.axes import BoolArray, IntArray
@@ -24,16 +24,16 @@ from sluice.models.vllm_adapter.decoder import DecoderLayer, DecoderStack
 from sluice.models.vllm_adapter.kv_fill import fill_keys_values
 
 
-class LiveRows:
+class RemainingRows:
     """Restricts layer plans to the rows that are still there.
 
     A row that leaves stops running; in the attentions it would have run, its K/V are filled, unless
     it leaves without. Row sets are cut once per event and shared by the layers that follow.
     """
 
-    def __init__(self, shape: StepShape, arrange: Arrange) -> None:
+    def __init__(self, shape: StepShape, plan_layer: LayerPlanner) -> None:
         self._shape = shape.forked()
-        self._arrange = arrange
+        self._plan_layer = plan_layer
         total = len(shape.requests)
         self._gone = np.zeros(total, dtype=np.bool_)
         self._filling = np.zeros(total, dtype=np.bool_)
@@ -69,7 +69,7 @@ class LiveRows:
     def _restricted(self, plan: LayerPlan, out: BoolArray) -> LayerPlan:
         shape = self._shape
         attending = shape.chosen(plan.attention)
-        return self._arrange(
+        return self._plan_layer(
             shape,
             shape.rows(attending & ~out),
             shape.rows(shape.chosen(plan.fill) | (attending & self._filling)),
@@ -130,11 +130,15 @@ class LayerLoop:
     """Runs steps with a depth control; one instance per model runner."""
 
     def __init__(
-        self, stack: DecoderStack, runner: Any, arrange: Arrange, router: ExpertRouter | None
+        self,
+        stack: DecoderStack,
+        runner: Any,
+        plan_layer: LayerPlanner,
+        router: ExpertRouter | None,
     ) -> None:
         self._stack = stack
         self._runner = runner
-        self._arrange = arrange
+        self._plan_layer = plan_layer
         self._router = router
 
     def run(
@@ -164,18 +168,18 @@ class LayerLoop:
             hidden = inputs_embeds.clone()
         hidden, positions = _with_unscheduled(step, hidden, positions)
         stream = ResidualStream(hidden)
-        live = LiveRows(step.plan.shape, self._arrange)
+        remaining = RemainingRows(step.plan.shape, self._plan_layer)
         with rows_forward_context() as context:
             at_rows = StepContext(self._runner, context, step, positions)
             run = _Run(self._stack, at_rows, stream, self._router)
-            control = _Control(live, stream)
+            control = _Control(remaining, stream)
             for index, layer in enumerate(self._stack.layers):
-                watches = [w for w in step.watches if len(w.tokens) and index in w.layers]
-                befores = [_before(watch, index, stream, control) for watch in watches]
-                run.layer(layer, live.restrict(step.plan.layers[index]))
-                self._look(index, watches, befores, stream, control)
-            for watch in step.watches:
-                watch.finish(control)
+                observers = [o for o in step.observers if len(o.tokens) and index in o.layers]
+                befores = [_before(observer, index, stream, control) for observer in observers]
+                run.layer(layer, remaining.restrict(step.plan.layers[index]))
+                self._look(index, observers, befores, stream, control)
+            for observer in step.observers:
+                observer.finish(control)
             delta, residual = stream.expand()
             if step.plan.shape.pending:
                 kept = torch.from_numpy(step.plan.shape.scheduled).to(delta.device)
@@ -189,31 +193,31 @@ class LayerLoop:
     def _look(
         self,
         index: int,
-        watches: list[Watch],
+        observers: list[LayerObserver],
         befores: list[torch.Tensor | None],
         stream: ResidualStream,
         control: _Control,
     ) -> None:
-        """Show the layer's output to its watches; one LM head for all that want logits."""
-        afters = [stream.hidden(watch.tokens) for watch in watches]
-        asking = [i for i, watch in enumerate(watches) if watch.needs_logits]
+        """Show the layer's output to its observers; one LM head for all that want logits."""
+        afters = [stream.hidden(observer.tokens) for observer in observers]
+        asking = [i for i, observer in enumerate(observers) if observer.needs_logits]
         logits: dict[int, torch.Tensor] = {}
         if asking:
             together = self._stack.logits(torch.cat([afters[i] for i in asking]))
-            parts = torch.split(together, [len(watches[i].tokens) for i in asking])
+            parts = torch.split(together, [len(observers[i].tokens) for i in asking])
             logits = dict(zip(asking, parts, strict=True))
-        for i, watch in enumerate(watches):
-            watch.after_layer(index, befores[i], afters[i], logits.get(i), control)
+        for i, observer in enumerate(observers):
+            observer.after_layer(index, befores[i], afters[i], logits.get(i), control)
 
 
 def _before(
-    watch: Watch, layer: int, stream: ResidualStream, control: _Control
+    observer: LayerObserver, layer: int, stream: ResidualStream, control: _Control
 ) -> torch.Tensor | None:
-    if not watch.needs_before:
+    if not observer.needs_before:
         return None
-    before = stream.hidden(watch.tokens)
-    if watch.looks_ahead:
-        watch.before_layer(layer, before, control)
+    before = stream.hidden(observer.tokens)
+    if observer.looks_ahead:
+        observer.before_layer(layer, before, control)
     return before
 
 
@@ -243,11 +247,11 @@ def _with_unscheduled(
 
 
 class _Control:
-    """What watches may do; see `sluice.models.engine.observers.LoopControl`."""
+    """What observers may do; see `sluice.models.engine.observers.LoopControl`."""
 
-    def __init__(self, live: LiveRows, stream: ResidualStream) -> None:
-        self.leave = live.leave
-        self.pass_over = live.pass_over
+    def __init__(self, remaining: RemainingRows, stream: ResidualStream) -> None:
+        self.leave = remaining.leave
+        self.pass_over = remaining.pass_over
         self.assign = stream.assign
 
 

@@ -1,6 +1,6 @@
 """Who looks on while a step's layers run, and decides.
 
-A watch belongs to one step and to some of its token rows. The layer loop calls it around the
+An observer belongs to one step and to some of its token rows. The layer loop calls it around the
 layers it names; what it decides goes back through `LoopControl`, and afterwards the batch state
 (`sluice.models.engine.batch`) reads its findings. The rules themselves are the depth methods'.
 """
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from sluice.models.depth.adaptive.lac import VoidRange, norm_change
 from sluice.models.depth.method import ExitMethod, ExitPoint, PromptMethod, Tensors
-from sluice.models.engine.request_state import RequestPath
+from sluice.models.engine.request_state import RequestState
 from sluice.models.policy.axes import IntArray
 from sluice.models.policy.policy import AdaptiveRule
 
 
 class LoopControl(Protocol):
-    """What a watch may do to the rows of a running step."""
+    """What an observer may do to the rows of a running step."""
 
     def leave(self, tokens: IntArray, *, fill: bool) -> None:
         """Take rows out of all further layers; `fill`: write their K/V there."""
@@ -35,11 +35,11 @@ class LoopControl(Protocol):
         """Set the residual stream of rows, (rows, hidden)."""
 
 
-class Watch(ABC):
+class LayerObserver(ABC):
     """Looks at `tokens` around some layers.
 
     Attributes:
-        tokens: rows, ascending, int64; a watch drops those it is done with.
+        tokens: rows, ascending, int64; an observer drops those it is done with.
         layers: layers around which it is called.
     """
 
@@ -54,7 +54,7 @@ class Watch(ABC):
         self.tokens = tokens
         self.layers = layers
 
-    def before_layer(  # noqa: B027 - most watches only look back
+    def before_layer(  # noqa: B027 - most observers only look back
         self, layer: int, before: torch.Tensor, control: LoopControl
     ) -> None:
         """Called with the residual stream of `tokens`, (rows, hidden)."""
@@ -74,11 +74,11 @@ class Watch(ABC):
         """Called after the last layer."""
 
 
-class ExitWatch(Watch):
+class ExitObserver(LayerObserver):
     """Live generated tokens under one exit method.
 
     Attributes:
-        watched: the rows at the start, int64.
+        observed: the rows at the start, int64.
         exits: last layer that each of them ran, int64.
         answers: rows that left, with their logits, (rows, vocabulary), if the test computed them.
     """
@@ -93,14 +93,14 @@ class ExitWatch(Watch):
         last_layer: int,
         companions: Mapping[int, IntArray] | None = None,
     ) -> None:
-        """Watch `tokens`, held against `thresholds`, (rows,).
+        """Observe `tokens`, held against `thresholds`, (rows,).
 
         `companions` are pending rows that leave with a row, without K/V being filled.
         """
         super().__init__(tokens, layers)
         self.needs_before = method.needs_previous
         self.needs_logits = method.needs_logits
-        self.watched = tokens
+        self.observed = tokens
         self.exits = np.full(len(tokens), last_layer, dtype=np.int64)
         self.answers: list[tuple[IntArray, torch.Tensor]] = []
         self._method = method
@@ -118,7 +118,7 @@ class ExitWatch(Watch):
         logits: torch.Tensor | None,
         control: LoopControl,
     ) -> None:
-        """See `Watch.after_layer`."""
+        """See `LayerObserver.after_layer`."""
         point = ExitPoint(
             layer=layer,
             hidden=after,
@@ -146,25 +146,25 @@ class ExitWatch(Watch):
         self._state = {name: value[kept.to(value.device)] for name, value in self._state.items()}
 
 
-class PromptWatch(Watch):
+class PromptObserver(LayerObserver):
     """Prompt tokens of one request whose mask is decided from them."""
 
     needs_before = True
 
     def __init__(
         self,
-        path: RequestPath,
+        state: RequestState,
         method: PromptMethod,
         tensors: Tensors,
         tokens: IntArray,
         num_layers: int,
     ) -> None:
         super().__init__(tokens, frozenset(range(num_layers)))
-        rule = path.extra.policy.adaptive
+        rule = state.extra.policy.adaptive
         assert rule is not None
         self.looks_ahead = rule.masked_prefill
         self._rule: AdaptiveRule = rule
-        self._path = path
+        self._request = state
         self._method = method
         self._tensors = tensors
         self._passed = np.zeros(num_layers, dtype=np.bool_)
@@ -172,8 +172,8 @@ class PromptWatch(Watch):
     def before_layer(self, layer: int, before: torch.Tensor, control: LoopControl) -> None:
         """With a masked prefill the whole prompt is here: decide the layer before it runs."""
         read = self._method.statistic(layer, before, before, self._tensors)
-        self._path.statistics[layer] = float(agreed_between_ranks(read.double().mean()))
-        skipped = self._method.skipped_blocks(self._path.statistics, self._rule)
+        self._request.statistics[layer] = float(agreed_between_ranks(read.double().mean()))
+        skipped = self._method.skipped_blocks(self._request.statistics, self._rule)
         self._passed[layer] = skipped[layer]
         if skipped[layer]:
             control.pass_over(self.tokens)
@@ -193,25 +193,25 @@ class PromptWatch(Watch):
         read = self._method.statistic(layer, before, after, self._tensors)
         total = agreed_between_ranks(read.double().sum())
         if self._method.pool == "mean":
-            self._path.statistics[layer] += float(total)
+            self._request.statistics[layer] += float(total)
         else:
-            self._path.statistics[layer] = float(total)
+            self._request.statistics[layer] = float(total)
 
     def decide(self) -> None:
         """Fix the request's mask, if all of its prompt has been read."""
-        path = self._path
-        path.counted += len(self.tokens)
-        if self._method.pool == "mean" and path.counted < path.prompt_tokens:
+        state = self._request
+        state.counted += len(self.tokens)
+        if self._method.pool == "mean" and state.counted < state.prompt_tokens:
             return
         if self.looks_ahead:
-            path.decide_prompt(self._passed, masked_prefill=True)
+            state.decide_prompt(self._passed, masked_prefill=True)
             return
-        count = path.prompt_tokens if self._method.pool == "mean" else 1
-        skipped = self._method.skipped_blocks(path.statistics / count, self._rule)
-        path.decide_prompt(skipped, masked_prefill=False)
+        count = state.prompt_tokens if self._method.pool == "mean" else 1
+        skipped = self._method.skipped_blocks(state.statistics / count, self._rule)
+        state.decide_prompt(skipped, masked_prefill=False)
 
 
-class VoidWatch(Watch):
+class VoidLayerObserver(LayerObserver):
     """Tokens under LAC's `readout` or `replace`, whose layers all run.
 
     Attributes:

@@ -170,7 +170,7 @@ class LayerPlan:
     run_mlp: Work
 
 
-class Arrange(Protocol):
+class LayerPlanner(Protocol):
     """Chooses how a layer is run; `sluice.models.engine.cost_model` and `compact` do."""
 
     def __call__(self, shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:
@@ -202,7 +202,7 @@ def build_plan(
     requests: int,
     skip: BoolArray,
     fill: BoolArray,
-    arrange: Arrange = compact,
+    plan_layer: LayerPlanner = compact,
 ) -> StepPlan:
     """Plan a step.
 
@@ -211,7 +211,7 @@ def build_plan(
         requests: number of requests in the step.
         skip: the mask table's, (masks, layers, 2 modules).
         fill: the mask table's, (masks, layers).
-        arrange: chooses how each layer is run.
+        plan_layer: chooses how each layer is run.
     """
     owners, masks, lengths = (
         np.array([getattr(s, name) for s in segments], dtype=np.int64)
@@ -230,7 +230,9 @@ def build_plan(
         key = own_skips.tobytes() + own_fills.tobytes()
         if key not in planned:
             sets = (~own_skips[:, ATTENTION], own_fills, ~own_skips[:, MLP])
-            planned[key] = arrange(shape, *(shape.rows(np.repeat(rows, lengths)) for rows in sets))
+            planned[key] = plan_layer(
+                shape, *(shape.rows(np.repeat(rows, lengths)) for rows in sets)
+            )
         return planned[key]
 
     layers = tuple(layer(skips[:, index], fills[:, index]) for index in range(skip.shape[1]))

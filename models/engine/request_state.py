@@ -20,7 +20,7 @@ from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.policy.policy import MissingKV
 
 
-class RequestPath:
+class RequestState:
     """Masks of one request, as rows of the mask table.
 
     Attributes:
@@ -79,7 +79,7 @@ class RequestPath:
         if live > 0:
             yield Segment(request, DECODE, self._decode, live)
 
-    def has_live_token(self, computed: int, scheduled: int) -> bool:
+    def has_new_token(self, computed: int, scheduled: int) -> bool:
         """Whether the last of these tokens is a generated one that runs for the first time."""
         return computed + scheduled - self.prompt_tokens > len(self._generated)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from sluice.kernels.dispatch import chosen
-from sluice.models.engine.batch import LiveRequests
+from sluice.models.engine.batch import Batch
 from sluice.models.engine.loop import LayerLoop, ResidualStream
 from sluice.models.engine.recorder import count_outcomes
 from sluice.models.engine.startup import measured_cost, warm_up_exits, warm_up_routers
@@ -66,11 +66,9 @@ class RoutedModelRunner(_Runner):
         num_layers = self.model_config.get_num_layers(self.parallel_config)
         folder = os.environ.get(PROFILE_ENV)
         self._profile = Profile.load(Path(folder)) if folder else None
-        self._live = LiveRequests(
-            num_layers, self.cache_config.block_size, self._profile, self.device
-        )
+        self._batch = Batch(num_layers, self.cache_config.block_size, self._profile, self.device)
         self._step: RoutedStep | None = None
-        self._unsettled: RoutedStep | None = None
+        self._uncommitted: RoutedStep | None = None
         self._weak_blocks: dict[str, BlockIds] = {}
         self._poison = poison_enabled(self.device)
         self._records = RequestRecords(num_layers)
@@ -113,9 +111,9 @@ class RoutedModelRunner(_Runner):
         self._known_logits = KnownLogits(self.get_model())
         config = self.model_config.hf_text_config
         warm_up_exits(self.model_config.get_hidden_size(), self.model_config.dtype, self.device)
-        self._live.arrange = measured_cost(self, stack).arrange
+        self._batch.plan_layer = measured_cost(self, stack).plan_layer
         self._attach_router(stack)
-        self._loop = LayerLoop(stack, self, self._live.arrange, self._router)
+        self._loop = LayerLoop(stack, self, self._batch.plan_layer, self._router)
         self.module_cost = stack.cost(
             experts_per_token=getattr(config, "num_experts_per_tok", 0) or 0,
             experts=self.model_config.get_num_experts() if family.moe else 0,
@@ -133,13 +131,13 @@ class RoutedModelRunner(_Runner):
         self._router = ExpertRouter(specs, counters, self.device)
         attach(stack, self._router)
         warm_up_routers(specs[0], shape, self.device)
-        self._live.experts = BatchExperts(shape, self._profile, self.device)
+        self._batch.experts = BatchExperts(shape, self._profile, self.device)
         self.expert_answer = {"shape": shape.to_dict(), "refusal": None}
 
     def _update_states(self, scheduler_output: Any) -> Any:
         # First vLLM's part: it drops ended requests, and an id may end and come back in one step.
         corrections = super()._update_states(scheduler_output)
-        self._settle_experts()
+        self._commit_experts()
         before = self._weak_blocks
         self._weak_blocks = {**before, **weak_blocks(scheduler_output)}
         if self._poison:
@@ -149,7 +147,7 @@ class RoutedModelRunner(_Runner):
             params = request.sampling_params
             extra = params and RoutingExtraArgs.from_extra_args(params.extra_args)
             if extra is not None and self._stack is not None:
-                self._live.add(
+                self._batch.add(
                     request.req_id,
                     extra,
                     request.prompt_token_ids,
@@ -160,7 +158,7 @@ class RoutedModelRunner(_Runner):
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)
-        self._live.remove(req_id)
+        self._batch.remove(req_id)
         self._weak_blocks.pop(req_id, None)
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
@@ -178,31 +176,31 @@ class RoutedModelRunner(_Runner):
             computed=batch.num_computed_tokens_cpu[:n].astype(np.int64),
             prompt=batch.num_prompt_tokens[:n].astype(np.int64),
         )
-        step = self._live.step(requests, self._weak_blocks) if len(self._live) else None
+        step = self._batch.step(requests, self._weak_blocks) if len(self._batch) else None
         if self._router is not None:
             self._router.roll()
         if step is None:
             self._counters.add_full_depth(int(scheduled.sum()), requests.generated)
         elif step.stock:
-            self._count(step, self._live.settle(step, _no_residual))
+            self._count(step, self._batch.commit(step, _no_residual))
             step = None
         return step
 
     def _count(self, step: RoutedStep, outcome: StepOutcome) -> None:
-        table = self._live.table
+        table = self._batch.table
         counts, exits = count_outcomes(outcome.segments, step.passes, table.skip, table.fill)
         self._counters.add(counts.sum(axis=(0, 1)), exits.sum(axis=0))
-        for index, path in step.paths.items():
-            record = self._records.of(path.extra.request_key)
+        for index, state in step.states.items():
+            record = self._records.of(state.extra.request_key)
             record.counts += counts[index]
             record.exits += exits[index]
-            record.skipped = path.decided_skip
+            record.skipped = state.decided_skip
             if index in outcome.exit_layers:
                 record.exit_layers.append(outcome.exit_layers[index])
 
-    def _settle_experts(self) -> None:
+    def _commit_experts(self) -> None:
         """Count what the routers did in the latest step, if that is still to do."""
-        step, self._unsettled = self._unsettled, None
+        step, self._uncommitted = self._uncommitted, None
         if step is None or step.experts is None or self._router is None:
             return
         sums = self._router.sums(step.experts)
@@ -211,11 +209,11 @@ class RoutedModelRunner(_Runner):
         for segment in step.segments:
             if segment.weak:
                 weak[step.owner(segment.request), segment.phase] += segment.length
-        for index, path in step.paths.items():
-            policy = path.extra.policy.experts
+        for index, state in step.states.items():
+            policy = state.extra.policy.experts
             if policy.empty:
                 continue
-            record = self._records.of(path.extra.request_key)
+            record = self._records.of(state.extra.request_key)
             if record.experts is None:
                 record.experts = ExpertRecord(policy.budget is not None)
             record.experts.ran += ran[index]
@@ -251,8 +249,8 @@ class RoutedModelRunner(_Runner):
         finally:
             if self._router is not None:
                 self._router.end()
-                self._unsettled = step
-        self._count(step, self._live.settle(step, stream.hidden))
+                self._uncommitted = step
+        self._count(step, self._batch.commit(step, stream.hidden))
         self._offer_logits(step, stream)
         return hidden
 
@@ -272,7 +270,7 @@ class RoutedModelRunner(_Runner):
 
     def take_routing_record(self, record: str) -> dict[str, Any] | None:
         """What an ended request ran: `RequestRecord` as JSON values, with compute fractions."""
-        self._settle_experts()
+        self._commit_experts()
         found = self._records.take(record)
         if found is None:
             return None

@@ -32,7 +32,7 @@ def measured_cost(runner: Any, stack: DecoderStack) -> CostModel:
     config = runner.model_config
     with torch.inference_mode(), set_forward_context(None, runner.vllm_config):
         cost = CostModel.measure(stack, config.get_hidden_size(), config.dtype)
-    # Ranks that arranged a layer differently would wait for each other in its all-reduce.
+    # Ranks that planned a layer differently would wait for each other in its all-reduce.
     group = get_tp_group()
     table = torch.from_numpy(cost.to_array()).to(runner.device)
     if group.world_size > 1:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from sluice.models.depth.masks import Segment
-from sluice.models.engine.observers import ExitWatch, Watch
+from sluice.models.engine.observers import ExitObserver, LayerObserver
 from sluice.models.engine.plan import StepPlan
-from sluice.models.engine.request_state import RequestPath
+from sluice.models.engine.request_state import RequestState
 from sluice.models.experts.contrast import WeakPasses
 from sluice.models.experts.selection import StepExperts
 from sluice.models.policy.axes import IntArray
@@ -49,10 +49,10 @@ class RoutedStep:
         segments: its tokens in batch order.
         plan: which rows run what, before anything is decided.
         first_rows: first scheduled row of each request, int64, (requests,).
-        paths: of the routed requests, by batch index.
+        states: of the routed requests, by batch index.
         pending: residual streams of the pending rows in row order, (rows, hidden), or None.
         pending_positions: their positions, int64, (rows,).
-        watches: who decides while it runs.
+        observers: who decides while it runs.
         experts: what its tokens ask of the routers, or None.
         weak: weak passes of contrasts, whose rows come last, or None.
     """
@@ -61,10 +61,10 @@ class RoutedStep:
     segments: list[Segment]
     plan: StepPlan
     first_rows: IntArray
-    paths: dict[int, RequestPath]
+    states: dict[int, RequestState]
     pending: torch.Tensor | None
     pending_positions: IntArray
-    watches: list[Watch]
+    observers: list[LayerObserver]
     experts: StepExperts | None = None
     weak: WeakPasses | None = None
 
@@ -72,7 +72,7 @@ class RoutedStep:
     def reads_stream(self) -> bool:
         """Whether the residual stream is read after the final norm: by rows that wait, and for the
         logits of weak passes."""
-        waits = any(path.pending is not None for path in self.paths.values())
+        waits = any(state.pending is not None for state in self.states.values())
         return waits or self.weak is not None
 
     @property
@@ -92,11 +92,11 @@ class RoutedStep:
     def stock(self) -> bool:
         """Whether vLLM's own forward serves the step."""
         routes = self.experts is not None and self.experts.controlled
-        return self.plan.full_depth and not self.watches and self.pending is None and not routes
+        return self.plan.full_depth and not self.observers and self.pending is None and not routes
 
     def known_logits(self) -> tuple[IntArray, torch.Tensor] | None:
         """Batch indices of requests whose exit test has their logits, (rows, vocabulary)."""
-        answers = [a for w in self.watches if isinstance(w, ExitWatch) for a in w.answers]
+        answers = [a for o in self.observers if isinstance(o, ExitObserver) for a in o.answers]
         if not answers:
             return None
         rows = np.concatenate([tokens for tokens, _ in answers])
@@ -106,10 +106,10 @@ class RoutedStep:
         """Position of a request's last token in this step."""
         return int(self.requests.computed[index] + self.requests.scheduled[index]) - 1
 
-    def live_row(self, index: int) -> int | None:
+    def new_token_row(self, index: int) -> int | None:
         """Row of a request's generated token that runs for the first time, if there is one."""
         scheduled = int(self.requests.scheduled[index])
-        if not self.paths[index].has_live_token(int(self.requests.computed[index]), scheduled):
+        if not self.states[index].has_new_token(int(self.requests.computed[index]), scheduled):
             return None
         return int(self.first_rows[index]) + scheduled - 1
 

@@ -58,15 +58,15 @@ class Dispatch:
         requests = len(step.requests.ids)
         number = int(step.plan.shape.requests[token])
         owner = number if number < requests else int(step.weak.owners[number - requests])
-        path = step.paths.get(owner)
-        if path is None:
+        state = step.states.get(owner)
+        if state is None:
             return
         chosen: Weights = {}
         for expert, weight in zip(ids, weights, strict=True):
             # An unused slot repeats an expert with weight 0.
             chosen[expert] = chosen.get(expert, 0.0) + weight
         kept = self.strong if number < requests else self.weak
-        kept[path.extra.request_key][place, int(self._positions[token])] = chosen
+        kept[state.extra.request_key][place, int(self._positions[token])] = chosen
 
 
 class Watcher(Protocol):

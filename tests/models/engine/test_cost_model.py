@@ -38,7 +38,7 @@ def test_every_row_gets_its_due(
     shape = shape_of()
     model = CostModel.from_array(np.maximum.accumulate(np.array(table), axis=1))
     sets = (attention, fill & ~attention, mlp)
-    plan = model.arrange(shape, *(shape.rows(chosen) for chosen in sets))
+    plan = model.plan_layer(shape, *(shape.rows(chosen) for chosen in sets))
     ran = shape.chosen(plan.attend.rows)
     kept = ran.copy()
     kept[plan.attend.rows.tokens[plan.attend.dropped]] = False
@@ -66,19 +66,19 @@ def test_costs_decide(model: CostModel, attend: int, fill: int, mlp: int) -> Non
     shape = shape_of()
     staying = np.arange(ROWS) < 5
     rows = [shape.rows(chosen) for chosen in (staying, ~staying, staying)]
-    plan = model.arrange(shape, *rows)
+    plan = model.plan_layer(shape, *rows)
     chosen = (len(plan.attend.rows), len(plan.separate_fill), len(plan.run_mlp.rows))
     assert chosen == (attend, fill, mlp)
 
 
 def test_a_layer_that_nobody_needs_is_not_launched() -> None:
     shape = shape_of()
-    plan = costs(move=1.0).arrange(shape, shape.nothing, shape.nothing, shape.nothing)
+    plan = costs(move=1.0).plan_layer(shape, shape.nothing, shape.nothing, shape.nothing)
     assert len(plan.attend.rows) == len(plan.separate_fill) == len(plan.run_mlp.rows) == 0
 
 
 def test_when_all_rows_have_left_only_their_fill_remains() -> None:
     shape = shape_of()
-    plan = costs(fill=5.0).arrange(shape, shape.nothing, shape.everything, shape.nothing)
+    plan = costs(fill=5.0).plan_layer(shape, shape.nothing, shape.everything, shape.nothing)
     assert plan.separate_fill is shape.everything
     assert len(plan.attend.rows) == len(plan.run_mlp.rows) == 0

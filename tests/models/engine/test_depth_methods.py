@@ -23,7 +23,7 @@ from support.written import assert_same_kv, in_pairs, record_writes
 from sluice.kernels.dispatch import AUTO
 from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
 from sluice.models.engine.cost_model import CostModel
-from sluice.models.engine.plan import Arrange, compact
+from sluice.models.engine.plan import LayerPlanner, compact
 from sluice.models.policy.policy import (
     AdaptiveRule,
     ExitRule,
@@ -215,16 +215,16 @@ KEEP_ALL = CostModel(*(np.full(10, seconds) for seconds in (0.0, 1.0, 0.0, 1.0))
 """Costs under which no row that may stay is ever taken out."""
 
 
-@pytest.mark.parametrize("arrange", [None, compact, KEEP_ALL.arrange])
+@pytest.mark.parametrize("plan_layer", [None, compact, KEEP_ALL.plan_layer])
 def test_neighbours_do_not_matter(
-    served: Served, monkeypatch: pytest.MonkeyPatch, arrange: Arrange | None
+    served: Served, monkeypatch: pytest.MonkeyPatch, plan_layer: LayerPlanner | None
 ) -> None:
-    """All methods in one batch, prompts of different lengths, however the rows are arranged."""
-    if arrange is not None:
-        live = served.engine.runner._live
-        monkeypatch.setattr(live, "arrange", arrange)
-        monkeypatch.setattr(live, "_plans", {})
-        monkeypatch.setattr(served.engine.runner._loop, "_arrange", arrange)
+    """All methods in one batch, prompts of different lengths, however the layers are planned."""
+    if plan_layer is not None:
+        batch = served.engine.runner._batch
+        monkeypatch.setattr(batch, "plan_layer", plan_layer)
+        monkeypatch.setattr(batch, "_plans", {})
+        monkeypatch.setattr(served.engine.runner._loop, "_plan_layer", plan_layer)
     assert served.engine.llm.reset_prefix_cache()
     # Elastic rows would agree with each other.
     cases = [case for case in CASES if not case.startswith("elastic")]

@@ -74,15 +74,15 @@ class Seen:
     def _of_requests(self, tokens: list[int], rows: list[set[int]], missing: list[int]) -> None:
         step = self._step
         loaded = len(set.union(*rows))
-        for path in step.paths.values():
-            self.loaded[path.extra.request_key].append(loaded)
+        for state in step.states.values():
+            self.loaded[state.extra.request_key].append(loaded)
         for token, chosen, gone in zip(tokens, rows, missing, strict=True):
             number = int(step.plan.shape.requests[token])
             if number >= len(step.requests.ids):
                 owner = int(step.weak.owners[number - len(step.requests.ids)])
-                self.weak[step.paths[owner].extra.request_key] += 1
-            elif number in step.paths:
-                record = step.paths[number].extra.request_key
+                self.weak[step.states[owner].extra.request_key] += 1
+            elif number in step.states:
+                record = step.states[number].extra.request_key
                 self.active[record].append(len(chosen))
                 self.taken[record] += gone
 
@@ -192,17 +192,17 @@ def wide(shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:
 def test_rows_that_are_kept_in_a_layer_save_nothing_there(
     running: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A report does not depend on how the cost model arranges layers."""
+    """A report does not depend on how the cost model plans layers."""
     skip = SkipSet.of(mlp=(2, 3))
     policy = RoutingPolicy(skip, experts=ExpertPolicy(top_k=1))
-    live = running.runner._live
+    batch = running.runner._batch
     records = []
-    for arrange in (compact, wide):
-        live._plans.clear()
-        monkeypatch.setattr(live, "arrange", arrange)
-        monkeypatch.setattr(running.runner._loop, "_arrange", arrange)
+    for plan_layer in (compact, wide):
+        batch._plans.clear()
+        monkeypatch.setattr(batch, "plan_layer", plan_layer)
+        monkeypatch.setattr(running.runner._loop, "_plan_layer", plan_layer)
         records.append(fraction(running, policy, neighbours=2))
-    live._plans.clear()
+    batch._plans.clear()
     cost, shape = running.runner.module_cost, running.runner._expert_shape
     full = float(cost.modules.sum())
     left = full - float(cost.modules[[2, 3], 1].sum())
