@@ -130,11 +130,7 @@ def _run(args: argparse.Namespace, kinds: Sequence[type[Step]], named: type[Step
 
     from sluice.models.offline.calibrate.pipeline import open_workspace, run_steps
     from sluice.models.offline.hf_model.examples import CalibrationError
-    from sluice.models.offline.report.frontier import (
-        TABLE_WIDTH,
-        frontier_table,
-        write_plots,
-    )
+    from sluice.models.offline.report.frontier import TABLE_WIDTH, frontier_table
 
     if args.new_tokens < 1:
         raise CalibrationError("--new-tokens must be at least 1")
@@ -154,6 +150,8 @@ def _run(args: argparse.Namespace, kinds: Sequence[type[Step]], named: type[Step
             steps = _able(steps, calibration, say)
         profile = run_steps(calibration, steps, args.out, say)
     if profile.frontier is not None:
+        from sluice.models.offline.report.charts import write_plots
+
         write_plots(profile.frontier, args.out)
         # In a narrower terminal names would vanish; it wraps lines by itself.
         Console(width=max(Console().width, TABLE_WIDTH)).print(frontier_table(profile.frontier))

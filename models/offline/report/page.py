@@ -7,20 +7,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sluice.models.offline.report.report_charts import BarChart, HeatMap
-from sluice.models.offline.report.report_scatter import ScatterChart
-from sluice.models.offline.report.template import page_template
-from sluice.models.profile.fields import (
-    EqualCompute,
-    FrontierFields,
-    ImportanceFields,
-    Interval,
-    ProfileFields,
+from sluice.models.offline.report.charts import (
+    equal_compute_chart,
+    expert_map,
+    frontier_chart,
+    layer_bars,
 )
+from sluice.models.offline.report.frontier import presets_by_point
+from sluice.models.offline.report.template import page_template
+from sluice.models.profile.fields import ImportanceFields, ProfileFields
 from sluice.models.profile.profile import Profile
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
-_UNITS = ("block", "attention", "mlp")
+_METRICS = {
+    "contribution": "contribution: relative length of what is added",
+    "turn": "turn: cosine of what is added and what was there",
+    "future_effect": "future effect: largest change of a later token's later layer",
+    "lim": "lim: minus the cosine of input and output",
+    "zd": "zd: share of weights with a z-score above 1",
+}
+"""Titles of the charts of layer metrics."""
 PARTS = {
     "importance": ("Importance of layers", "importance"),
     "metrics": ("Other measures of layers", "importance"),
@@ -49,7 +55,7 @@ def report_page(profile: Profile) -> str:
         missing=missing(fields),
         charts=_charts(fields),
         metrics=_metrics(fields),
-        presets=_presets(fields.frontier),
+        presets={} if fields.frontier is None else presets_by_point(fields.frontier),
     )
 
 
@@ -76,114 +82,47 @@ def _charts(fields: ProfileFields) -> dict[str, Any]:
     """Charts by what they show, those that the profile has something for."""
     charts: dict[str, Any] = {}
     if fields.importance is not None:
-        charts["importance"] = BarChart.of(
+        charts["importance"] = layer_bars(
             "1 - cosine of input and output", _by_unit(fields.importance)
         )
     if fields.layer_metrics is not None:
-        charts["metrics"] = _metric_charts(_metrics(fields))
+        series = _metrics(fields)
+        charts["metrics"] = {name: layer_bars(_METRICS[name], series[name]) for name in series}
     if fields.saturation is not None:
-        charts["saturation"] = BarChart.of("threshold", {"threshold": fields.saturation})
+        charts["saturation"] = layer_bars("threshold", {"threshold": fields.saturation})
     if fields.skip_ratios is not None:
-        charts["skip_ratios"] = BarChart.of("skip ratio", {"ratio": fields.skip_ratios})
-    if fields.expert_map is not None:
+        charts["skip_ratios"] = layer_bars("skip ratio", {"ratio": fields.skip_ratios})
+    measured = fields.expert_map
+    if measured is not None and measured.layers and measured.load[0]:
         marks = {
             "behaviour": [pair for each in fields.behaviours.values() for pair in each.experts],
             "super": fields.super_experts,
         }
-        found = fields.expert_map
-        if found.layers and found.load[0]:
-            charts["load"] = HeatMap.of("share of tokens served", found.layers, found.load, marks)
-            charts["maxima"] = HeatMap.of("largest output", found.layers, found.maxima, marks)
+        layers = measured.layers
+        charts["load"] = expert_map("share of tokens served", layers, measured.load, marks)
+        charts["maxima"] = expert_map("largest output", layers, measured.maxima, marks)
     if fields.frontier is not None and fields.frontier.points:
-        charts["frontier"] = _frontier_chart(fields.frontier)
+        charts["frontier"] = frontier_chart(fields.frontier)
     if fields.frontier is not None and fields.frontier.equal_compute:
-        charts["equal_compute"] = _equal_compute_chart(fields.frontier)
+        charts["equal_compute"] = equal_compute_chart(fields.frontier)
     return charts
 
 
-def _by_unit(found: ImportanceFields) -> dict[str, tuple[float, ...]]:
-    return {unit: getattr(found, unit) for unit in _UNITS}
+def _by_unit(fields: ImportanceFields) -> dict[str, tuple[float, ...]]:
+    return {"block": fields.block, "attention": fields.attention, "MLP": fields.mlp}
 
 
-def _metrics(fields: ProfileFields) -> dict[str, Mapping[str, tuple[float, ...]]]:
+def _metrics(fields: ProfileFields) -> dict[str, dict[str, tuple[float, ...]]]:
     """Layer metrics by name, each as series by name."""
-    found = fields.layer_metrics
-    if found is None:
+    metrics = fields.layer_metrics
+    if metrics is None:
         return {}
-    single = ("turn", "future_effect", "lim", "zd")
     return {
-        "contribution": _by_unit(found.contribution),
-        **{name: {name: getattr(found, name)} for name in single},
+        name: _by_unit(metrics.contribution)
+        if name == "contribution"
+        else {name: getattr(metrics, name)}
+        for name in _METRICS
     }
-
-
-def _metric_charts(
-    metrics: Mapping[str, Mapping[str, tuple[float, ...]]],
-) -> dict[str, BarChart]:
-    titles = {
-        "contribution": "contribution: relative length of what is added",
-        "turn": "turn: cosine of what is added and what was there",
-        "future_effect": "future effect: largest change of a later token's later layer",
-        "lim": "lim: minus the cosine of input and output",
-        "zd": "zd: share of weights with a z-score above 1",
-    }
-    return {name: BarChart.of(titles[name], series) for name, series in metrics.items()}
-
-
-def _presets(frontier: FrontierFields | None) -> dict[str, list[str]]:
-    """Names of presets by the point that they are."""
-    found: dict[str, list[str]] = {}
-    for preset, point in {} if frontier is None else frontier.presets.items():
-        found.setdefault(point, []).append(preset)
-    return found
-
-
-def _frontier_chart(frontier: FrontierFields) -> ScatterChart:
-    presets = _presets(frontier)
-    points = []
-    for point in frontier.points:
-        kind = "best" if point.on_frontier else "beaten"
-        said = (
-            f"{point.name}: {frontier.measure} {_percent(point.quality.value)}, "
-            f"speed {point.speed.value:.2f}, compute {_percent(point.compute_fraction)}"
-        )
-        beside = ", ".join(presets.get(point.name, ()))
-        points.append((point.speed, _in_percent(point.quality), kind, said, beside))
-    best = sum(point.on_frontier for point in frontier.points)
-    return ScatterChart.of(
-        f"{frontier.measure} over speed",
-        f"{len(points)} settings, {best} of them on the frontier; the table below has all numbers.",
-        ("generated tokens per second, over full depth's", f"{frontier.measure}, %"),
-        points,
-    )
-
-
-def _equal_compute_chart(frontier: FrontierFields) -> ScatterChart:
-    def at(entry: EqualCompute) -> Interval:
-        share = 100 * entry.generated_fraction
-        return Interval(value=share, low=share, high=share)
-
-    points = [
-        (
-            at(entry),
-            _in_percent(entry.quality),
-            entry.chosen,
-            f"{entry.chosen}, {entry.units} units: {_percent(entry.quality.value)}",
-            "",
-        )
-        for entry in frontier.equal_compute
-    ]
-    return ScatterChart.of(
-        f"{frontier.measure} at equal compute",
-        f"{len(points)} choices of what to leave out; the table below has all numbers.",
-        ("compute on generated tokens, % of full depth's", f"{frontier.measure}, %"),
-        points,
-    )
-
-
-def _in_percent(interval: Interval) -> Interval:
-    low, value, high = (100 * each for each in (interval.low, interval.value, interval.high))
-    return Interval(value=value, low=low, high=high)
 
 
 def _number(value: float) -> str:

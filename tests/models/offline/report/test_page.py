@@ -129,9 +129,14 @@ def page(folder: Path, fields: dict[str, Any]) -> Page:
     return Page(report_page(Profile.load(folder)))
 
 
-@pytest.fixture
-def whole(tmp_path: Path) -> Page:
-    return page(tmp_path / "profile", FIELDS)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("whole") / "profile"
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Page:
+    return page(folder, FIELDS)
 
 
 def columns(table: list[list[list[Any]]]) -> dict[str, list[list[Any]]]:
@@ -255,8 +260,8 @@ def test_none_of_the_experts_is_super(tmp_path: Path) -> None:
     assert "None was found." in page(tmp_path / "profile", fields).text
 
 
-def test_nothing_comes_from_outside(whole: Page, tmp_path: Path) -> None:
-    text = report_page(Profile.load(tmp_path / "profile"))
+def test_nothing_comes_from_outside(whole: Page, folder: Path) -> None:
+    text = report_page(Profile.load(folder))
     for forbidden in ("http://", "https://", "//", "src=", "url(", "@import", "javascript:"):
         assert forbidden not in text, forbidden
     for tag, held in whole.elements:
@@ -318,7 +323,10 @@ def test_experts_are_marked_on_the_map(whole: Page) -> None:
     titles = re.findall(r"layer \d, expert \d: (?:super|behaviour) expert", whole.text)
     both = ["layer 3, expert 1: behaviour expert", "layer 1, expert 0: behaviour expert"]
     assert titles == [*both, "layer 1, expert 2: super expert"] * 2
-    assert len(whole.of("rect", **{"class": "cell"})) == 2 * 2 * EXPERTS
-    opacities = [held["fill-opacity"] for held in whole.of("rect", **{"class": "cell"})]
-    assert opacities[:3] == ["0.5", "0.25", "0.75"]
-    assert opacities[EXPERTS * 2 : EXPERTS * 2 + 3] == ["0.05", "0.04", "1.0"]
+    cells = re.findall(r"layer (\d), expert (\d): ([\d.]+)", whole.text)
+    measured = FIELDS["expert_map"]
+    assert [float(value) for _, _, value in cells if value[0].isdigit()][: 4 * EXPERTS] == [
+        value for name in ("load", "maxima") for row in measured[name] for value in row
+    ]
+    assert cells[EXPERTS] == ("3", "0", "0.125")
+    assert "the strongest is 100.0 % of the tokens, or an output of 70" in whole.text

@@ -29,13 +29,8 @@ from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.engine import Work, resolver
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.offline.intervals import share_interval
-from sluice.models.offline.report.frontier import (
-    EQUAL_COMPUTE_PNG,
-    FRONTIER_PNG,
-    frontier_table,
-    preset_lines,
-    write_plots,
-)
+from sluice.models.offline.report.charts import EQUAL_COMPUTE_PNG, FRONTIER_PNG, write_plots
+from sluice.models.offline.report.frontier import frontier_table, preset_lines
 from sluice.models.policy.policy import Phase, RoutingPolicy, SkipSet
 from sluice.models.profile.fields import FrontierFields
 
