@@ -45,7 +45,7 @@ def server(url: str | None, *arguments: str) -> Iterator[str]:
     command = [sluice, "serve", *arguments, "--enforce-eager", "--port", port]
     print("starting:", "sluice", *command[1:], file=sys.stderr)
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             own = f"http://127.0.0.1:{port}"
             while not _answers(own):

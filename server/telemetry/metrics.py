@@ -1,4 +1,4 @@
-"""Names, labels and sources of the `sluice_*` series (design section 8).
+"""Names, labels and sources of the `sluice_*` series.
 
 Series about requests are counted here, at the HTTP edge. Series about layers are read from the
 workers' counter files at the moment of a scrape.
