@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +49,28 @@ def wanted(item: pytest.Item) -> bool:
     if params.get("kernels") != TRITON:
         return True
     return item.get_closest_marker("interpreted") is not None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_engines() -> Iterator[None]:
+    """Spare each engine what a process that starts dozens of them needs once.
+
+    vLLM looks through all objects and all modules of the process at every start and end: three of
+    the four seconds that a tiny model takes.
+    """
+    from vllm.distributed import parallel_state
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.engine import core
+
+    gc.collect()
+    gc.freeze()
+    register = staticmethod(cache(CpuPlatform.register_triton_kernel_overrides))
+    collector = SimpleNamespace(collect=gc.collect, unfreeze=lambda: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "register_triton_kernel_overrides", register)
+        patch.setattr(core, "freeze_gc_heap", lambda: None)
+        patch.setattr(parallel_state, "gc", collector)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ and all of them in one batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 from support.engine import Engine, engine
 from support.profiles import write_profile
-from support.reference import Reference
+from support.reference import Reference, Run
 from support.references.choices import random_heads, threshold_between
 from support.tiny import LAYERS, VOCABULARY, make_model
 from support.written import assert_same_kv, in_pairs, record_writes
@@ -40,11 +41,32 @@ EXITS = tuple(range(LAYERS - 1))
 PROMPT = [(37 * i * i + 11 * i + 5) % VOCABULARY for i in range(45)]
 
 
+class Expected:
+    """What every engine of a family is held against, worked out once for all of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reference = Reference(folder)
+        self.heads = random_heads(self.reference.states(PROMPT))
+        self.run = cache(self._run)
+        self.scores = cache(self._scores)
+
+    def _run(self, length: int, policy: RoutingPolicy, block: int) -> Run:
+        prompt = PROMPT[:length]
+        return self.reference.run(prompt, policy, TOKENS, self.heads, block_size=block)
+
+    def _scores(self, method: str, layers: tuple[int, ...]) -> list[float]:
+        return self.reference.scores(PROMPT, method, layers, TOKENS, self.heads)
+
+
 @dataclass
 class Served:
     engine: Engine
-    reference: Reference
-    heads: dict[str, torch.Tensor]
+    expected: Expected
+
+    def run(self, policy: RoutingPolicy, length: int = len(PROMPT)) -> Run:
+        """The reference's run of the prompt's first tokens."""
+        return self.expected.run(length, policy, self.block)
 
     @property
     def block(self) -> int:
@@ -58,13 +80,14 @@ class Served:
         if method == "patience":
             return replace(ExitRule(method, layers, patience=1), **changes)
         share = 1.0 - share if method == "entropy" else share
-        scores = self.reference.scores(PROMPT, method, layers, TOKENS, self.heads)
+        scores = self.expected.scores(method, layers)
         return replace(
             ExitRule(method, layers, threshold=threshold_between(scores, share)), **changes
         )
 
     def prompt_threshold(self, method: str) -> float:
-        return threshold_between(self.reference.prompt_scores(PROMPT, method, self.heads), 0.5)
+        scores = self.expected.reference.prompt_scores(PROMPT, method, self.expected.heads)
+        return threshold_between(scores, 0.5)
 
     def policy(self, case: str) -> RoutingPolicy:
         name, _, variant = case.partition(" ")
@@ -143,16 +166,21 @@ CHOSEN = ("llama", "qwen3_moe", "deepseek_v3")
 
 
 @pytest.fixture(scope="module")
-def served(family: str, kernels: str, models_folder: Path) -> Iterator[Served]:
-    name = f"{family}-{kernels}"
-    folder = make_model(family, models_folder / f"depth-{name}")
-    reference = Reference(folder)
-    heads = random_heads(reference.states(PROMPT))
-    profile = write_profile(models_folder / f"profile-{name}", reference, heads)
+def expected_of(models_folder: Path) -> Callable[[str], Expected]:
+    return cache(lambda family: Expected(make_model(family, models_folder / f"depth-{family}")))
+
+
+@pytest.fixture(scope="module")
+def served(
+    family: str, kernels: str, expected_of: Callable[[str], Expected], models_folder: Path
+) -> Iterator[Served]:
+    expected = expected_of(family)
+    profile = models_folder / f"profile-{family}-{kernels}"
+    write_profile(profile, expected.reference, expected.heads)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(PROFILE_ENV, str(profile))
-        with engine(folder) as running:
-            yield Served(running, reference, heads)
+        with engine(expected.folder) as running:
+            yield Served(running, expected)
 
 
 def test_every_method_is_tested() -> None:
@@ -171,7 +199,7 @@ INTERPRETED = [
 def test_equals_the_reference(served: Served, case: str, ran: set[str]) -> None:
     assert served.engine.llm.reset_prefix_cache()
     policy = served.policy(case)
-    expected = served.reference.run(PROMPT, policy, TOKENS, served.heads, block_size=served.block)
+    expected = served.run(policy)
     groups = served.engine.runner.kv_cache_config.kv_cache_groups
     of_layer = {name: i for i, group in enumerate(groups) for name in group.layer_names}
     with record_writes(of_layer) as written:
@@ -206,7 +234,7 @@ def _check_kv(served: Served, policy: RoutingPolicy, expected, written) -> None:
         needed[len(PROMPT) + full[-1] + 1 :] = False
     names = [layer.kv_name for layer in served.engine.runner._stack.layers]
     values = expected.values
-    if served.reference.model.config.model_type == "deepseek_v3":
+    if served.expected.reference.model.config.model_type == "deepseek_v3":
         values = [in_pairs(states) for states in values]
     assert_same_kv(written, names, expected.keys, values, needed)
 
@@ -231,13 +259,12 @@ def test_neighbours_do_not_matter(
     policies = [served.policy(case) for case in cases]
     prompts = [PROMPT[: 20 + (7 * i) % 26] for i in range(len(cases))]
     expected = [
-        served.reference.run(prompt, policy, TOKENS, served.heads, block_size=served.block)
-        for prompt, policy in zip(prompts, policies, strict=True)
+        served.run(policy, len(prompt)) for prompt, policy in zip(prompts, policies, strict=True)
     ]
     together = served.engine.generate([*prompts, PROMPT], [*policies, None], TOKENS)
     for case, run, tokens in zip(cases, expected, together, strict=False):
         assert tokens == run.tokens, (case, run.margin)
-    assert together[-1] == served.reference.greedy(PROMPT, SkipSet(), TOKENS)
+    assert together[-1] == served.run(RoutingPolicy()).tokens
 
 
 @pytest.mark.parametrize("kernels", [AUTO], indirect=True, scope="module")

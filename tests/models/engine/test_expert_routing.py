@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.dispatch import Dispatch, recorded
@@ -66,18 +68,45 @@ CHOSEN = ("olmoe", "deepseek_v3")
 """Softmax, and groups with sigmoid and correction."""
 
 
+class Known(ExpertReference):
+    """Works out once what several engines of a family are held against."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._runs: dict[Any, list[ExpertRun]] = {}
+
+    def run_together(
+        self,
+        prompts: Sequence[Sequence[int]],
+        policies: Sequence[ExpertPolicy],
+        tokens: int,
+        **settings: Any,
+    ) -> list[ExpertRun]:
+        skips = tuple(settings.get("skips") or ())
+        key = tuple(map(tuple, prompts)), tuple(policies), tokens, skips
+        if key not in self._runs:
+            self._runs[key] = super().run_together(prompts, policies, tokens, **settings)
+        return self._runs[key]
+
+
 @pytest.fixture(scope="module")
-def served(family: str, kernels: str, models_folder: Path) -> Iterator[Served]:
-    folder = make_model(family, models_folder / f"routed-{family}-{kernels}")
-    reference = ExpertReference(folder)
+def known(models_folder: Path) -> Callable[[str], Known]:
+    return cache(lambda family: Known(make_model(family, models_folder / f"routed-{family}")))
+
+
+@pytest.fixture(scope="module")
+def served(
+    family: str, kernels: str, known: Callable[[str], Known], models_folder: Path
+) -> Iterator[Served]:
+    reference = known(family)
     references = drawn_references(reference)
     super_experts = tuple((layer, layer % reference.experts) for layer in reference.layers)
     profile = write_expert_profile(
-        folder.with_name(f"{folder.name}-profile"), reference, super_experts, references
+        models_folder / f"routed-{family}-{kernels}-profile", reference, super_experts, references
     )
     os.environ[PROFILE_ENV] = str(profile)
     try:
-        with engine(folder) as running:
+        with engine(Path(reference.model.config.name_or_path)) as running:
             answer = running.runner.expert_answer
             assert answer["refusal"] is None, answer
             shape = ExpertShape.from_dict(answer["shape"])

@@ -1,0 +1,68 @@
+"""Which tests run in one process, and which run first, when processes share them out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+LONGEST = (
+    "models/engine/test_depth_methods.py",
+    "server/http",
+    "models/engine/test_expert_routing.py",
+    "loadtest/test_demo_server.py",
+    "models/engine",
+    "server/console",
+    "models/offline/calibrate/frontier",
+    "models/telemetry",
+    "server",
+    "loadtest",
+    "models/offline",
+    "kernels",
+)
+"""Paths in tests/ with minutes to go: first, so that one does not run when all else has ended."""
+
+SHARED = {
+    "server": (
+        "server/http/test_adaptive_depth.py",
+        "server/http/test_bad_input.py",
+        "server/http/test_demo_profile.py",
+        "server/http/test_expert_methods.py",
+        "server/http/test_openai_client.py",
+        "server/http/test_parallel.py",
+        "server/telemetry/test_metrics.py",
+        "server/telemetry/test_counter_truth.py",
+        "server/observability/test_observability.py",
+        "server/cli/test_demo.py",
+        "server/cli/test_evaluate.py",
+    ),
+    "console": (
+        "server/console/test_answers.py",
+        "server/console/test_controls.py",
+        "server/console/test_maps.py",
+        "server/console/test_snippets.py",
+    ),
+}
+"""Files around one server of the session: in two processes it would be started twice."""
+
+_SCOPES = {f"tests/{path}": scope for scope, paths in SHARED.items() for path in paths}
+
+
+def rank(path: Path) -> int:
+    """Where in the order a file below tests/ belongs."""
+    name = path.as_posix()
+    return next((i for i, start in enumerate(LONGEST) if name.startswith(start)), len(LONGEST))
+
+
+class Schedule(LoadScopeScheduling):
+    """A file stays in one process, and with it the files that share its server."""
+
+    def __init__(self, config: pytest.Config, log: Any = None) -> None:
+        config.option.loadscopereorder = False
+        super().__init__(config, log)
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return _SCOPES.get(file, file)
