@@ -1,19 +1,26 @@
 # make serve | test | lint | bench | load | profile: each makes .venv first and reuses it while the pins stand.
+# make test TESTS="FILE OR FOLDER ..." runs a part of the tests, make test-fast all but engines, servers
+# and training; both in TEST_PROCESSES processes of a thread each (tests/support/schedule.py shares out).
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test lint bench load profile clean
+.PHONY: serve test test-fast lint bench load profile clean
 
 serve: $(STAMP)
 	$(BIN)/sluice serve --enforce-eager --port 8000
 
+TEST_PROCESSES ?= 2
+TESTS ?=
 test: $(STAMP)
 	tests/tools/get-promtool.sh
 	tests/tools/get-chromium.sh
-	HF_HUB_OFFLINE=1 $(BIN)/pytest
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(TEST_PROCESSES) $(TESTS)
+
+test-fast: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(TEST_PROCESSES) -m "not slow" $(TESTS)
 
 # mypy does not follow setuptools' package-dir mapping, so it gets the import names as links.
 lint: $(STAMP)

@@ -31,9 +31,12 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    from support.schedule import rank
+    from support.schedule import rank, slow
 
     items.sort(key=lambda item: rank(item.path.relative_to(ROOT)))
+    for item in items:
+        if slow(item.path.relative_to(ROOT)):
+            item.add_marker("slow")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -47,6 +47,47 @@ SHARED = {
 }
 """Files around one server of the session: in two processes it would be started twice."""
 
+SLOW = (
+    *SHARED["server"],
+    *SHARED["console"],
+    "examples",
+    "kernels/bench",
+    "kernels/ops/test_route_topk.py",
+    "kernels/triton",
+    "loadtest/clients/test_guidellm.py",
+    "loadtest/test_demo_server.py",
+    "loadtest/test_mock_server.py",
+    "models/engine/test_agreement.py",
+    "models/engine/test_contrast.py",
+    "models/engine/test_depth_methods.py",
+    "models/engine/test_depth_properties.py",
+    "models/engine/test_expert_",
+    "models/engine/test_families.py",
+    "models/engine/test_isolation.py",
+    "models/engine/test_kernel_choices.py",
+    "models/engine/test_stock.py",
+    "models/engine/test_worker.py",
+    "models/offline/calibrate/depth",
+    "models/offline/calibrate/experts",
+    "models/offline/calibrate/frontier",
+    "models/offline/demo",
+    "models/offline/test_engine.py",
+    "models/profile/test_profile.py",
+    "models/telemetry/test_expert_counters.py",
+    "models/vllm_adapter/test_kv_fill.py",
+    "server/access/test_guarded_server.py",
+    "server/cli/test_calibrate.py",
+    "server/cli/test_lm_eval.py",
+    "server/cli/test_serve.py",
+    "server/console/test_use.py",
+    "server/http/test_measured_server.py",
+    "server/telemetry/test_metrics_engines.py",
+    "server/telemetry/test_metrics_parallel.py",
+    "server/telemetry/test_spans.py",
+    "support",
+)
+"""What `make test-fast` leaves out: engines, servers, training, and Triton's interpreter."""
+
 _SCOPES = {f"tests/{path}": scope for scope, paths in SHARED.items() for path in paths}
 
 
@@ -54,6 +95,11 @@ def rank(path: Path) -> int:
     """Where in the order a file below tests/ belongs."""
     name = path.as_posix()
     return next((i for i, start in enumerate(LONGEST) if name.startswith(start)), len(LONGEST))
+
+
+def slow(path: Path) -> bool:
+    """Whether a file below tests/ is not for the daily loop."""
+    return path.as_posix().startswith(SLOW)
 
 
 class Schedule(LoadScopeScheduling):
