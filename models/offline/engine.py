@@ -17,7 +17,7 @@ import torch
 
 from sluice.models.engine.workers import CPU_WORKER, CUDA_WORKER
 from sluice.models.offline.hf_model.examples import CalibrationError
-from sluice.models.offline.hf_model.model import Subject
+from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.policy.axes import ATTENTION, DECODE, EXECUTED, MODULES
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy
@@ -198,7 +198,7 @@ class CalibrationEngine:
         return record
 
 
-def _flags(subject: Subject, longest: int, at_once: int) -> dict[str, Any]:
+def _flags(subject: HFModel, longest: int, at_once: int) -> dict[str, Any]:
     return {
         "skip_tokenizer_init": True,
         "enforce_eager": True,
@@ -215,7 +215,7 @@ def _flags(subject: Subject, longest: int, at_once: int) -> dict[str, Any]:
     }
 
 
-def _kv_cache_bytes(subject: Subject, longest: int, at_once: int) -> int:
+def _kv_cache_bytes(subject: HFModel, longest: int, at_once: int) -> int:
     """Enough for `at_once` requests of `longest` tokens."""
     config = subject.config
     dtype = subject.dtype if isinstance(subject.dtype, torch.dtype) else config.dtype

@@ -176,7 +176,7 @@ def _calibration(args: argparse.Namespace, progress: Progress) -> Calibration:
     from sluice.models.offline.calibrate.workspace import Workspace
     from sluice.models.offline.engine import resolver
     from sluice.models.offline.hf_model.examples import CalibrationError, read_examples, read_tasks
-    from sluice.models.offline.hf_model.model import Subject
+    from sluice.models.offline.hf_model.model import HFModel
 
     prompts = read_examples(args.prompts)
     tasks = read_tasks(args.tasks) if args.tasks else ()
@@ -185,7 +185,7 @@ def _calibration(args: argparse.Namespace, progress: Progress) -> Calibration:
         raise CalibrationError("--device cuda: this machine has no GPU")
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     return Calibration(
-        subject=Subject.of(args.model, device, dtype),
+        model=HFModel.of(args.model, device, dtype),
         prompts=prompts,
         tasks=tasks,
         new_tokens=args.new_tokens,

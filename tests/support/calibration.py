@@ -15,7 +15,7 @@ from support.tiny import FAMILIES, VOCABULARY, make_model
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.calibrate.workspace import Workspace
 from sluice.models.offline.hf_model.examples import Example
-from sluice.models.offline.hf_model.model import Subject
+from sluice.models.offline.hf_model.model import HFModel
 
 MOE_FAMILIES = tuple(
     name
@@ -24,7 +24,7 @@ MOE_FAMILIES = tuple(
 )
 
 
-class TokenSubject(Subject):
+class TokenModel(HFModel):
     """A model whose examples' texts are token ids with spaces between them."""
 
     def encode(self, example: Example) -> tuple[int, ...]:
@@ -70,8 +70,8 @@ def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def one_text_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no text stand beside another in a batch."""
-    batches = Subject.batches
-    monkeypatch.setattr(Subject, "batches", lambda self, samples: batches(self, samples, 1))
+    batches = HFModel.batches
+    monkeypatch.setattr(HFModel, "batches", lambda self, samples: batches(self, samples, 1))
 
 
 def plain_track(things: Iterable[Any], _what: str, _total: int) -> Iterable[Any]:
@@ -106,7 +106,7 @@ def calibration_of(
     examples = [example_of(ids, label=label) for ids, label in zip(prompts, given, strict=True)]
     workspace.mkdir(parents=True, exist_ok=True)
     return Calibration(
-        subject=TokenSubject.of(str(folder), dtype=dtype),
+        model=TokenModel.of(str(folder), dtype=dtype),
         prompts=tuple(examples),
         tasks=tuple(tasks),
         new_tokens=new_tokens,

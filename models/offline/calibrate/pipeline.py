@@ -24,15 +24,15 @@ def engine_of(calibration: Calibration, longest: int, at_once: int) -> Iterator[
     Afterwards the process is as it was: environment, random states, threads.
 
     Args:
-        calibration: its subject is what the engine serves.
+        calibration: its model is what the engine serves.
         longest: tokens of a prompt and its answer at most.
         at_once: most requests at a time.
 
     Raises:
         CalibrationError: two parts give one field.
     """
-    subject = calibration.subject
-    subject.release()
+    model = calibration.model
+    model.release()
     gc.collect()
     with tempfile.TemporaryDirectory(prefix="sluice-") as name, _process_kept(Path(name)):
         write_profile(Path(name), **profile_parts(calibration))
@@ -42,7 +42,7 @@ def engine_of(calibration: Calibration, longest: int, at_once: int) -> Iterator[
 
         with ExitStack() as stack:
             stack.callback(cleanup_dist_env_and_memory)
-            llm = LLM(str(subject.folder), **_flags(subject, longest, at_once))
+            llm = LLM(str(model.folder), **_flags(model, longest, at_once))
             engine = CalibrationEngine(llm, Profile.load(Path(name)))
             del llm
             stack.callback(engine.close)
@@ -64,7 +64,7 @@ def open_workspace(calibration: Calibration, out: Path) -> None:
         CalibrationError: it holds something else.
         OSError: it cannot be written.
     """
-    workspace, model = calibration.workspace, calibration.subject.fingerprint
+    workspace, model = calibration.workspace, calibration.model.fingerprint
     held = workspace.latest(_MODEL)
     if held is None and (out / JSON_NAME).exists():
         raise CalibrationError(
@@ -120,12 +120,12 @@ def profile_parts(calibration: Calibration) -> dict[str, Any]:
     Raises:
         CalibrationError: two parts give one field.
     """
-    subject = calibration.subject
+    model = calibration.model
     fields: dict[str, Any] = {
         "model": {
-            "layers": subject.layers,
-            "hidden": subject.hidden,
-            "fingerprint": subject.fingerprint,
+            "layers": model.layers,
+            "hidden": model.hidden,
+            "fingerprint": model.fingerprint,
         },
         "calibration": {},
     }

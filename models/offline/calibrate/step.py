@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from sluice.models.offline.calibrate.workspace import Part, Workspace, key_of
 from sluice.models.offline.hf_model.examples import CalibrationError, Example, digest
 from sluice.models.offline.hf_model.hooks import continued
-from sluice.models.offline.hf_model.model import Subject
+from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.offline.hf_model.samples import Sample
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.profile import Profile
@@ -49,9 +49,9 @@ class Step(ABC):
 
     def refusal(self, calibration: Calibration) -> str | None:
         """Why the step has nothing to do with this model or these examples, or None."""
-        if self.needs_experts and not calibration.subject.family.moe:
-            return f"{calibration.subject.family.name} has no mixture-of-experts layers"
-        if self.needs_several_experts and calibration.subject.config.num_experts_per_tok == 1:
+        if self.needs_experts and not calibration.model.family.moe:
+            return f"{calibration.model.family.name} has no mixture-of-experts layers"
+        if self.needs_several_experts and calibration.model.config.num_experts_per_tok == 1:
             return "the model runs one expert per token"
         return None
 
@@ -81,7 +81,7 @@ class Calibration:
     """What the steps share.
 
     Attributes:
-        subject: the model.
+        model: the model.
         prompts: examples of `--prompts`.
         tasks: examples of `--tasks`; may be empty.
         new_tokens: most tokens of a continuation.
@@ -92,7 +92,7 @@ class Calibration:
         resolver: of the HTTP edge, for steps that measure settings as clients write them.
     """
 
-    subject: Subject
+    model: HFModel
     prompts: tuple[Example, ...]
     tasks: tuple[Example, ...]
     new_tokens: int
@@ -110,12 +110,12 @@ class Calibration:
             CalibrationError: a prompt and its continuation are longer than the context.
         """
         ids = [list(each) for each in self.encoded(self.prompts)]
-        key = key_of(self.subject.fingerprint, ids, self.new_tokens)
+        key = key_of(self.model.fingerprint, ids, self.new_tokens)
         held = self.workspace.value("continuations", key)
         if held is None:
             held = [[]] * len(ids)
             asked = [tuple(each) for each in ids]
-            parts = continued(self.subject, asked, self.new_tokens)
+            parts = continued(self.model, asked, self.new_tokens)
             for places, samples in self.track(parts, "full depth's own answers", 0):
                 for place, sample in zip(places, samples, strict=True):
                     held[place] = list(sample.answer)
@@ -128,15 +128,15 @@ class Calibration:
         Raises:
             CalibrationError: one leaves no room for a continuation in the model's context.
         """
-        room = self.subject.context - self.new_tokens
+        room = self.model.context - self.new_tokens
         for example in examples:
-            ids = self.subject.encode(example)
+            ids = self.model.encode(example)
             if not ids:
                 raise CalibrationError(f"{example.where}: no tokens")
             if len(ids) > room:
                 raise CalibrationError(
                     f"{example.where}: {len(ids)} tokens, and the model's context of "
-                    f"{self.subject.context} leaves room for {room} before {self.new_tokens} new"
+                    f"{self.model.context} leaves room for {room} before {self.new_tokens} new"
                 )
             yield ids
 
@@ -144,7 +144,7 @@ class Calibration:
         """Of all that a step's result depends on."""
         needed = [self.key_of_part(name) for name in step.needs]
         data = [digest(self.prompts), digest(self.tasks) if step.reads_tasks else None]
-        common = [self.subject.fingerprint, str(self.subject.dtype), self.new_tokens, self.seed]
+        common = [self.model.fingerprint, str(self.model.dtype), self.new_tokens, self.seed]
         return key_of(step.name, step.settings, common, data, needed)
 
     def key_of_part(self, name: str) -> str | None:

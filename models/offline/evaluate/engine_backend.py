@@ -14,7 +14,7 @@ from sluice.models.engine.workers import worker_class
 from sluice.models.offline.evaluate.choices import choice_tokens, likeliest
 from sluice.models.offline.evaluate.evaluation import EvaluationError, PolicyRefusedError, Reply
 from sluice.models.offline.hf_model.examples import CalibrationError, Example
-from sluice.models.offline.hf_model.model import Subject
+from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY
 from sluice.models.profile.profile import PROFILE_ENV, Profile, ProfileError
 from sluice.models.routing.capabilities import Capabilities
@@ -43,7 +43,7 @@ class InProcess:
     """
 
     llm: Any
-    subject: Subject
+    subject: HFModel
     admission: Admission
     at_once: int
     answered: Callable[[], None]
@@ -159,7 +159,7 @@ def in_process(
             longer than its context.
     """
     try:
-        subject = Subject.of(model)
+        subject = HFModel.of(model)
         held = None if profile is None else Profile.load(profile)
         if held is not None:
             held.check_model(subject.layers, subject.hidden, subject.fingerprint)
@@ -210,14 +210,14 @@ def in_process(
         yield InProcess(llm, subject, admission, at_once, answered)
 
 
-def _encoded(subject: Subject, example: Example) -> tuple[int, ...]:
+def _encoded(subject: HFModel, example: Example) -> tuple[int, ...]:
     try:
         return subject.encode(example)
     except CalibrationError as error:
         raise EvaluationError(f"{example.where}: {error}") from None
 
 
-def _choices(subject: Subject, example: Example, prompt: Sequence[int]) -> list[list[int]]:
+def _choices(subject: HFModel, example: Example, prompt: Sequence[int]) -> list[list[int]]:
     """Token ids of each choice of an example."""
     tokenizer = subject.tokenizer
     text = example.text
@@ -234,7 +234,7 @@ def _choices(subject: Subject, example: Example, prompt: Sequence[int]) -> list[
     return found
 
 
-def _length(subject: Subject, example: Example, max_tokens: int) -> int:
+def _length(subject: HFModel, example: Example, max_tokens: int) -> int:
     """Tokens that an example takes at most.
 
     Raises:

@@ -134,7 +134,7 @@ def _example(path: Path, number: int, line: str) -> Example:
     return example
 
 
-def evenly(count: int, total: int) -> tuple[int, ...]:
+def spaced_indices(count: int, total: int) -> tuple[int, ...]:
     """`count` of `total` places, ascending, each in the middle of its share; all if there are less.
 
     With `count` a half of `total` it is every other place, from the second on.

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sluice.models.offline.hf_model.model import Subject
+from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.offline.hf_model.samples import Sample, SampleBatch
 from sluice.models.policy.policy import SkipSet
 
-Watch = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
+StreamHook = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 """(layer, state before it, state between attention and MLP, state after it) to what the next layer
 gets instead, or None; all (rows, tokens, hidden). What a layer gets is what its keys and values
 come from, as with K/V propagation.
@@ -21,35 +21,35 @@ come from, as with K/V propagation.
 
 
 @contextmanager
-def watched(subject: Subject, watch: Watch) -> Iterator[None]:
-    """Call `watch` after each layer of the passes within, in order."""
+def stream_hook(model: HFModel, hook: StreamHook) -> Iterator[None]:
+    """Call `hook` after each layer of the passes within, in order."""
     before: dict[int, Tensor] = {}
     middle: dict[int, Tensor] = {}
 
     def entered(layer: int) -> Callable[..., None]:
-        def hook(_module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def keep_input(_module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             before[layer] = arguments[0] if arguments else named["hidden_states"]
 
-        return hook
+        return keep_input
 
     def halfway(layer: int) -> Callable[..., None]:
-        def hook(_module: Any, arguments: tuple[Any, ...]) -> None:
+        def keep_middle(_module: Any, arguments: tuple[Any, ...]) -> None:
             middle[layer] = arguments[0]
 
-        return hook
+        return keep_middle
 
     def left(layer: int) -> Callable[..., Any]:
-        def hook(_module: Any, _arguments: Any, output: Any) -> Any:
+        def replace(_module: Any, _arguments: Any, output: Any) -> Any:
             after = output[0] if isinstance(output, tuple) else output
-            given = watch(layer, before.pop(layer), middle.pop(layer), after)
+            given = hook(layer, before.pop(layer), middle.pop(layer), after)
             if given is None:
                 return None
             return (given, *output[1:]) if isinstance(output, tuple) else given
 
-        return hook
+        return replace
 
     handles = []
-    for layer, block in enumerate(subject.blocks):
+    for layer, block in enumerate(model.blocks):
         handles.append(block.register_forward_pre_hook(entered(layer), with_kwargs=True))
         norm = block.get_submodule("post_attention_layernorm")
         handles.append(norm.register_forward_pre_hook(halfway(layer)))
@@ -61,23 +61,23 @@ def watched(subject: Subject, watch: Watch) -> Iterator[None]:
             handle.remove()
 
 
-def final_states(subject: Subject, batch: SampleBatch, watch: Watch | None = None) -> Tensor:
+def final_states(model: HFModel, batch: SampleBatch, hook: StreamHook | None = None) -> Tensor:
     """Run all layers without the LM head: the residual stream, (rows, tokens, hidden)."""
     last: list[Tensor] = []
 
     def keep(layer: int, before: Tensor, middle: Tensor, after: Tensor) -> Tensor | None:
-        given = None if watch is None else watch(layer, before, middle, after)
-        if layer == subject.layers - 1:
+        given = None if hook is None else hook(layer, before, middle, after)
+        if layer == model.layers - 1:
             last.append(after if given is None else given)
         return given
 
-    with watched(subject, keep):
-        subject.model.model(input_ids=batch.ids, use_cache=False)
+    with stream_hook(model, keep):
+        model.causal_lm.model(input_ids=batch.ids, use_cache=False)
     return last[0]
 
 
 def continued(
-    subject: Subject, prompts: Sequence[tuple[int, ...]], new_tokens: int
+    model: HFModel, prompts: Sequence[tuple[int, ...]], new_tokens: int
 ) -> Iterator[tuple[list[int], list[Sample]]]:
     """The model's own greedy continuations at full depth, end token included.
 
@@ -87,7 +87,7 @@ def continued(
     from transformers import GenerationConfig
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    ends = sorted(subject.ends)
+    ends = sorted(model.ends)
     # The model's own configuration may penalise repetition, and that is not greedy.
     greedy = GenerationConfig(
         do_sample=False,
@@ -103,9 +103,9 @@ def continued(
         while stop < min(len(order), start + 64) and len(prompts[order[stop]]) == length:
             stop += 1
         places = order[start:stop]
-        ids = torch.tensor([prompts[place] for place in places], device=subject.device)
+        ids = torch.tensor([prompts[place] for place in places], device=model.device)
         with torch.inference_mode():
-            out = subject.model.generate(
+            out = model.causal_lm.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=greedy,
@@ -114,7 +114,7 @@ def continued(
         yield (
             places,
             [
-                Sample(prompts[place], _until(answer, subject.ends))
+                Sample(prompts[place], _until(answer, model.ends))
                 for place, answer in zip(places, answers, strict=True)
             ],
         )
@@ -129,14 +129,14 @@ def _until(answer: list[int], ends: frozenset[int]) -> tuple[int, ...]:
 
 
 @contextmanager
-def left_out(subject: Subject, skip: SkipSet, rows: Tensor) -> Iterator[None]:
+def ablated(model: HFModel, skip: SkipSet, rows: Tensor) -> Iterator[None]:
     """Within, the sub-layers of a skip set add nothing to the residual stream of some tokens.
 
     Keys and values of those tokens are still there for others to attend. Where the tokens are all
     generated ones, nobody attends them: it is a request that skips while it decodes.
 
     Args:
-        subject: whose passes are changed.
+        model: whose passes are changed.
         skip: attentions and MLPs; its phase is not read.
         rows: the tokens, bool, (rows, tokens).
     """
@@ -146,11 +146,10 @@ def left_out(subject: Subject, skip: SkipSet, rows: Tensor) -> Iterator[None]:
         silent = hidden.masked_fill(rows[..., None], 0.0)
         return (silent, *output[1:]) if isinstance(output, tuple) else silent
 
-    hook: Callable[..., Any] = silence
     named = [(layer, "self_attn") for layer in skip.attention]
     named += [(layer, "mlp") for layer in skip.mlp]
     handles = [
-        subject.blocks[layer].get_submodule(name).register_forward_hook(hook)
+        model.blocks[layer].get_submodule(name).register_forward_hook(silence)
         for layer, name in named
     ]
     try:

@@ -21,7 +21,7 @@ BATCH_TOKENS = 4096
 
 
 @dataclass
-class Subject:
+class HFModel:
     """A model that is loaded when it is first needed, and let go with `release`.
 
     Attributes:
@@ -42,7 +42,7 @@ class Subject:
     _model: Any = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, model: str, device: str = "cpu", dtype: torch.dtype | str = "auto") -> Subject:
+    def of(cls, model: str, device: str = "cpu", dtype: torch.dtype | str = "auto") -> HFModel:
         """Describe a model; weights are read later.
 
         Args:
@@ -72,7 +72,7 @@ class Subject:
         return cls(folder, family, config, found, torch.device(device), dtype)
 
     @property
-    def model(self) -> Any:
+    def causal_lm(self) -> Any:
         """Transformers' causal language model, frozen, in evaluation mode."""
         if self._model is None:
             from transformers import AutoModelForCausalLM
@@ -108,7 +108,7 @@ class Subject:
         """Decoder layers; each has `input_layernorm`, `self_attn`, `post_attention_layernorm` and
         `mlp`.
         """
-        layers: nn.ModuleList = self.model.model.layers
+        layers: nn.ModuleList = self.causal_lm.model.layers
         return list(layers)
 
     @property
@@ -160,7 +160,7 @@ class Subject:
 
     def logits(self, states: Tensor) -> Tensor:
         """Final norm and LM head on a residual stream, (..., hidden) to (..., vocabulary)."""
-        out: Tensor = self.model.lm_head(self.model.model.norm(states))
+        out: Tensor = self.causal_lm.lm_head(self.causal_lm.model.norm(states))
         return out
 
     def batches(

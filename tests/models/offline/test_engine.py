@@ -113,7 +113,7 @@ def test_long_prompts_are_cut_and_still_timed(models_folder: Path, tmp_path: Pat
 def test_the_process_is_left_as_it_was(models_folder: Path, tmp_path: Path, stopped: bool) -> None:
     model = make_model("llama", models_folder / "engine-llama")
     calibration = calibration_of(model, PROMPTS, tmp_path)
-    weights = weakref.ref(calibration.subject.model)
+    weights = weakref.ref(calibration.model.causal_lm)
     environment, threads = dict(os.environ), torch.set_num_threads
     random.seed(5)
     np.random.seed(5)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sluice.models.depth.method import ExitMethod, ExitPoint, Tensors
 from sluice.models.offline.calibrate.depth.training_data import row_parts
-from sluice.models.offline.hf_model.model import Subject
+from sluice.models.offline.hf_model.model import HFModel
 
 _HALVINGS = 30
 _CANDIDATES = 500
@@ -15,7 +15,7 @@ _CANDIDATES = 500
 
 
 def turning_points(
-    subject: Subject,
+    model: HFModel,
     method: ExitMethod,
     tensors: Tensors,
     layers: tuple[int, ...],
@@ -26,7 +26,7 @@ def turning_points(
     The method itself is asked, so this is what it holds against its threshold.
 
     Args:
-        subject: the model.
+        model: the model.
         method: with a parameter `threshold`.
         tensors: the method's own.
         layers: after which tokens may leave, ascending.
@@ -36,11 +36,11 @@ def turning_points(
         fp32, (exits, tokens); the loosest threshold for one that never leaves.
     """
     points = torch.empty(len(layers), states.size(1), dtype=torch.float32, device=states.device)
-    for part in row_parts(subject, states.size(1)):
+    for part in row_parts(model, states.size(1)):
         kept: dict[str, Tensor] = {}
         for index, layer in enumerate(layers):
             hidden = states[layer + 1, part]
-            at = _Exit(layer, hidden, states[layer, part], _logits(subject, method, hidden), kept)
+            at = _Exit(layer, hidden, states[layer, part], _logits(model, method, hidden), kept)
             points[index, part], kept = at.turning_points(method, tensors)
     return points
 
@@ -130,5 +130,5 @@ class _Exit:
         return leaving, kept
 
 
-def _logits(subject: Subject, method: ExitMethod, hidden: Tensor) -> Tensor | None:
-    return subject.logits(hidden) if method.needs_logits else None
+def _logits(model: HFModel, method: ExitMethod, hidden: Tensor) -> Tensor | None:
+    return model.logits(hidden) if method.needs_logits else None

@@ -15,7 +15,7 @@ from torch import Tensor
 from sluice.models.depth.method import ExitMethod, ExitPoint, Tensors
 from sluice.models.offline.calibrate.depth.training_data import likeliest, row_parts
 from sluice.models.offline.hf_model.hooks import final_states
-from sluice.models.offline.hf_model.model import Subject
+from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.offline.hf_model.samples import SampleBatch
 
 
@@ -50,22 +50,22 @@ class Left:
 
 
 @torch.no_grad()
-def left(subject: Subject, batch: SampleBatch, setting: ExitSetting) -> Left:
+def left(model: HFModel, batch: SampleBatch, setting: ExitSetting) -> Left:
     """Run each decode step to where it leaves."""
-    leaving = Leaving(subject, batch, setting)
-    states = final_states(subject, batch, leaving).flatten(0, 1)
-    return Left(likeliest(subject, states[batch.where[batch.decoded]]), leaving.ran)
+    leaving = Leaving(model, batch, setting)
+    states = final_states(model, batch, leaving).flatten(0, 1)
+    return Left(likeliest(model, states[batch.where[batch.decoded]]), leaving.ran)
 
 
 @torch.no_grad()
-def full_tokens(subject: Subject, batch: SampleBatch) -> Tensor:
+def full_tokens(model: HFModel, batch: SampleBatch) -> Tensor:
     """Full depth's token at each decode step, int64, (steps,)."""
-    states = final_states(subject, batch).flatten(0, 1)
-    return likeliest(subject, states[batch.where[batch.decoded]])
+    states = final_states(model, batch).flatten(0, 1)
+    return likeliest(model, states[batch.where[batch.decoded]])
 
 
 class Leaving:
-    """Holds decode steps back at their exits; a `Watch`, used once.
+    """Holds decode steps back at their exits; a `StreamHook`, used once.
 
     Later layers get the state that left, and make their keys and values of it (K/V propagation,
     CALM, arXiv 2207.07061).
@@ -74,16 +74,16 @@ class Leaving:
         ran: int64, (steps,), layers that each step ran.
     """
 
-    def __init__(self, subject: Subject, batch: SampleBatch, setting: ExitSetting) -> None:
-        self._subject, self._setting = subject, setting
+    def __init__(self, model: HFModel, batch: SampleBatch, setting: ExitSetting) -> None:
+        self._model, self._setting = model, setting
         self._left = torch.zeros_like(batch.used)
         self._live = batch.where[batch.decoded]
         self._steps = torch.arange(len(self._live), device=self._live.device)
         self._state: dict[str, Tensor] = {}
-        self.ran = torch.full_like(self._live, subject.layers)
+        self.ran = torch.full_like(self._live, model.layers)
 
     def __call__(self, layer: int, before: Tensor, _middle: Tensor, after: Tensor) -> Tensor:
-        """See `sluice.models.offline.hf_model.hooks.Watch`."""
+        """See `sluice.models.offline.hf_model.hooks.StreamHook`."""
         given = torch.where(self._left.unsqueeze(-1), before, after)
         if layer in self._setting.layers and len(self._live):
             leaves = self._leaves(layer, given.flatten(0, 1), before.flatten(0, 1))
@@ -96,10 +96,10 @@ class Leaving:
     def _leaves(self, layer: int, hidden: Tensor, previous: Tensor) -> Tensor:
         """Ask the method, a part of the live rows at a time."""
         setting, states, answers = self._setting, [], []
-        for part in row_parts(self._subject, len(self._live)):
+        for part in row_parts(self._model, len(self._live)):
             rows = hidden[self._live[part]]
             state = {name: value[part] for name, value in self._state.items()}
-            logits = self._subject.logits(rows) if setting.method.needs_logits else None
+            logits = self._model.logits(rows) if setting.method.needs_logits else None
             point = ExitPoint(
                 layer=layer,
                 hidden=rows,

@@ -19,7 +19,7 @@ from sluice.models.offline.calibrate.depth.layer_saturation import (
     saturation_thresholds,
 )
 from sluice.models.offline.calibrate.depth.risk_bound import RiskBound
-from sluice.models.offline.calibrate.depth.training_data import Halves, TokenStates
+from sluice.models.offline.calibrate.depth.training_data import TokenStates, TrainSplit
 from sluice.models.offline.calibrate.step import Calibration, Step, check_least, option
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.hf_model.examples import CalibrationError
@@ -39,8 +39,8 @@ class Exits(Step):
     not full depth's, given full depth's own answer so far, with keys and values propagated. It is
     averaged over prompts, which are the units that the bound takes for exchangeable; `agreement`
     in the result is averaged likewise, `mean_layers` over tokens. Thresholds are tried from the
-    strictest on, those that save equally much more depth on tokens of the first half (`Halves`);
-    the second half's prompts are the test, and no head was trained on them. The bound holds for
+    strictest on, those that save equally much more depth on tokens of the first half; the second
+    half's prompts are the test (`TrainSplit`), and no head was trained on them. The bound holds for
     each method by itself, without decay of the threshold, and for prompts like these.
 
     A method without a threshold that passes has no entry; the log says so. `classifier` and
@@ -68,7 +68,7 @@ class Exits(Step):
         """See `Step.refusal`."""
         self._check()
         if not self.layers(calibration):
-            layers = calibration.subject.layers
+            layers = calibration.model.layers
             return f"no exit: the model's last layer is {layers - 1}, the first exit {self.first}"
         held = len(calibration.prompts) // 2
         if held < self.bound.least:
@@ -80,7 +80,7 @@ class Exits(Step):
 
     def layers(self, calibration: Calibration) -> tuple[int, ...]:
         """Layers with an exit."""
-        return tuple(range(self.first, calibration.subject.layers - 1, self.every))
+        return tuple(range(self.first, calibration.model.layers - 1, self.every))
 
     def run(self, calibration: Calibration) -> Part:
         """Calibrate.
@@ -89,11 +89,11 @@ class Exits(Step):
             CalibrationError: an option is out of range, or no answers have a second token.
         """
         self._check()
-        halves = Halves.of(calibration)
-        if not halves.held:
+        split = TrainSplit.of(calibration)
+        if not split.test:
             raise CalibrationError("exits: fewer than two answers have a second token")
-        grid = TokenStates.of(calibration, halves.train, self.tokens, calibration.seed)
-        held = _Held(calibration, halves)
+        grid = TokenStates.of(calibration, split.train, self.tokens, calibration.seed)
+        held = _Held(calibration, split)
         found = [self._calibrated(calibration, name, grid, held) for name in METHODS]
         exits = [each for each in found if each is not None]
         return Part({"exits": exits, "saturation": self._saturation(calibration, grid, held)})
@@ -108,13 +108,11 @@ class Exits(Step):
             return None
         setting = ExitSetting(method, tensors, 0.0, self.layers(calibration))
         with torch.no_grad():
-            points = turning_points(
-                calibration.subject, method, tensors, setting.layers, grid.states
-            )
+            points = turning_points(calibration.model, method, tensors, setting.layers, grid.states)
         thresholds = threshold_grid(
             points,
             setting.layers,
-            calibration.subject.layers,
+            calibration.model.layers,
             self.thresholds,
             method.leaves_below,
         )
@@ -168,20 +166,20 @@ class _Trial:
 class _Held:
     """The prompts that thresholds are tested on, with full depth's tokens."""
 
-    def __init__(self, calibration: Calibration, halves: Halves) -> None:
-        self._subject = calibration.subject
-        self._count = len(halves.held)
+    def __init__(self, calibration: Calibration, split: TrainSplit) -> None:
+        self._model = calibration.model
+        self._count = len(split.test)
         self._batches: list[tuple[list[int], SampleBatch, Tensor]] = []
-        batches = list(calibration.subject.batches(halves.held))
+        batches = list(calibration.model.batches(split.test))
         for places, batch in calibration.track(batches, "full depth's tokens", len(batches)):
-            self._batches.append((places, batch, full_tokens(calibration.subject, batch)))
+            self._batches.append((places, batch, full_tokens(calibration.model, batch)))
 
     def trial(self, setting: ExitSetting) -> tuple[_Trial, Tensor]:
         """Share of each prompt's steps that differ, fp64, (prompts,)."""
         losses = torch.zeros(self._count, dtype=torch.float64)
         layers = steps = 0
         for places, batch, full in self._batches:
-            found = left(self._subject, batch, setting)
+            found = left(self._model, batch, setting)
             owner = batch.owner[batch.decoded]
             counts = torch.bincount(owner, minlength=len(places))
             wrong = torch.bincount(owner[found.tokens != full], minlength=len(places))
@@ -193,7 +191,7 @@ class _Held:
     def similar(self, calibration: Calibration) -> SimilarTokens:
         """Cosines and agreement of all layers."""
         parts = [
-            SimilarTokens.of(self._subject, batch, full, places)
+            SimilarTokens.of(self._model, batch, full, places)
             for places, batch, full in calibration.track(
                 self._batches, "saturation of layers", len(self._batches)
             )
@@ -206,7 +204,7 @@ def _tensors(calibration: Calibration, method: str) -> Mapping[str, Tensor]:
     part = calibration.parts.get("heads")
     if part is None:
         return {}
-    prefix, device = f"{method}.", calibration.subject.device
+    prefix, device = f"{method}.", calibration.model.device
     return {
         name.removeprefix(prefix): tensor.to(device)
         for name, tensor in part.heads.items()

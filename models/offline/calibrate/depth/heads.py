@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from sluice.models.offline.calibrate.depth.training_data import (
-    Halves,
     TokenStates,
+    TrainSplit,
     likeliest,
     token_losses,
 )
 from sluice.models.offline.calibrate.step import Calibration, Step, check_least, option
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.hf_model.examples import CalibrationError
-from sluice.models.offline.hf_model.model import Subject
+from sluice.models.offline.hf_model.model import HFModel
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Heads(Step):
     """Trains `classifier` (CALM, arXiv 2207.07061) and `q_exit` (PALBERT, NeurIPS 2022).
 
     The model is frozen. They learn from decode steps of its own answers to the first half of the
-    prompts (`Halves`); the right token is full depth's. The tokens' states of all layers are held
+    prompts (`TrainSplit`); the right token is full depth's. The tokens' states of all layers stay
     in the model's dtype: `tokens` x (layers + 1) x hidden numbers.
 
     The classifier learns, by binary cross-entropy, whether a layer's likeliest token is full
@@ -53,7 +53,7 @@ class Heads(Step):
 
     def refusal(self, calibration: Calibration) -> str | None:
         """See `Step.refusal`."""
-        if calibration.subject.layers < 2:
+        if calibration.model.layers < 2:
             return "a model of one layer has no exits"
         return super().refusal(calibration)
 
@@ -65,13 +65,13 @@ class Heads(Step):
                 learn from.
         """
         self._check()
-        train = Halves.of(calibration).train
+        train = TrainSplit.of(calibration).train
         if not train:
             raise CalibrationError("heads: no answer has a second token: nothing to learn from")
         data = TokenStates.of(calibration, train, self.tokens, calibration.seed)
         if data.states.size(1) < 2:
             raise CalibrationError("heads: one generated token is too few to learn from")
-        exits = ExitData.of(calibration.subject, data)
+        exits = ExitData.of(calibration.model, data)
         heads = {
             "classifier": train_classifier(exits, self, calibration),
             "q_exit": train_q_exit(exits, self, calibration),
@@ -114,10 +114,10 @@ class ExitData:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, subject: Subject, tokens: TokenStates) -> ExitData:
+    def of(cls, model: HFModel, tokens: TokenStates) -> ExitData:
         """Hold each layer's tokens against full depth's."""
-        full = likeliest(subject, tokens.states[-1])
-        exits = [token_losses(subject, states, full) for states in tokens.states[1:]]
+        full = likeliest(model, tokens.states[-1])
+        exits = [token_losses(model, states, full) for states in tokens.states[1:]]
         mean, scale = _scaling(tokens.states[1:-1])
         mean_before, scale_before = _scaling(tokens.states[:-2])
         return cls(

@@ -16,7 +16,7 @@ from sluice.models.offline.calibrate.step import Calibration, Step, option
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.offline.hf_model.hooks import final_states
-from sluice.models.offline.hf_model.model import BATCH_TOKENS, Subject
+from sluice.models.offline.hf_model.model import BATCH_TOKENS, HFModel
 from sluice.models.offline.hf_model.samples import Sample, SampleBatch
 
 FEWEST_TOKENS = 3
@@ -26,7 +26,7 @@ _SMALLEST_NORM = 1e-6
 """What a change is divided by at least, as in the authors' code."""
 
 
-def future_effect(subject: Subject, sample: Sample, last: int) -> Tensor:
+def future_effect(model: HFModel, sample: Sample, last: int) -> Tensor:
     """Effect of each layer on one text.
 
     For layer s: the largest |d_l - d'_l| / |d_l| over layers l > s and tokens after `last`. d_l is
@@ -38,7 +38,7 @@ def future_effect(subject: Subject, sample: Sample, last: int) -> Tensor:
     full depth's has to be kept, and both are rounded alike.
 
     Args:
-        subject: the model.
+        model: the model.
         sample: the text, prompt and answer.
         last: in 1 to the text's length - 2.
 
@@ -47,18 +47,18 @@ def future_effect(subject: Subject, sample: Sample, last: int) -> Tensor:
     """
     length = len(sample.prompt) + len(sample.answer)
     room = max(1, BATCH_TOKENS // length - 1)
-    starts = range(0, subject.layers, room)
+    starts = range(0, model.layers, room)
     parts = [
-        _effects(subject, sample, last, range(start, min(start + room, subject.layers)))
+        _effects(model, sample, last, range(start, min(start + room, model.layers)))
         for start in starts
     ]
     return torch.cat(parts).cpu()
 
 
-def _effects(subject: Subject, sample: Sample, last: int, layers: range) -> Tensor:
+def _effects(model: HFModel, sample: Sample, last: int, layers: range) -> Tensor:
     """Effects of adjacent layers, fp32, (layers,): row 0 runs all, row i + 1 not the i-th."""
-    batch = SampleBatch.of([sample] * (1 + len(layers)), subject.device)
-    effects = torch.zeros(len(layers), device=subject.device)
+    batch = SampleBatch.of([sample] * (1 + len(layers)), model.device)
+    effects = torch.zeros(len(layers), device=model.device)
 
     def watch(layer: int, before: Tensor, _middle: Tensor, after: Tensor) -> Tensor | None:
         earlier = min(max(layer - layers.start, 0), len(layers))
@@ -74,7 +74,7 @@ def _effects(subject: Subject, sample: Sample, last: int, layers: range) -> Tens
         given[row, 1 : last + 1] = before[row, 1 : last + 1]
         return given
 
-    final_states(subject, batch, watch)
+    final_states(model, batch, watch)
     return effects
 
 
@@ -149,9 +149,9 @@ class Importance(Step):
         for name in ("future_prompts", "future_positions"):
             if getattr(self, name) < 1:
                 raise CalibrationError(f"importance: {name}: must be at least 1")
-        subject = calibration.subject
-        batches = list(subject.batches(calibration.samples))
-        change = _Change(subject)
+        model = calibration.model
+        batches = list(model.batches(calibration.samples))
+        change = _Change(model)
         with torch.no_grad():
             for _, batch in calibration.track(batches, "importance of layers", len(batches)):
                 change.add(batch)
@@ -162,7 +162,7 @@ class Importance(Step):
             "turn": cosine["turn"],
             "future_effect": self._future_effect(calibration),
             "lim": [-c for c in cosine["block"]],
-            "zd": [outlier_share(block) for block in subject.blocks],
+            "zd": [outlier_share(block) for block in model.blocks],
         }
         return Part({"importance": importance, "layer_metrics": metrics})
 
@@ -176,10 +176,10 @@ class Importance(Step):
                 f"importance: no prompt has {FEWEST_TOKENS} tokens with its answer, which the "
                 "effect on later tokens needs"
             )
-        effects = torch.zeros(calibration.subject.layers)
+        effects = torch.zeros(calibration.model.layers)
         with torch.no_grad():
             for sample, last in calibration.track(drawn, "effect on later tokens", len(drawn)):
-                effects = torch.maximum(effects, future_effect(calibration.subject, sample, last))
+                effects = torch.maximum(effects, future_effect(calibration.model, sample, last))
         return _finite(effects)
 
 
@@ -201,10 +201,10 @@ def drawn_places(
 class _Change:
     """Sums of cosines and relative norms over tokens; one batch of states at a time."""
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+    def __init__(self, model: HFModel) -> None:
+        self._model = model
         width = len(_COSINES) + len(_NORMS)
-        self._sums = torch.zeros(subject.layers, width, dtype=torch.float64, device=subject.device)
+        self._sums = torch.zeros(model.layers, width, dtype=torch.float64, device=model.device)
         self._tokens = 0
 
     def add(self, batch: SampleBatch) -> None:
@@ -219,7 +219,7 @@ class _Change:
             ]
             self._sums[layer] += torch.stack([*cosines, *norms]).double().sum(-1)
 
-        final_states(self._subject, batch, watch)
+        final_states(self._model, batch, watch)
         self._tokens += int(batch.used.sum())
 
     def means(self) -> tuple[dict[str, list[float]], dict[str, list[float]]]:

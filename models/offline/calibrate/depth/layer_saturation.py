@@ -18,7 +18,7 @@ from sluice.models.offline.calibrate.depth.exit_grid import threshold_grid
 from sluice.models.offline.calibrate.depth.risk_bound import RiskBound
 from sluice.models.offline.calibrate.depth.training_data import likeliest
 from sluice.models.offline.hf_model.hooks import final_states
-from sluice.models.offline.hf_model.model import Subject
+from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.offline.hf_model.samples import SampleBatch
 
 NEVER = 1.0
@@ -42,12 +42,12 @@ class SimilarTokens:
     @classmethod
     @torch.no_grad()
     def of(
-        cls, subject: Subject, batch: SampleBatch, full: Tensor, places: list[int]
+        cls, model: HFModel, batch: SampleBatch, full: Tensor, places: list[int]
     ) -> SimilarTokens:
         """Run a batch at full depth.
 
         Args:
-            subject: the model.
+            model: the model.
             batch: what to run.
             full: full depth's tokens, int64, (steps,).
             places: number of each sample of the batch.
@@ -58,9 +58,9 @@ class SimilarTokens:
         def look(_layer: int, before: Tensor, _middle: Tensor, after: Tensor) -> None:
             rows = after.flatten(0, 1)[where]
             cosines.append(row_cosine(rows, before.flatten(0, 1)[where]))
-            agrees.append(likeliest(subject, rows) == full)
+            agrees.append(likeliest(model, rows) == full)
 
-        final_states(subject, batch, look)
+        final_states(model, batch, look)
         owner = torch.tensor(places, device=where.device)[batch.owner[batch.decoded]]
         return cls(torch.stack(cosines), torch.stack(agrees), owner)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sluice.models.offline.calibrate.depth.training_data import Halves, row_parts
+from sluice.models.offline.calibrate.depth.training_data import TrainSplit, row_parts
 from sluice.models.offline.calibrate.step import Calibration, Step, check_least, option
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.offline.hf_model.hooks import final_states
-from sluice.models.offline.hf_model.model import Subject
+from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.offline.hf_model.samples import Sample, SampleBatch
 
 REACH = 8.0
@@ -29,11 +29,11 @@ SHARPENED = 0.75
 class Routers(Step):
     """Trains `first`: stage 1 of FiRST (arXiv 2410.12513), the routers with the model frozen.
 
-    At decode steps of the model's own answers to the first half of the prompts (`Halves`), layer i
-    gives `h_i = h_{i-1} + rho_i f_i(h_{i-1})`, one rho a prompt and layer; prompts run every layer.
-    The loss is `CE + lambda sum_i rho_i + alpha |theta|^2`; CE is that of full depth's tokens,
-    averaged over an answer, and then over answers. So lambda is what a block may cost of a token's
-    log likelihood.
+    At decode steps of the model's own answers to the training half of the prompts
+    (`TrainSplit`), layer i gives `h_i = h_{i-1} + rho_i f_i(h_{i-1})`, one rho a prompt and layer;
+    prompts run every layer. The loss is `CE + lambda sum_i rho_i + alpha |theta|^2`; CE is that of
+    full depth's tokens, averaged over an answer, and then over answers. So lambda is what a block
+    may cost of a token's log likelihood.
 
     Two things are not the paper's. The pooling is the prompt's mean (the paper's is not known to
     us). And rho is `sigmoid(k x)`, where k grows from 1 to `sharpness`: when serving, a block is
@@ -60,13 +60,13 @@ class Routers(Step):
                 token.
         """
         self._check()
-        train = Halves.of(calibration).train
+        train = TrainSplit.of(calibration).train
         if len(train) < 2:
             raise CalibrationError(
                 "routers: it takes two prompts or more to learn from, whose answers have a second "
                 "token"
             )
-        subject = calibration.subject
+        model = calibration.model
         routers = BlockRouters(*pooled_inputs(calibration, train))
         optimizer = torch.optim.Adam(
             routers.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
@@ -76,8 +76,8 @@ class Routers(Step):
         steps = calibration.track(range(self.steps), "training of the routers", self.steps)
         for step, samples in zip(steps, drawn, strict=False):
             sharpness = self.sharpness ** min(1.0, step / (SHARPENED * self.steps))
-            batch = SampleBatch.of(samples, subject.device)
-            loss = router_loss(subject, routers, batch, sharpness, self.cost)
+            batch = SampleBatch.of(samples, model.device)
+            loss = router_loss(model, routers, batch, sharpness, self.cost)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -135,11 +135,11 @@ def pooled_inputs(calibration: Calibration, samples: Sequence[Sample]) -> tuple[
     Returns:
         fp32, (layers, hidden) both; the deviation is 1 where it is 0.
     """
-    subject = calibration.subject
-    shape = subject.layers, subject.hidden
-    total = torch.zeros(shape, dtype=torch.float64, device=subject.device)
+    model = calibration.model
+    shape = model.layers, model.hidden
+    total = torch.zeros(shape, dtype=torch.float64, device=model.device)
     squares = torch.zeros_like(total)
-    batches = list(subject.batches(samples))
+    batches = list(model.batches(samples))
     for _, batch in calibration.track(batches, "inputs of the routers", len(batches)):
 
         def add(
@@ -149,7 +149,7 @@ def pooled_inputs(calibration: Calibration, samples: Sequence[Sample]) -> tuple[
             total[layer] += pooled.sum(0)
             squares[layer] += pooled.square().sum(0)
 
-        final_states(subject, batch, add)
+        final_states(model, batch, add)
     mean = total / len(samples)
     spread = (squares / len(samples) - mean.square()).clamp_min(0.0).sqrt().float()
     return mean.float(), torch.where(spread > 0, spread, torch.ones_like(spread))
@@ -170,12 +170,12 @@ def _draws(samples: Sequence[Sample], tokens: int, seed: int) -> Iterator[list[S
 
 
 def router_loss(
-    subject: Subject, routers: BlockRouters, batch: SampleBatch, sharpness: float, cost: float
+    model: HFModel, routers: BlockRouters, batch: SampleBatch, sharpness: float, cost: float
 ) -> Tensor:
     """Run a batch with soft gates; see `Routers`.
 
     Args:
-        subject: the model.
+        model: the model.
         routers: what is trained.
         batch: samples with a decode step each.
         sharpness: what logits are multiplied by.
@@ -194,12 +194,12 @@ def router_loss(
         mixed = before + gate.to(after.dtype)[:, None, None] * (after - before)
         return torch.where(generated, mixed, after)
 
-    states = final_states(subject, batch, mix).flatten(0, 1)[batch.where[batch.decoded]]
+    states = final_states(model, batch, mix).flatten(0, 1)[batch.where[batch.decoded]]
     targets, owner = batch.targets[batch.decoded], batch.owner[batch.decoded]
     each = torch.cat(
         [
-            checkpoint(_token_losses, subject, states[part], targets[part], use_reentrant=False)
-            for part in row_parts(subject, len(states))
+            checkpoint(_token_losses, model, states[part], targets[part], use_reentrant=False)
+            for part in row_parts(model, len(states))
         ]
     )
     weights = 1.0 / torch.bincount(owner)[owner]
@@ -207,5 +207,5 @@ def router_loss(
     return (each * weights).sum() / answers + cost * torch.stack(shares).sum(0).mean()
 
 
-def _token_losses(subject: Subject, states: Tensor, tokens: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(subject.logits(states).float(), tokens, reduction="none")
+def _token_losses(model: HFModel, states: Tensor, tokens: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model.logits(states).float(), tokens, reduction="none")

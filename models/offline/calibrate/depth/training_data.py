@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.hf_model.hooks import final_states
-from sluice.models.offline.hf_model.model import Subject
+from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.offline.hf_model.samples import Sample, SampleBatch
 
 
 @dataclass(frozen=True)
-class Halves:
+class TrainSplit:
     """Samples of different prompts, drawn by seed into two parts.
 
     A prompt that the file has twice counts once: so none is in both parts, and those of a part are
@@ -24,14 +24,14 @@ class Halves:
 
     Attributes:
         train: what is trained learns from these; of an odd number one more than the others.
-        held: nothing is trained on these.
+        test: nothing is trained on these.
     """
 
     train: tuple[Sample, ...]
-    held: tuple[Sample, ...]
+    test: tuple[Sample, ...]
 
     @classmethod
-    def of(cls, calibration: Calibration) -> Halves:
+    def of(cls, calibration: Calibration) -> TrainSplit:
         """Part the samples of a calibration that a decode step would run a token of.
 
         An answer of one token has none: that token comes from the prompt's last one.
@@ -76,19 +76,19 @@ class TokenStates:
             count: tokens to keep, all of them if there are fewer.
             seed: of the draw.
         """
-        subject = calibration.subject
+        model = calibration.model
         steps = torch.tensor([decode_steps(sample) for sample in samples])
         drawn = torch.zeros(int(steps.sum()), dtype=torch.bool)
         generator = torch.Generator().manual_seed(seed)
         drawn[torch.randperm(len(drawn), generator=generator)[:count]] = True
         drawn_of = torch.split(drawn, steps.tolist())
 
-        batches = list(subject.batches(samples))
+        batches = list(model.batches(samples))
         states, owner = [], []
         for places, batch in calibration.track(batches, "hidden states", len(batches)):
             kept = torch.cat([drawn_of[place] for place in places])
             if kept.any():
-                where = batch.where[batch.decoded][kept.to(subject.device)]
+                where = batch.where[batch.decoded][kept.to(model.device)]
                 states.append(_states(calibration, batch, where))
                 belongs = torch.tensor(places).repeat_interleave(steps[places])
                 owner.append(belongs[kept])
@@ -96,8 +96,8 @@ class TokenStates:
         weights = 1.0 / steps[owners]
         return cls(
             states=torch.cat(states, dim=1),
-            owner=owners.to(subject.device),
-            weights=(weights / weights.mean()).to(subject.device),
+            owner=owners.to(model.device),
+            weights=(weights / weights.mean()).to(model.device),
         )
 
 
@@ -110,7 +110,7 @@ def _states(calibration: Calibration, batch: SampleBatch, where: Tensor) -> Tens
             found.append(before.flatten(0, 1)[where])
         found.append(after.flatten(0, 1)[where])
 
-    final_states(calibration.subject, batch, keep)
+    final_states(calibration.model, batch, keep)
     return torch.stack(found)
 
 
@@ -118,32 +118,32 @@ LOGITS_AT_ONCE = 1 << 24
 """Logits that are held at a time."""
 
 
-def row_parts(subject: Subject, rows: int) -> Iterator[slice]:
+def row_parts(model: HFModel, rows: int) -> Iterator[slice]:
     """Rows in parts whose logits may be held at a time."""
-    size = max(1, LOGITS_AT_ONCE // int(subject.config.vocab_size))
+    size = max(1, LOGITS_AT_ONCE // int(model.config.vocab_size))
     for start in range(0, rows, size):
         yield slice(start, start + size)
 
 
-def head_rows(subject: Subject, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def head_rows(model: HFModel, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Logits of a residual stream, (rows, hidden): rows and theirs, (part, vocabulary)."""
-    for part in row_parts(subject, len(states)):
-        yield part, subject.logits(states[part])
+    for part in row_parts(model, len(states)):
+        yield part, model.logits(states[part])
 
 
-def likeliest(subject: Subject, states: Tensor) -> Tensor:
+def likeliest(model: HFModel, states: Tensor) -> Tensor:
     """The likeliest token of each row: (rows, hidden) to int64, (rows,)."""
     tokens = torch.empty(len(states), dtype=torch.long, device=states.device)
-    for part, logits in head_rows(subject, states):
+    for part, logits in head_rows(model, states):
         tokens[part] = logits.argmax(-1)
     return tokens
 
 
-def token_losses(subject: Subject, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def token_losses(model: HFModel, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """What exits make of rows whose right tokens are known.
 
     Args:
-        subject: the model.
+        model: the model.
         states: residual stream, (rows, hidden).
         tokens: int64, (rows,).
 
@@ -152,7 +152,7 @@ def token_losses(subject: Subject, states: Tensor, tokens: Tensor) -> tuple[Tens
     """
     losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
     right = torch.empty(len(states), dtype=torch.bool, device=states.device)
-    for part, logits in head_rows(subject, states):
+    for part, logits in head_rows(model, states):
         losses[part] = nn.functional.cross_entropy(logits.float(), tokens[part], reduction="none")
         right[part] = logits.argmax(-1) == tokens[part]
     return losses, right

@@ -58,7 +58,7 @@ class Behaviour(Step):
         """
         labels = _labels(calibration)
         self._check(labels)
-        layers = moe_layers(calibration.subject.model)
+        layers = moe_layers(calibration.model.causal_lm)
         pairs = zip(calibration.samples, labels, strict=True)
         samples = [sample for sample, label in pairs if label is not None]
         activation = activations(calibration, layers, samples, self.measure)
@@ -120,11 +120,11 @@ def activations(
         samples: answers are left out.
         measure: `WEIGHT` or `COUNT`.
     """
-    subject = calibration.subject
+    model = calibration.model
     shape = (len(samples), len(layers), max(layer.count for layer in layers))
     found = torch.zeros(shape, dtype=torch.float64)
     row_of = {layer.layer: index for index, layer in enumerate(layers)}
-    batches = list(subject.batches(samples))
+    batches = list(model.batches(samples))
     with torch.no_grad():
         for places, batch in calibration.track(
             batches, "experts of labelled prompts", len(batches)
@@ -140,7 +140,7 @@ def activations(
                 found[list(places), row_of[layer.layer]] = means.cpu()
 
             with recorded(layers, record):
-                final_states(subject, batch)
+                final_states(model, batch)
     return found
 
 

@@ -50,13 +50,13 @@ class ExpertK(Step):
         for name in ("tokens", "draws"):
             if getattr(self, name) < 1:
                 raise CalibrationError(f"expert-k: {name}: must be at least 1")
-        subject = calibration.subject
-        layers = moe_layers(subject.model)
+        model = calibration.model
+        layers = moe_layers(model.causal_lm)
         budgets = self.budgets(layers)
         noise = torch.Generator().manual_seed(calibration.seed)
         draws = [
-            torch.randn(self.tokens, subject.hidden, generator=noise).to(
-                subject.device, subject.model.dtype
+            torch.randn(self.tokens, model.hidden, generator=noise).to(
+                model.device, model.causal_lm.dtype
             )
             for _ in range(self.draws)
         ]
@@ -66,7 +66,7 @@ class ExpertK(Step):
         levels = []
         for budget in budgets:
             chosen, divergence = cheapest(table, budget)
-            top_k = [layers[0].spec.top_k] * subject.layers
+            top_k = [layers[0].spec.top_k] * model.layers
             for layer, k in zip(layers, chosen, strict=True):
                 top_k[layer.layer] = k
             levels.append({"budget": budget, "top_k": top_k, "divergence": divergence})

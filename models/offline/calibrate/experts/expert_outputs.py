@@ -39,16 +39,16 @@ def measured(calibration: Calibration) -> ExpertOutputs:
     Raises:
         CalibrationError: the model has no experts, or an output is not finite.
     """
-    subject = calibration.subject
-    layers = moe_layers(subject.model)
+    model = calibration.model
+    layers = moe_layers(model.causal_lm)
     maxima = {
-        layer.layer: torch.zeros(layer.count, device=subject.device, dtype=torch.float32)
+        layer.layer: torch.zeros(layer.count, device=model.device, dtype=torch.float32)
         for layer in layers
     }
     served = {layer: torch.zeros_like(row, dtype=torch.long) for layer, row in maxima.items()}
     # Of each layer: largest element before it and after it, and whether one is massive.
-    stream = torch.zeros(subject.layers, 3, device=subject.device)
-    batches = list(subject.batches(calibration.samples))
+    stream = torch.zeros(model.layers, 3, device=model.device)
+    batches = list(model.batches(calibration.samples))
     tokens = 0
     with torch.no_grad():
         for _, batch in calibration.track(batches, "outputs of experts", len(batches)):
@@ -72,7 +72,7 @@ def measured(calibration: Calibration) -> ExpertOutputs:
                 stream[layer] = torch.maximum(stream[layer], found)
 
             with recorded(layers, record):
-                final_states(subject, batch, watch)
+                final_states(model, batch, watch)
     _check_finite(maxima)
     forming = (stream[:, 1] > stream[:, 0]) & stream[:, 2].bool()
     return ExpertOutputs(

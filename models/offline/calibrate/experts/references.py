@@ -15,7 +15,7 @@ from sluice.models.offline.calibrate.step import Calibration, Step, check_least,
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.hf_model.examples import CalibrationError, Example
 from sluice.models.offline.hf_model.hooks import final_states
-from sluice.models.offline.hf_model.model import Subject
+from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.offline.hf_model.moe import MoeLayer, Routed, moe_layers, recorded
 from sluice.models.offline.hf_model.samples import Sample, SampleBatch
 
@@ -56,7 +56,7 @@ class References(Step):
             CalibrationError: an option is out of range, or the model has no experts.
         """
         check_least(self, {"last_layers": 0, "most": 1})
-        layers = moe_layers(calibration.subject.model)
+        layers = moe_layers(calibration.model.causal_lm)
         if self.last_layers > len(layers):
             raise CalibrationError(
                 f"references: last_layers is {self.last_layers}, and {len(layers)} layers have "
@@ -81,7 +81,7 @@ class References(Step):
                 if (
                     len(chosen) < self.most
                     and sample not in chosen
-                    and _is_right(calibration.subject, example, sample)
+                    and _is_right(calibration.model, example, sample)
                 ):
                     chosen.append(sample)
         for name, chosen in sets.items():
@@ -90,12 +90,12 @@ class References(Step):
         return {name: chosen for name, chosen in sets.items() if chosen}
 
 
-def _is_right(subject: Subject, example: Example, sample: Sample) -> bool:
+def _is_right(model: HFModel, example: Example, sample: Sample) -> bool:
     assert example.answer is not None
     answer = list(sample.answer)
-    while answer and answer[-1] in subject.ends:
+    while answer and answer[-1] in model.ends:
         answer.pop()
-    return subject.decode(answer).strip() == example.answer.strip()
+    return model.decode(answer).strip() == example.answer.strip()
 
 
 @torch.no_grad()
@@ -103,12 +103,12 @@ def _recorded(
     calibration: Calibration, samples: Sequence[Sample], layers: Sequence[MoeLayer]
 ) -> tuple[Tensor, Tensor]:
     """Embeddings, (samples, hidden), and pathways, (samples, layers, experts), in fp16."""
-    subject = calibration.subject
+    model = calibration.model
     pathways = torch.empty(len(samples), len(layers), layers[0].count, dtype=torch.float16)
-    embeddings = torch.empty(len(samples), subject.hidden, dtype=torch.float16)
+    embeddings = torch.empty(len(samples), model.hidden, dtype=torch.float16)
     index = {layer.layer: place for place, layer in enumerate(layers)}
-    embed = subject.model.get_input_embeddings()
-    batches = list(subject.batches(samples))
+    embed = model.causal_lm.get_input_embeddings()
+    batches = list(model.batches(samples))
     for places, batch in calibration.track(batches, "reference pathways", len(batches)):
 
         def keep(
@@ -121,7 +121,7 @@ def _recorded(
             pathways[list(rows), index[layer.layer]] = found.cpu()
 
         with recorded(layers, keep):
-            final_states(subject, batch)
+            final_states(model, batch)
         for row, place in enumerate(places):
             prompt = prompt_embedding(embed(batch.ids[row, batch.prompts[row]]))
             embeddings[place] = prompt.half().cpu()

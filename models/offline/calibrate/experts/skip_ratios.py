@@ -43,13 +43,13 @@ class SkipRatios(Step):
             CalibrationError: the model has no experts, or runs one per token.
         """
         self.check(calibration)
-        subject = calibration.subject
-        layers = moe_layers(subject.model)
+        model = calibration.model
+        layers = moe_layers(model.causal_lm)
         counts = {
-            layer.layer: torch.zeros(BINS, dtype=torch.long, device=subject.device)
+            layer.layer: torch.zeros(BINS, dtype=torch.long, device=model.device)
             for layer in layers
         }
-        batches = list(subject.batches(calibration.samples))
+        batches = list(model.batches(calibration.samples))
         with torch.no_grad():
             for _, batch in calibration.track(batches, "scores of experts", len(batches)):
                 used = batch.used.flatten()
@@ -58,8 +58,8 @@ class SkipRatios(Step):
                     counts[layer.layer] += _histogram(layer, routed, used)
 
                 with recorded(layers, record):
-                    final_states(subject, batch)
-        ratios = [0.0] * subject.layers
+                    final_states(model, batch)
+        ratios = [0.0] * model.layers
         for layer, found in counts.items():
             ratios[layer] = _median(found)
         return Part({"skip_ratios": ratios})

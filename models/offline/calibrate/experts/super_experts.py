@@ -56,7 +56,7 @@ class SuperExperts(Step):
         """
         self._check()
         outputs = measured(calibration)
-        layers = calibration.subject.layers
+        layers = calibration.model.layers
         if self.criterion == PAPER:
             supers = self.chosen(outputs.maxima, outputs.forming, outputs.maxima)
         else:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sluice.models.offline.hf_model.hooks import final_states, left_out
-from sluice.models.offline.hf_model.model import Subject
+from sluice.models.offline.hf_model.hooks import ablated, final_states
+from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.offline.hf_model.samples import SampleBatch
 from sluice.models.policy.policy import SkipSet
 
@@ -53,19 +53,19 @@ class Forced:
     log_likelihood: float
 
 
-def teacher_forced(subject: Subject, batches: Sequence[SampleBatch], skip: SkipSet) -> Forced:
+def teacher_forced(model: HFModel, batches: Sequence[SampleBatch], skip: SkipSet) -> Forced:
     """Leave sub-layers out of generated tokens, and read full depth's answers.
 
     Args:
-        subject: the model.
+        model: the model.
         batches: prompts with full depth's answers; some answer has two tokens.
         skip: what is left out; its phase is not read.
     """
     shares: list[float] = []
     total, count = 0.0, 0
     for batch in batches:
-        with torch.inference_mode(), left_out(subject, skip, batch.generated):
-            states = final_states(subject, batch).flatten(0, 1)[batch.where]
+        with torch.inference_mode(), ablated(model, skip, batch.generated):
+            states = final_states(model, batch).flatten(0, 1)[batch.where]
             right: list[bool] = []
             for rows, targets, decoded in zip(
                 torch.split(states, _ROWS),
@@ -73,7 +73,7 @@ def teacher_forced(subject: Subject, batches: Sequence[SampleBatch], skip: SkipS
                 torch.split(batch.decoded, _ROWS),
                 strict=True,
             ):
-                logits = subject.logits(rows).float()
+                logits = model.logits(rows).float()
                 right += (logits.argmax(-1) == targets).tolist()
                 own = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
                 total += float(own[decoded].double().sum())

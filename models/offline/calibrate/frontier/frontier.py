@@ -11,15 +11,20 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from sluice.models.offline.calibrate.frontier.greedy_levels import (
+    GreedyLevel,
     LayerUnit,
-    Link,
-    chain,
     drawn,
+    greedy_levels,
     uniform,
     units,
     without,
 )
-from sluice.models.offline.calibrate.frontier.measure import AT_ONCE, Items, Measurements, Yardstick
+from sluice.models.offline.calibrate.frontier.measure import (
+    AT_ONCE,
+    Items,
+    Measurements,
+    SettingMeasure,
+)
 from sluice.models.offline.calibrate.frontier.pareto import ALLOWED_LOSS, choose, on_frontier
 from sluice.models.offline.calibrate.frontier.settings import (
     FULL_DEPTH,
@@ -33,7 +38,7 @@ from sluice.models.offline.calibrate.pipeline import engine_of, profile_parts
 from sluice.models.offline.calibrate.step import Calibration, Resolver, Step, check_least, option
 from sluice.models.offline.calibrate.workspace import Part, key_of
 from sluice.models.offline.engine import CalibrationEngine
-from sluice.models.offline.hf_model.examples import CalibrationError, evenly
+from sluice.models.offline.hf_model.examples import CalibrationError, spaced_indices
 from sluice.models.offline.intervals import LEAST_REPEATS, median_interval, share_interval
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.fields import (
@@ -50,17 +55,17 @@ _Chosen = Literal["chain", "uniform", "random"]
 
 @dataclass(frozen=True)
 class Frontier(Step):
-    """Measures what the other steps found, in one engine; see `Yardstick` for how.
+    """Measures what the other steps found, in one engine; see `SettingMeasure` for how.
 
-    Candidates are the levels of the chain
+    Candidates are the greedy levels
     (`sluice.models.offline.calibrate.frontier.greedy_levels`) and those of
     `sluice.models.offline.calibrate.frontier.settings`; then the best of depth with the best of
     experts. Settings that come to one policy are one point, under the first one's name. Intervals
     are at 95 %: Wilson's for quality, between order statistics for the median speed.
 
     A point has the speed that it was measured to have, full depth included, which was timed against
-    itself: its interval shows the noise. Presets are chosen as `pareto.choose` says. The levels of
-    the chain are those of `effort`, each at the share of full depth's compute on generated tokens
+    itself: its interval shows the noise. Presets are chosen as `pareto.choose` says. The greedy
+    levels are those of `effort`, each at the share of full depth's compute on generated tokens
     that its records count; they are nested by construction.
     """
 
@@ -97,26 +102,27 @@ class Frontier(Step):
                 has none of the tasks right, or there is nothing that makes policies of settings.
         """
         resolver = self._check(calibration)
-        every = units(calibration.subject.layers, sub_layers=self.sub_layers)
-        links = chain(
+        every = units(calibration.model.layers, sub_layers=self.sub_layers)
+        samples = calibration.samples
+        levels = greedy_levels(
             calibration,
-            [calibration.samples[i] for i in evenly(self.samples, len(calibration.samples))],
+            [samples[i] for i in spaced_indices(self.samples, len(samples))],
             int(self.deepest * len(every)),
             sub_layers=self.sub_layers,
         )
         items = Items.of(calibration, self.items)
         at_once = max(self.batch, min(AT_ONCE, len(items.prompts)))
         with engine_of(calibration, items.longest, at_once) as engine:
-            yardstick = Yardstick(calibration, engine, items, self.batch, self.timed)
+            measure = SettingMeasure(calibration, engine, items, self.batch, self.timed)
             device = _device(calibration)
             # Other settings of the same model are measured beside those that are there.
             same = replace(
                 self, sub_layers=False, levels=0, deepest=0.0, samples=0, draws=0, combined=0
             )
             key = key_of(calibration.key(same), device)
-            kept = Measurements(yardstick, calibration.workspace, key)
+            kept = Measurements(measure, calibration.workspace, key)
             resolve = resolver(engine.vllm_config, engine.profile, engine.expert_answer)
-            run = _Run(self, calibration, engine, kept, resolve, links, len(items.prompts))
+            run = _Run(self, calibration, engine, kept, resolve, levels, len(items.prompts))
             points = run.points()
             found = FrontierFields(
                 measure=items.measure,
@@ -158,13 +164,13 @@ class _Run:
     engine: CalibrationEngine
     kept: Measurements
     resolve: _Resolve
-    links: Sequence[Link]
+    levels: Sequence[GreedyLevel]
     items: int
 
     def points(self) -> tuple[FrontierPoint, ...]:
         """All points, full depth first."""
         parts = profile_parts(self.calibration)
-        fields, layers = parts["fields"], self.calibration.subject.layers
+        fields, layers = parts["fields"], self.calibration.model.layers
         levels = [skip_setting(f"level {n}", without(self._left(n))) for n in self._counts()]
         depth = [*levels, *depth_settings(fields, parts["heads"].keys(), layers)]
         shape = self.engine.expert_answer["shape"]
@@ -222,11 +228,11 @@ class _Run:
         return [setting for _, setting in ordered[: self.step.combined]]
 
     def effort(self) -> tuple[EffortLevel, ...]:
-        """The levels of the chain."""
+        """The greedy levels, of which `step.levels` are spread evenly."""
         levels = []
         for count in self._counts():
             skip = without(self._left(count))
-            quality, fraction = self._left_out(skip_setting(f"level {count}", skip))
+            quality, fraction = self._ablation_quality(skip_setting(f"level {count}", skip))
             levels.append(
                 EffortLevel(
                     effort=fraction, attention=skip.attention, mlp=skip.mlp, quality=quality
@@ -242,7 +248,7 @@ class _Run:
         return tuple(self._compared(*choice) for choice in tracked)
 
     def _choices(self) -> Iterator[tuple[_Chosen, int | None, Sequence[LayerUnit]]]:
-        every = units(self.calibration.subject.layers, sub_layers=self.step.sub_layers)
+        every = units(self.calibration.model.layers, sub_layers=self.step.sub_layers)
         for count in self._counts():
             yield "chain", None, self._left(count)
             yield "uniform", None, uniform(every, count)
@@ -253,7 +259,7 @@ class _Run:
     def _compared(
         self, chosen: _Chosen, seed: int | None, left: Sequence[LayerUnit]
     ) -> EqualCompute:
-        quality, fraction = self._left_out(skip_setting(chosen, without(left)))
+        quality, fraction = self._ablation_quality(skip_setting(chosen, without(left)))
         return EqualCompute(
             chosen=chosen,
             seed=seed,
@@ -262,23 +268,23 @@ class _Run:
             quality=quality,
         )
 
-    def _left_out(self, setting: Setting) -> tuple[Interval, float]:
+    def _ablation_quality(self, setting: Setting) -> tuple[Interval, float]:
         """Quality, and compute on generated tokens."""
         found = self.kept.quality(self._policy(setting))
         return share_interval(found.value, self.items), found.work.generated_fraction
 
     def _counts(self) -> list[int]:
         """Units that the levels leave out."""
-        return [place + 1 for place in evenly(self.step.levels, len(self.links))]
+        return [place + 1 for place in spaced_indices(self.step.levels, len(self.levels))]
 
     def _left(self, count: int) -> list[LayerUnit]:
-        return [link.unit for link in self.links[:count]]
+        return [level.unit for level in self.levels[:count]]
 
     def _tracked(self, things: Sequence[Any], what: str) -> Iterable[Any]:
         return self.calibration.track(things, what, len(things))
 
 
 def _device(calibration: Calibration) -> str:
-    if calibration.subject.device.type == "cuda":
+    if calibration.model.device.type == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"

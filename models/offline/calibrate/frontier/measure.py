@@ -22,7 +22,7 @@ from sluice.models.offline.calibrate.frontier.agreement import agreement
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.calibrate.workspace import Workspace
 from sluice.models.offline.engine import CalibrationEngine, Outcome, Work
-from sluice.models.offline.hf_model.examples import CalibrationError, evenly
+from sluice.models.offline.hf_model.examples import CalibrationError, spaced_indices
 from sluice.models.policy.policy import RoutingPolicy
 
 AT_ONCE = 64
@@ -55,14 +55,14 @@ class Items:
             CalibrationError: a prompt leaves no room for an answer.
         """
         examples = calibration.tasks or calibration.prompts
-        chosen = [examples[place] for place in evenly(most, len(examples))]
+        chosen = [examples[place] for place in spaced_indices(most, len(examples))]
         answers = None
         if calibration.tasks:
             answers = tuple(example.answer or "" for example in chosen)
         return cls(
             tuple(calibration.encoded(chosen)),
             answers,
-            calibration.subject.ends,
+            calibration.model.ends,
             calibration.new_tokens,
         )
 
@@ -90,7 +90,7 @@ class Quality:
     work: Work
 
 
-class Yardstick:
+class SettingMeasure:
     """Full depth's answers, and every setting held against them, in one engine."""
 
     def __init__(
@@ -104,7 +104,7 @@ class Yardstick:
         """Ask at full depth.
 
         Args:
-            calibration: its subject reads tokens as text, its seed draws what is timed.
+            calibration: its model reads tokens as text, its seed draws what is timed.
             engine: with room for `items.longest` tokens and `AT_ONCE` requests.
             items: what is asked.
             batch: requests at a time while pace is measured.
@@ -114,7 +114,7 @@ class Yardstick:
             CalibrationError: full depth has no answer right, or no answer has a second token, so
                 that there is nothing to time.
         """
-        self._decode = calibration.subject.decode
+        self._decode = calibration.model.decode
         self._engine = engine
         self._items = items
         self._batch = batch
@@ -181,24 +181,24 @@ _RATIOS = "frontier-ratios"
 
 
 class Measurements:
-    """Quality and pace by policy, as `Yardstick` finds them."""
+    """Quality and pace by policy, as `SettingMeasure` finds them."""
 
-    def __init__(self, yardstick: Yardstick, workspace: Workspace, key: str) -> None:
+    def __init__(self, measure: SettingMeasure, workspace: Workspace, key: str) -> None:
         """Take up what was measured before.
 
         Args:
-            yardstick: finds what is missing.
+            measure: finds what is missing.
             workspace: where it is kept.
             key: of all that a measurement depends on, but for the policy.
         """
-        self._yardstick, self._workspace, self._key = yardstick, workspace, key
+        self._measure, self._workspace, self._key = measure, workspace, key
         self._qualities: dict[str, Any] = workspace.value(_QUALITY, key) or {}
         self._ratios: dict[str, Any] = workspace.value(_RATIOS, key) or {}
 
     def quality(self, policy: RoutingPolicy) -> Quality:
         """Quality of a policy, and its work."""
         if policy.digest not in self._qualities:
-            found = self._yardstick.quality(policy)
+            found = self._measure.quality(policy)
             work = found.work
             fractions = [work.compute_fraction, work.generated_fraction]
             self._qualities[policy.digest] = [
@@ -214,7 +214,7 @@ class Measurements:
     def ratios(self, policy: RoutingPolicy, repeats: int) -> list[float]:
         """Full depth's time over the policy's, pair by pair."""
         if policy.digest not in self._ratios:
-            self._ratios[policy.digest] = self._yardstick.ratios(policy, repeats)
+            self._ratios[policy.digest] = self._measure.ratios(policy, repeats)
             self._workspace.keep(_RATIOS, self._key, self._ratios)
         found: list[float] = self._ratios[policy.digest]
         return found

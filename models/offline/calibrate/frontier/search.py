@@ -3,7 +3,7 @@
 One choice a sub-layer, two objectives: quality, and measured time over full depth's. It is the
 search of Draft & Verify (arXiv 2309.08168) over attention and MLP apart, with quality as a second
 objective where self-speculation has one, since a draft is verified and an answer is not. Optuna's
-tree-structured Parzen estimator proposes; the levels of the chain
+tree-structured Parzen estimator proposes; the greedy levels
 (`sluice.models.offline.calibrate.frontier.greedy_levels`) and what LLM-Drop's orders leave out
 (arXiv 2406.15786) are tried first.
 """
@@ -18,13 +18,13 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sluice.models.depth.skip_order import Importance, Unit, drop_order, skip_first
-from sluice.models.offline.calibrate.frontier.greedy_levels import LayerUnit, chain
-from sluice.models.offline.calibrate.frontier.measure import AT_ONCE, Items, Yardstick
+from sluice.models.offline.calibrate.frontier.greedy_levels import LayerUnit, greedy_levels
+from sluice.models.offline.calibrate.frontier.measure import AT_ONCE, Items, SettingMeasure
 from sluice.models.offline.calibrate.frontier.pareto import on_frontier
 from sluice.models.offline.calibrate.pipeline import engine_of
 from sluice.models.offline.calibrate.step import Calibration, Step, check_least, option
 from sluice.models.offline.calibrate.workspace import Part, key_of
-from sluice.models.offline.hf_model.examples import evenly
+from sluice.models.offline.hf_model.examples import spaced_indices
 from sluice.models.policy.policy import Phase, RoutingPolicy, SkipSet
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _KEPT = "search-trials"
 _SEED_SHARES = (0.125, 0.25, 0.375, 0.5)
-"""Of the units of each order and of the chain, what the first trials leave out."""
+"""Of the units of each order and of the greedy levels, what the first trials leave out."""
 _CHOICES = (False, True)
 
 
@@ -66,7 +66,7 @@ class Search(Step):
     batch: int = option(8, "requests at a time while time is measured")
     timed: int = option(16, "answers that time is measured on")
     repeats: int = option(3, "times that a skip set and full depth are timed in turn")
-    samples: int = option(64, "prompts that the chain's levels are chosen by, at most")
+    samples: int = option(64, "prompts that the greedy levels are chosen by, at most")
     floor: float = option(0.5, "share of full depth's quality under which a set is not kept")
 
     def run(self, calibration: Calibration) -> Part:
@@ -80,54 +80,54 @@ class Search(Step):
         check_least(self, dict.fromkeys(positive, 1))
         # More trials go on from those that are there.
         asked = calibration.key(replace(self, trials=0, timeout=0.0))
-        kept = _Kept(calibration, key_of(asked, str(calibration.subject.device)))
+        kept = _Kept(calibration, key_of(asked, str(calibration.model.device)))
         first = seeds(
-            calibration.subject.layers, _importance(calibration), self._chain(calibration)
+            calibration.model.layers, _importance(calibration), self._greedy_blocks(calibration)
         )
         items = Items.of(calibration, self.items)
         at_once = max(self.batch, min(AT_ONCE, len(items.prompts)))
         with engine_of(calibration, items.longest, at_once) as engine, _quiet():
-            yardstick = Yardstick(calibration, engine, items, self.batch, self.timed)
+            measure = SettingMeasure(calibration, engine, items, self.batch, self.timed)
             study = _study(calibration, kept.trials, first)
             until = time.monotonic() + self.timeout
             left = range(len(kept.trials), self.trials)
             for _ in calibration.track(left, "skip sets", len(left)):
                 if time.monotonic() > until:
                     break
-                self._try(study, yardstick, kept, calibration)
-        least = self.floor * yardstick.full.value
+                self._try(study, measure, kept, calibration)
+        least = self.floor * measure.full.value
         found = [trial for trial in kept.trials if trial.quality >= least]
         return Part({"skip_sets": dict(_named(found))})
 
-    def _chain(self, calibration: Calibration) -> Sequence[LayerUnit]:
-        """Blocks in the order in which the chain leaves them out."""
+    def _greedy_blocks(self, calibration: Calibration) -> Sequence[LayerUnit]:
+        """Blocks in the order in which the greedy levels leave them out."""
         samples = calibration.samples
-        read = [samples[i] for i in evenly(self.samples, len(samples))]
-        length = round(_SEED_SHARES[-1] * calibration.subject.layers)
-        links = chain(calibration, read, length, sub_layers=False)
-        return [link.unit for link in links]
+        read = [samples[i] for i in spaced_indices(self.samples, len(samples))]
+        length = round(_SEED_SHARES[-1] * calibration.model.layers)
+        levels = greedy_levels(calibration, read, length, sub_layers=False)
+        return [level.unit for level in levels]
 
     def _try(
-        self, study: Study, yardstick: Yardstick, kept: _Kept, calibration: Calibration
+        self, study: Study, measure: SettingMeasure, kept: _Kept, calibration: Calibration
     ) -> None:
         """One trial; what was tried before is not measured again."""
-        layers = calibration.subject.layers
+        layers = calibration.model.layers
         # A sampler of its own for each trial: a search that was stopped proposes the same sets.
         study.sampler = _sampler(calibration.seed, len(kept.trials))
         trial = study.ask(_choices(layers))
         skip = _skip_of(trial.params, layers)
         known = next((each for each in kept.trials if each.skip == skip), None)
         if known is None:
-            known = self._measured(skip, yardstick, layers)
+            known = self._measured(skip, measure, layers)
         study.tell(trial, [known.quality, known.seconds])
         kept.add(known)
 
-    def _measured(self, skip: SkipSet, yardstick: Yardstick, layers: int) -> Trial:
+    def _measured(self, skip: SkipSet, measure: SettingMeasure, layers: int) -> Trial:
         if len(skip.attention) == len(skip.mlp) == layers:
             return Trial(skip, 0.0, 1.0)  # No engine runs it: as bad as can be, at no gain.
         policy = RoutingPolicy(skip)
-        quality = yardstick.quality(policy).value
-        return Trial(skip, quality, 1 / median(yardstick.ratios(policy, self.repeats)))
+        quality = measure.quality(policy).value
+        return Trial(skip, quality, 1 / median(measure.ratios(policy, self.repeats)))
 
 
 class _Kept:
@@ -153,7 +153,7 @@ def seeds(layers: int, importance: Importance | None, nested: Sequence[LayerUnit
     Args:
         layers: of the model.
         importance: that LLM-Drop orders units by.
-        nested: blocks in the order of the chain.
+        nested: blocks in the order of the greedy levels.
     """
     orders: list[Sequence[LayerUnit]] = [nested]
     orders += [drop_order(unit, layers, importance) for unit in Unit]
@@ -171,7 +171,7 @@ def _study(calibration: Calibration, done: list[Trial], first: Sequence[SkipSet]
     """A study that knows the trials so far, and what to try first."""
     import optuna
 
-    layers = calibration.subject.layers
+    layers = calibration.model.layers
     study = optuna.create_study(directions=["maximize", "minimize"])
     distributions = _choices(layers)
     for trial in done:

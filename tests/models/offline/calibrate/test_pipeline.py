@@ -31,7 +31,7 @@ class Saturation(Step):
 
     def run(self, calibration: Calibration) -> Part:
         RAN.append(self.name)
-        return Part({"saturation": [self.value] * calibration.subject.layers})
+        return Part({"saturation": [self.value] * calibration.model.layers})
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Doubled(Step):
         if self.fails:
             raise KeyboardInterrupt
         held = calibration.parts["first"].fields["saturation"]
-        width = calibration.subject.hidden
+        width = calibration.model.hidden
         heads = {"classifier.weight": torch.ones(width), "classifier.bias": torch.zeros(())}
         return Part({"skip_ratios": [2 * value for value in held]}, heads)
 
@@ -87,7 +87,7 @@ def test_a_profile_of_all_parts(llama: Path, tmp_path: Path) -> None:
     assert profile.methods == {"classifier"}
     assert profile.fields.calibration["first"].settings == {"value": 0.5}
     assert profile.fields.calibration["second"].examples == 2
-    profile.check_model(LAYERS, 64, calibration.subject.fingerprint)
+    profile.check_model(LAYERS, 64, calibration.model.fingerprint)
     assert lines == ["first: a number a layer", "second: twice that, and a head"]
 
 

@@ -16,7 +16,7 @@ from sluice.models.offline.calibrate.workspace import Workspace
 from sluice.models.offline.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
 from sluice.models.offline.demo.calibration import ANSWERED, REFUSED, draw
 from sluice.models.offline.hf_model.examples import Example
-from sluice.models.offline.hf_model.model import Subject
+from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.profile.fingerprint import fingerprint
 from sluice.models.profile.profile import Profile
 
@@ -89,7 +89,7 @@ def test_its_importance_is_measured_again(shipped: Profile, tmp_path: Path) -> N
     """On other prompts."""
     items, _ = draw(77, 8, 1)
     calibration = Calibration(
-        subject=Subject.of(str(DEMO_MODEL_DIR), dtype=torch.float32),
+        model=HFModel.of(str(DEMO_MODEL_DIR), dtype=torch.float32),
         prompts=tuple(Example(prompt=item.prompt) for item in items),
         tasks=(),
         new_tokens=48,

@@ -26,7 +26,7 @@ from sluice.models.offline.calibrate.depth.layer_saturation import (
     saturation_thresholds,
 )
 from sluice.models.offline.calibrate.depth.risk_bound import RiskBound, hoeffding_bentkus
-from sluice.models.offline.calibrate.depth.training_data import Halves, TokenStates
+from sluice.models.offline.calibrate.depth.training_data import TokenStates, TrainSplit
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.hf_model.examples import CalibrationError
@@ -46,7 +46,7 @@ def calibration(folder: Path, family: str = "llama", prompts: int = 12) -> Calib
     of = calibration_of(
         folder / "model", drawn_prompts(prompts), folder / "work", new_tokens=NEW_TOKENS
     )
-    reference = Reference(of.subject.folder)
+    reference = Reference(of.model.folder)
     states = reference.states(of.samples[0].prompt + of.samples[0].answer)
     of.parts["heads"] = Part(heads=random_heads(states))
     return of
@@ -66,7 +66,7 @@ def tensors_of(of: Calibration, method: str) -> dict[str, Tensor]:
 def test_a_pass_leaves_where_decoding_does(tmp_path: Path, family: str) -> None:
     """Each answer is that of decoding with exits, so both see the same tokens and K/V."""
     of = calibration(tmp_path, family, prompts=3)
-    reference, heads = Reference(of.subject.folder), dict(of.parts["heads"].heads)
+    reference, heads = Reference(of.model.folder), dict(of.parts["heads"].heads)
     for method in METHODS:
         prompts = [sample.prompt for sample in of.samples]
         scores = [
@@ -84,7 +84,7 @@ def test_a_pass_leaves_where_decoding_does(tmp_path: Path, family: str) -> None:
             Sample(prompt, tuple(run.tokens)) for prompt, run in zip(prompts, runs, strict=True)
         ]
         setting = ExitSetting(EXIT_METHODS[method], tensors_of(of, method), threshold, EXITS)
-        found = left(of.subject, SampleBatch.of(samples), setting)
+        found = left(of.model, SampleBatch.of(samples), setting)
         assert found.tokens.tolist() == [token for run in runs for token in run.tokens[1:]]
         layers = [LAYERS if at is None else at + 1 for run in runs for at in run.left]
         assert found.layers.tolist() == layers
@@ -97,10 +97,10 @@ def test_a_large_vocabulary_is_read_in_parts(
     batch = SampleBatch.of(llama.samples)
     for method, threshold in (("q_exit", 0.5), ("confidence", 0.01)):
         setting = ExitSetting(EXIT_METHODS[method], tensors_of(llama, method), threshold, EXITS)
-        whole = left(llama.subject, batch, setting)
+        whole = left(llama.model, batch, setting)
         with monkeypatch.context() as patched:
             patched.setattr(head_rows, "LOGITS_AT_ONCE", 7 * 256)
-            parts = left(llama.subject, batch, setting)
+            parts = left(llama.model, batch, setting)
         assert torch.equal(parts.tokens, whole.tokens)
         assert torch.equal(parts.layers, whole.layers)
         assert len(whole.layers.unique()) > 2
@@ -110,9 +110,9 @@ def test_a_large_vocabulary_is_read_in_parts(
 def test_turning_points_are_what_methods_look_at(llama: Calibration, method: str) -> None:
     states = TokenStates.of(llama, llama.samples[:3], 1000, 0)
     found = turning_points(
-        llama.subject, EXIT_METHODS[method], tensors_of(llama, method), EXITS, states.states
+        llama.model, EXIT_METHODS[method], tensors_of(llama, method), EXITS, states.states
     )
-    reference = Reference(llama.subject.folder)
+    reference = Reference(llama.model.folder)
     for place in range(3):
         sample = llama.samples[place]
         heads = dict(llama.parts["heads"].heads)
@@ -154,9 +154,9 @@ def brute(of: Calibration, method: str, threshold: float, layers: tuple[int, ...
     """Share of each held prompt's tokens that differ, and mean depth, one prompt at a time."""
     setting = ExitSetting(EXIT_METHODS[method], tensors_of(of, method), threshold, layers)
     losses, depths = [], []
-    for sample in Halves.of(of).held:
+    for sample in TrainSplit.of(of).test:
         batch = SampleBatch.of([sample])
-        found, full = left(of.subject, batch, setting), full_tokens(of.subject, batch)
+        found, full = left(of.model, batch, setting), full_tokens(of.model, batch)
         wrong = [a != b for a, b in zip(found.tokens.tolist(), full.tolist(), strict=True)]
         losses.append(sum(wrong) / len(wrong))
         depths += found.layers.tolist()
@@ -168,10 +168,10 @@ def test_the_loosest_threshold_that_passes_in_order_is_chosen(llama: Calibration
     entries = {entry["method"]: ExitThreshold.model_validate(entry) for entry in fields["exits"]}
     assert set(entries) == set(METHODS)
     layers, stopped = (1, 3), 0
-    grid = TokenStates.of(llama, Halves.of(llama).train, LOOSE.tokens, llama.seed)
+    grid = TokenStates.of(llama, TrainSplit.of(llama).train, LOOSE.tokens, llama.seed)
     for method, entry in entries.items():
         rule = EXIT_METHODS[method]
-        points = turning_points(llama.subject, rule, tensors_of(llama, method), layers, grid.states)
+        points = turning_points(llama.model, rule, tensors_of(llama, method), layers, grid.states)
         chosen = None
         for threshold in threshold_grid(points, layers, LAYERS, 6, rule.leaves_below):
             losses, depth = brute(llama, method, threshold, layers)
@@ -187,7 +187,7 @@ def test_the_loosest_threshold_that_passes_in_order_is_chosen(llama: Calibration
 
 
 def test_full_depth_is_the_models_own_answer(llama: Calibration) -> None:
-    found = full_tokens(llama.subject, SampleBatch.of(llama.samples))
+    found = full_tokens(llama.model, SampleBatch.of(llama.samples))
     assert found.tolist() == [token for sample in llama.samples for token in sample.answer[1:]]
 
 
@@ -207,7 +207,7 @@ def test_what_does_not_pass_has_no_entry(
 def test_without_heads_two_methods_have_none(
     llama: Calibration, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bare = calibration_of(llama.subject.folder, drawn_prompts(24), llama.workspace.folder)
+    bare = calibration_of(llama.model.folder, drawn_prompts(24), llama.workspace.folder)
     with caplog.at_level(logging.WARNING):
         entries = LOOSE.run(bare).fields["exits"]
     assert [entry["method"] for entry in entries] == ["confidence", "entropy", "saturation"]
@@ -230,11 +230,11 @@ def test_one_seed_gives_one_result(llama: Calibration) -> None:
 def similar(of: Calibration) -> SimilarTokens:
     batch = SampleBatch.of(of.samples)
     places = list(range(100, 100 + len(of.samples)))
-    return SimilarTokens.of(of.subject, batch, full_tokens(of.subject, batch), places)
+    return SimilarTokens.of(of.model, batch, full_tokens(of.model, batch), places)
 
 
 def test_cosines_and_agreement_of_layers(llama: Calibration) -> None:
-    found, reference = similar(llama), Reference(llama.subject.folder)
+    found, reference = similar(llama), Reference(llama.model.folder)
     for place, sample in enumerate(llama.samples[:4]):
         start, mine = len(sample.prompt), found.owner == 100 + place
         states = reference.states([*sample.prompt, *sample.answer[:-1]]).double()

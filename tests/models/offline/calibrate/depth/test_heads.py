@@ -23,7 +23,11 @@ from sluice.models.offline.calibrate.depth.heads import (
     train_classifier,
     train_q_exit,
 )
-from sluice.models.offline.calibrate.depth.training_data import Halves, TokenStates, decode_steps
+from sluice.models.offline.calibrate.depth.training_data import (
+    TokenStates,
+    TrainSplit,
+    decode_steps,
+)
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.offline.hf_model.samples import Sample
@@ -44,8 +48,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
 
 @pytest.fixture(scope="module")
 def data(llama: Calibration) -> ExitData:
-    tokens = TokenStates.of(llama, Halves.of(llama).train, 1000, 0)
-    return ExitData.of(llama.subject, tokens)
+    tokens = TokenStates.of(llama, TrainSplit.of(llama).train, 1000, 0)
+    return ExitData.of(llama.model, tokens)
 
 
 def plainly(model: Any, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,11 +71,11 @@ def plainly(model: Any, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_heads_learn_from_is_that_of_transformers(tmp_path: Path, family: str) -> None:
     of = calibration(tmp_path, family)
-    train = Halves.of(of).train
+    train = TrainSplit.of(of).train
     tokens = TokenStates.of(of, train, 1000, 0)
-    found = ExitData.of(of.subject, tokens)
+    found = ExitData.of(of.model, tokens)
     assert tokens.states.shape == (LAYERS + 1, sum(map(decode_steps, train)), 64)
-    model = plain_model(of.subject.folder)
+    model = plain_model(of.model.folder)
     for place, sample in enumerate(train):
         mine = tokens.owner == place
         states, losses, agrees = plainly(model, sample)
@@ -87,7 +91,7 @@ def test_a_bounded_sample_of_tokens(llama: Calibration) -> None:
     # Answers of unlike lengths.
     train = tuple(
         Sample(sample.prompt, sample.answer[: 2 + place % 4])
-        for place, sample in enumerate(Halves.of(llama).train)
+        for place, sample in enumerate(TrainSplit.of(llama).train)
     )
     whole = TokenStates.of(llama, train, 1000, 0)
     some = TokenStates.of(llama, train, 10, 0)
@@ -108,17 +112,17 @@ def test_a_large_vocabulary_is_read_in_parts(
     llama: Calibration, data: ExitData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head_rows, "LOGITS_AT_ONCE", 3 * 256 + 1)
-    tokens = TokenStates.of(llama, Halves.of(llama).train, 1000, 0)
+    tokens = TokenStates.of(llama, TrainSplit.of(llama).train, 1000, 0)
     widest = 0
-    logits = type(llama.subject).logits
+    logits = type(llama.model).logits
 
     def watched(self: Any, states: Tensor) -> Tensor:
         nonlocal widest
         widest = max(widest, len(states))
         return logits(self, states)
 
-    monkeypatch.setattr(type(llama.subject), "logits", watched)
-    parts = ExitData.of(llama.subject, tokens)
+    monkeypatch.setattr(type(llama.model), "logits", watched)
+    parts = ExitData.of(llama.model, tokens)
     assert widest == 3
     torch.testing.assert_close(parts.losses, data.losses)
     assert torch.equal(parts.agrees, data.agrees)
@@ -244,16 +248,16 @@ def test_training_leaves_the_global_generator_alone(llama: Calibration) -> None:
 
 def test_held_prompts_are_not_read(llama: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[tuple[int, ...]] = set()
-    batches = type(llama.subject).batches
+    batches = type(llama.model).batches
 
     def watched(self: Any, samples: Any, **more: Any) -> Any:
         seen.update(sample.prompt for sample in samples)
         return batches(self, samples, **more)
 
-    monkeypatch.setattr(type(llama.subject), "batches", watched)
+    monkeypatch.setattr(type(llama.model), "batches", watched)
     QUICK.run(llama)
-    halves = Halves.of(llama)
-    assert seen == {sample.prompt for sample in halves.train}
+    split = TrainSplit.of(llama)
+    assert seen == {sample.prompt for sample in split.train}
 
 
 @pytest.mark.parametrize(

@@ -214,10 +214,10 @@ def test_layers_that_do_not_fit_a_pass_together_give_the_same(
     calibration = calibration_of(folder, drawn_prompts(1), tmp_path)
     sample = calibration.samples[0]
     last = len(sample.prompt) - 1
-    want = effects.future_effect(calibration.subject, sample, last)
+    want = effects.future_effect(calibration.model, sample, last)
     for rows in (1, 2, 3, 5):
         monkeypatch.setattr(effects, "BATCH_TOKENS", rows * len(whole(sample)))
-        got = effects.future_effect(calibration.subject, sample, last)
+        got = effects.future_effect(calibration.model, sample, last)
         assert got.tolist() == pytest.approx(want.tolist(), rel=1e-5), rows
 
 
@@ -252,6 +252,6 @@ def test_a_stream_that_is_not_finite_is_refused(models_folder: Path, tmp_path: P
     folder = make_model("llama", models_folder / "importance-broken")
     calibration = calibration_of(folder, [[1, 2, 3]], tmp_path)
     assert calibration.samples
-    calibration.subject.blocks[2].get_submodule("mlp.down_proj").weight.fill_(float("inf"))
+    calibration.model.blocks[2].get_submodule("mlp.down_proj").weight.fill_(float("inf"))
     with pytest.raises(CalibrationError, match="layer 2: the residual stream is not finite"):
         STEP.run(calibration)

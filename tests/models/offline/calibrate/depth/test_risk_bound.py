@@ -13,7 +13,7 @@ from support.tiny import make_model
 from torch import Tensor
 
 from sluice.models.offline.calibrate.depth.risk_bound import RiskBound, hoeffding_bentkus
-from sluice.models.offline.calibrate.depth.training_data import Halves
+from sluice.models.offline.calibrate.depth.training_data import TrainSplit
 from sluice.models.offline.hf_model.samples import Sample
 
 
@@ -118,7 +118,7 @@ def test_a_bound_that_does_not_hold_would_be_seen(monkeypatch: pytest.MonkeyPatc
 
 
 def test_halves_share_no_prompt(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("halves")
+    folder = tmp_path_factory.mktemp("split")
     make_model("llama", folder / "model")
     prompts = drawn_prompts(9, seed=4)
     calibration = calibration_of(folder / "model", [*prompts, *prompts[:4]], folder / "work")
@@ -126,19 +126,19 @@ def test_halves_share_no_prompt(tmp_path_factory: pytest.TempPathFactory) -> Non
     samples[8] = Sample(samples[8].prompt, (1,))
     vars(calibration)["samples"] = tuple(samples)
 
-    halves = Halves.of(calibration)
-    train, held = ({sample.prompt for sample in half} for half in (halves.train, halves.held))
+    split = TrainSplit.of(calibration)
+    train, held = ({sample.prompt for sample in half} for half in (split.train, split.test))
     assert not train & held
     # All but the one without a decode step, each once.
     assert train | held == {sample.prompt for sample in samples[:8]}
-    assert (len(halves.train), len(halves.held)) == (4, 4)
-    assert Halves.of(calibration) == halves
+    assert (len(split.train), len(split.test)) == (4, 4)
+    assert TrainSplit.of(calibration) == split
 
     others = []
     for seed in range(1, 6):
         calibration.seed = seed
-        others.append({sample.prompt for sample in Halves.of(calibration).train})
+        others.append({sample.prompt for sample in TrainSplit.of(calibration).train})
     assert any(other != train for other in others)
     random_state = random.getstate()
-    Halves.of(calibration)
+    TrainSplit.of(calibration)
     assert random.getstate() == random_state

@@ -23,7 +23,7 @@ from sluice.models.offline.calibrate.depth.routers import (
     prompt_means,
     router_loss,
 )
-from sluice.models.offline.calibrate.depth.training_data import Halves
+from sluice.models.offline.calibrate.depth.training_data import TrainSplit
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.offline.hf_model.hooks import final_states
@@ -114,25 +114,25 @@ def plain_loss(
 def test_the_loss_is_that_of_transformers(tmp_path: Path, family: str) -> None:
     of = calibration(tmp_path, family)
     samples, routers = some_samples(of), drawn_routers(of)
-    batch = SampleBatch.of(samples, of.subject.device)
-    found = router_loss(of.subject, routers, batch, 2.0, 0.3)
-    expected = plain_loss(plain_model(of.subject.folder), routers, samples, 2.0, 0.3)
+    batch = SampleBatch.of(samples, of.model.device)
+    found = router_loss(of.model, routers, batch, 2.0, 0.3)
+    expected = plain_loss(plain_model(of.model.folder), routers, samples, 2.0, 0.3)
     assert float(found.detach()) == pytest.approx(expected, rel=1e-4)
     found.backward()
     assert float(routers.bias.grad.abs().min()) > 0
-    assert all(parameter.grad is None for parameter in of.subject.model.parameters())
+    assert all(parameter.grad is None for parameter in of.model.causal_lm.parameters())
 
 
 def test_the_gradient_is_that_of_small_steps(llama: Calibration) -> None:
-    batch = SampleBatch.of(some_samples(llama), llama.subject.device)
+    batch = SampleBatch.of(some_samples(llama), llama.model.device)
     routers = drawn_routers(llama)
-    router_loss(llama.subject, routers, batch, 2.0, 0.3).backward()
+    router_loss(llama.model, routers, batch, 2.0, 0.3).backward()
     for layer in range(LAYERS):
         losses = []
         for step in (1e-2, -1e-2):
             with torch.no_grad():
                 routers.bias[layer] += step
-                losses.append(float(router_loss(llama.subject, routers, batch, 2.0, 0.3)))
+                losses.append(float(router_loss(llama.model, routers, batch, 2.0, 0.3)))
                 routers.bias[layer] -= step
         slope = (losses[0] - losses[1]) / 2e-2
         assert float(routers.bias.grad[layer]) == pytest.approx(slope, rel=0.05, abs=2e-3), layer
@@ -141,11 +141,11 @@ def test_the_gradient_is_that_of_small_steps(llama: Calibration) -> None:
 def test_a_large_vocabulary_is_read_in_parts(
     llama: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch, found = SampleBatch.of(some_samples(llama), llama.subject.device), []
+    batch, found = SampleBatch.of(some_samples(llama), llama.model.device), []
     for size in (1 << 24, 3 * 256):
         monkeypatch.setattr(head_rows, "LOGITS_AT_ONCE", size)
         routers = drawn_routers(llama)
-        loss = router_loss(llama.subject, routers, batch, 2.0, 0.3)
+        loss = router_loss(llama.model, routers, batch, 2.0, 0.3)
         loss.backward()
         found.append(torch.cat([loss.detach()[None], routers.bias.grad]))
     torch.testing.assert_close(found[0], found[1])
@@ -153,7 +153,7 @@ def test_a_large_vocabulary_is_read_in_parts(
 
 def test_what_routers_read_is_standardised(llama: Calibration) -> None:
     mean, spread = pooled_inputs(llama, llama.samples)
-    model, pooled = plain_model(llama.subject.folder), []
+    model, pooled = plain_model(llama.model.folder), []
     for sample in llama.samples:
         with torch.no_grad():
             out = model(torch.tensor([sample.prompt]), output_hidden_states=True)
@@ -178,7 +178,7 @@ def test_the_method_decides_as_the_routers_do(llama: Calibration) -> None:
         "weight": (LAYERS, HIDDEN),
         "bias": (LAYERS,),
     }
-    batch = SampleBatch.of(some_samples(llama), llama.subject.device)
+    batch = SampleBatch.of(some_samples(llama), llama.model.device)
     logits, pooled = [], []
 
     def look(layer: int, before: Tensor, _middle: Tensor, after: Tensor) -> None:
@@ -187,7 +187,7 @@ def test_the_method_decides_as_the_routers_do(llama: Calibration) -> None:
         pooled.append(float(first.statistic(layer, rows, rows, tensors).mean()))
 
     with torch.no_grad():
-        final_states(llama.subject, batch, look)
+        final_states(llama.model, batch, look)
     rule = AdaptiveRule("first", threshold=0.5)
     skipped = first.skipped_blocks(np.array(pooled), rule)
     assert skipped.tolist() == [float(each[0]) < 0 for each in logits]
@@ -196,15 +196,15 @@ def test_the_method_decides_as_the_routers_do(llama: Calibration) -> None:
 
 def kept(of: Calibration, heads: Any) -> float:
     """Share of blocks that the prompts of the first half keep."""
-    train = Halves.of(of).train
-    batch, found = SampleBatch.of(train, of.subject.device), []
+    train = TrainSplit.of(of).train
+    batch, found = SampleBatch.of(train, of.model.device), []
 
     def look(layer: int, before: Tensor, _middle: Tensor, _after: Tensor) -> None:
         logits = prompt_means(before, batch) @ heads["first.weight"][layer]
         found.append(logits + heads["first.bias"][layer] >= 0)
 
     with torch.no_grad():
-        final_states(of.subject, batch, look)
+        final_states(of.model, batch, look)
     return float(torch.stack(found).float().mean())
 
 
@@ -218,16 +218,16 @@ def test_dear_blocks_are_left_out_and_free_ones_kept(llama: Calibration) -> None
 
 
 def test_training_lowers_the_loss(llama: Calibration) -> None:
-    batch = SampleBatch.of(Halves.of(llama).train, llama.subject.device)
+    batch = SampleBatch.of(TrainSplit.of(llama).train, llama.model.device)
     # Above what a block is worth to this model on the average.
     step = Routers(steps=60, tokens=160, cost=1.0, sharpness=4.0)
-    before = BlockRouters(*pooled_inputs(llama, Halves.of(llama).train))
+    before = BlockRouters(*pooled_inputs(llama, TrainSplit.of(llama).train))
     after = BlockRouters(torch.zeros(LAYERS, HIDDEN), torch.full((LAYERS, HIDDEN), REACH / HIDDEN))
     heads = step.run(llama).heads
     with torch.no_grad():
         after.weight.copy_(heads["first.weight"])
         after.bias.copy_(heads["first.bias"])
-        losses = [router_loss(llama.subject, each, batch, 4.0, 1.0) for each in (before, after)]
+        losses = [router_loss(llama.model, each, batch, 4.0, 1.0) for each in (before, after)]
     assert losses[1] < losses[0] - 0.2
 
 
@@ -257,7 +257,7 @@ def test_steps_take_as_many_samples_as_fit(
         prompts.append([sample.prompt for sample in samples])
         return batch
 
-    train = Halves.of(llama).train
+    train = TrainSplit.of(llama).train
     longest = max(len(sample.prompt) + len(sample.answer) for sample in train)
     inputs = pooled_inputs(llama, train)
     monkeypatch.setattr(

@@ -132,7 +132,7 @@ def test_budgets_that_round_alike_are_one(models_folder: Path, tmp_path: Path) -
     folder = make_model("mixtral", models_folder / "k-alike")
     step = ExpertK(shares="0.5, 0.75,0.76, 1.0")
     calibration = calibration_of(folder, [[1]], tmp_path)
-    layers = moe_layers(calibration.subject.model)
+    layers = moe_layers(calibration.model.causal_lm)
     assert step.budgets(layers) == [12, 9, 6]
 
 
@@ -176,6 +176,6 @@ def test_models_without_a_choice_are_refused(
 def test_an_output_that_is_not_finite_is_refused(models_folder: Path, tmp_path: Path) -> None:
     folder = make_model("mixtral", models_folder / "k-broken")
     calibration = calibration_of(folder, [[1]], tmp_path)
-    calibration.subject.blocks[3].get_submodule("mlp.experts").down_proj.fill_(float("inf"))
+    calibration.model.blocks[3].get_submodule("mlp.experts").down_proj.fill_(float("inf"))
     with pytest.raises(CalibrationError, match="layer 3: its output on noise is not finite"):
         run(calibration)

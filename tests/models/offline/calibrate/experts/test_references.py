@@ -84,7 +84,7 @@ def last_scores(model: Any, prompt: list[int]) -> dict[int, Tensor]:
 def test_references_are_those_of_transformers(tmp_path: Path, family: str) -> None:
     of = calibration(tmp_path, family)
     part = References().run(of)
-    model = plain_model(of.subject.folder)
+    model = plain_model(of.model.folder)
     held = ReferenceSet.model_validate(part.fields["references"]["all"])
     embeddings, pathways = part.references["all.embeddings"], part.references["all.pathways"]
     assert embeddings.dtype == pathways.dtype == torch.float16
@@ -127,7 +127,7 @@ def test_no_more_than_asked_and_none_twice(mixtral: Calibration) -> None:
     some = References(most=2).run(mixtral).references["all.embeddings"]
     assert torch.equal(some, whole[:2])
     of = calibration_of(
-        mixtral.subject.folder, [*PROMPTS, *PROMPTS], mixtral.workspace.folder, new_tokens=4
+        mixtral.model.folder, [*PROMPTS, *PROMPTS], mixtral.workspace.folder, new_tokens=4
     )
     of.prompts = mixtral.prompts * 2
     assert torch.equal(References().run(of).references["all.embeddings"], whole)
@@ -137,10 +137,8 @@ def test_end_tokens_are_no_part_of_an_answer(
     mixtral: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last = mixtral.samples[1].answer[-1]
-    monkeypatch.setattr(type(mixtral.subject), "ends", frozenset({last}))
-    of = calibration_of(
-        mixtral.subject.folder, PROMPTS[1:2], mixtral.workspace.folder, new_tokens=4
-    )
+    monkeypatch.setattr(type(mixtral.model), "ends", frozenset({last}))
+    of = calibration_of(mixtral.model.folder, PROMPTS[1:2], mixtral.workspace.folder, new_tokens=4)
     vars(of)["samples"] = mixtral.samples[1:2]
     text = " ".join(map(str, mixtral.samples[1].answer[:-1]))
     for answer, found in ((text, 1), (f"{text} {last}", 0)):
@@ -153,7 +151,7 @@ def test_a_set_without_a_right_answer_is_left_out(
     mixtral: Calibration, caplog: pytest.LogCaptureFixture
 ) -> None:
     of = calibration_of(
-        mixtral.subject.folder, PROMPTS, mixtral.workspace.folder / "wrong", new_tokens=4
+        mixtral.model.folder, PROMPTS, mixtral.workspace.folder / "wrong", new_tokens=4
     )
     of.prompts = tuple(
         example.model_copy(update={"answer": "7"} if example.task == "odd" else {})
@@ -168,7 +166,7 @@ def test_a_set_without_a_right_answer_is_left_out(
 
 def test_a_server_finds_what_a_profile_holds(tmp_path: Path, mixtral: Calibration) -> None:
     part = References().run(mixtral)
-    model = {"layers": 6, "hidden": 64, "fingerprint": mixtral.subject.fingerprint}
+    model = {"layers": 6, "hidden": 64, "fingerprint": mixtral.model.fingerprint}
     write_profile(tmp_path, {"model": model, **part.fields}, {}, part.references)
     store = ReferenceStore(Profile.load(tmp_path), "all", torch.device("cpu"))
     remix = Remix(
@@ -190,7 +188,7 @@ def test_a_server_finds_what_a_profile_holds(tmp_path: Path, mixtral: Calibratio
 
 
 def test_refusals(tmp_path: Path, mixtral: Calibration) -> None:
-    of = calibration_of(mixtral.subject.folder, PROMPTS, tmp_path / "work")
+    of = calibration_of(mixtral.model.folder, PROMPTS, tmp_path / "work")
     assert References().refusal(of) == "no prompt has an answer to hold the model's own against"
     assert References().refusal(mixtral) is None
     make_model("llama", tmp_path / "dense")

@@ -109,7 +109,7 @@ def test_a_planted_expert_is_found(family: str, models_folder: Path, tmp_path: P
     # Experts that are selected, and not by every token.
     early, late = (int(np.argmax(loads[layer])) for layer in (2, LAYERS - 1))
     for layer, expert in ((2, early), (LAYERS - 1, late)):
-        calibration.subject.blocks[layer].mlp.experts.down_proj[expert] *= 1000.0
+        calibration.model.blocks[layer].mlp.experts.down_proj[expert] *= 1000.0
     assert run(calibration)[0] == [[2, early]]
     everywhere, found = run(calibration, SuperExperts(depth=1.0, percentile=90.0))
     assert [2, early] in everywhere
@@ -126,7 +126,7 @@ def test_a_massive_activation_counts_where_it_forms(models_folder: Path, tmp_pat
     assert supers == []
     assert len(run(calibration)[0]) == 1, "the other criterion always finds one"
     expert = int(np.argmax(before.load[1]))
-    blocks = calibration.subject.blocks
+    blocks = calibration.model.blocks
     blocks[1].mlp.experts.down_proj_bias[expert, 0] = 1e6
     blocks[4].mlp.experts.down_proj_bias[:, 0] = -5e5
     supers, found = run(calibration, paper)
@@ -178,9 +178,9 @@ def test_looking_does_not_change_the_model(models_folder: Path, tmp_path: Path) 
     folder = make_model("gpt_oss", models_folder / "supers-same")
     calibration = calibration_of(folder, [[1, 2, 3, 4]], tmp_path)
     ids = torch.tensor([[1, 2, 3, 4]])
-    before = calibration.subject.model(input_ids=ids).logits
+    before = calibration.model.causal_lm(input_ids=ids).logits
     run(calibration)
-    assert torch.equal(calibration.subject.model(input_ids=ids).logits, before)
+    assert torch.equal(calibration.model.causal_lm(input_ids=ids).logits, before)
 
 
 @pytest.mark.parametrize("options", [{"percentile": 101.0}, {"share": -0.1}, {"depth": 1.5}])
@@ -212,6 +212,6 @@ def test_an_output_that_is_not_finite_is_refused(models_folder: Path, tmp_path: 
     folder = make_model("mixtral", models_folder / "supers-broken")
     calibration = calibration_of(folder, [[1, 2, 3]], tmp_path)
     assert calibration.samples
-    calibration.subject.blocks[3].get_submodule("mlp.experts").down_proj.fill_(float("inf"))
+    calibration.model.blocks[3].get_submodule("mlp.experts").down_proj.fill_(float("inf"))
     with pytest.raises(CalibrationError, match="layer 3: an expert's output is not finite"):
         run(calibration)

@@ -225,7 +225,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> type[Told]:
     def no_engine(*_given: Any) -> Any:
         yield FakeEngine()
 
-    monkeypatch.setattr(module, "Yardstick", Fresh)
+    monkeypatch.setattr(module, "SettingMeasure", Fresh)
     monkeypatch.setattr(module, "engine_of", no_engine)
     return Fresh
 

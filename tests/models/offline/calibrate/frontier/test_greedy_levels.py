@@ -1,4 +1,4 @@
-"""The chain of nested levels, against a slow transformers reference of each set."""
+"""Nested levels, against a slow transformers reference of each set."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sluice.models.depth.skip_order import Unit
 from sluice.models.offline.calibrate.frontier import greedy_levels as module
 from sluice.models.offline.calibrate.frontier.agreement import agreement, teacher_forced
 from sluice.models.offline.calibrate.frontier.greedy_levels import (
-    chain,
     drawn,
+    greedy_levels,
     uniform,
     units,
     without,
@@ -63,7 +63,7 @@ def _nothing() -> Any:
 
 
 def batches(calibration: Calibration) -> list[Any]:
-    return [batch for _, batch in calibration.subject.batches(calibration.samples)]
+    return [batch for _, batch in calibration.model.batches(calibration.samples)]
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def batches(calibration: Calibration) -> list[Any]:
 def test_a_forced_pass_is_what_generating_freely_gives(
     calibration: Calibration, skip: SkipSet
 ) -> None:
-    reference = Reference(calibration.subject.folder)
-    found = teacher_forced(calibration.subject, batches(calibration), skip)
+    reference = Reference(calibration.model.folder)
+    found = teacher_forced(calibration.model, batches(calibration), skip)
     free = [
         agreement(sample.answer, reference.greedy(sample.prompt, skip, len(sample.answer)))
         for sample in calibration.samples
@@ -103,17 +103,17 @@ def test_agreement_stops_at_the_first_difference() -> None:
 @pytest.mark.parametrize("sub_layers", [False, True])
 def test_every_link_is_the_unit_missed_least(llama: Calibration, sub_layers: bool) -> None:
     every = units(LAYERS, sub_layers=sub_layers)
-    links = chain(llama, llama.samples, 4, sub_layers=sub_layers)
+    levels = greedy_levels(llama, llama.samples, 4, sub_layers=sub_layers)
     gone: list[tuple[Unit, int]] = []
-    for link in links:
+    for level in levels:
         rivals = {
-            unit: teacher_forced(llama.subject, batches(llama), without([*gone, unit]))
+            unit: teacher_forced(llama.model, batches(llama), without([*gone, unit]))
             for unit in every
             if unit not in gone
         }
-        assert link.forced.log_likelihood == max(v.log_likelihood for v in rivals.values())
-        assert rivals[link.unit] == link.forced
-        gone.append(link.unit)
+        assert level.forced.log_likelihood == max(v.log_likelihood for v in rivals.values())
+        assert rivals[level.unit] == level.forced
+        gone.append(level.unit)
     assert len({*gone}) == 4
     kinds = {kind for kind, _ in gone}
     assert kinds <= ({Unit.ATTENTION, Unit.MLP} if sub_layers else {Unit.BLOCK})
@@ -122,28 +122,28 @@ def test_every_link_is_the_unit_missed_least(llama: Calibration, sub_layers: boo
 def test_a_chain_that_was_stopped_goes_on(
     llama: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = chain(llama, llama.samples, 4, sub_layers=False)
+    whole = greedy_levels(llama, llama.samples, 4, sub_layers=False)
     (llama.workspace.folder / "chain.json").unlink()
     passes, real = [], teacher_forced
 
-    def stopping(subject: Any, given: Any, skip: SkipSet) -> Any:
+    def stopping(model: Any, given: Any, skip: SkipSet) -> Any:
         passes.append(skip)
-        # In the middle of the third link's search.
+        # In the middle of the third level's search.
         if len(passes) == 6 + 5 + 2:
             raise KeyboardInterrupt
-        return real(subject, given, skip)
+        return real(model, given, skip)
 
     monkeypatch.setattr(module, "teacher_forced", stopping)
     with pytest.raises(KeyboardInterrupt):
-        chain(llama, llama.samples, 4, sub_layers=False)
+        greedy_levels(llama, llama.samples, 4, sub_layers=False)
     begun = len(passes)
-    assert chain(llama, llama.samples, 4, sub_layers=False) == whole
+    assert greedy_levels(llama, llama.samples, 4, sub_layers=False) == whole
     assert len(passes) - begun == 4 + 3
     assert all(len(skip.mlp) >= 3 for skip in passes[begun:])
-    # What is known needs no pass, and other samples are another chain.
-    assert chain(llama, llama.samples, 3, sub_layers=False) == whole[:3]
+    # What is known needs no pass, and other samples are other levels.
+    assert greedy_levels(llama, llama.samples, 3, sub_layers=False) == whole[:3]
     assert len(passes) - begun == 4 + 3
-    chain(llama, llama.samples[:3], 1, sub_layers=False)
+    greedy_levels(llama, llama.samples[:3], 1, sub_layers=False)
     assert len(passes) - begun == 4 + 3 + 6
 
 
@@ -151,9 +151,9 @@ def test_answers_of_one_token_say_nothing(models_folder: Path, tmp_path: Path) -
     model = make_model("llama", models_folder / "chain-llama")
     calibration = calibration_of(model, PROMPTS, tmp_path, new_tokens=1)
     with pytest.raises(CalibrationError, match="no answer has a second token"):
-        chain(calibration, calibration.samples, 2, sub_layers=False)
+        greedy_levels(calibration, calibration.samples, 2, sub_layers=False)
     with pytest.raises(ValueError, match="6 of 6 units"):
-        chain(calibration, calibration.samples, LAYERS, sub_layers=False)
+        greedy_levels(calibration, calibration.samples, LAYERS, sub_layers=False)
 
 
 @pytest.mark.parametrize("sub_layers", [False, True])

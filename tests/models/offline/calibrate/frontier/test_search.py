@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from support.calibration import TokenSubject, calibration_of, drawn_prompts, example_of
+from support.calibration import TokenModel, calibration_of, drawn_prompts, example_of
 from support.tiny import LAYERS, make_model
 
 from sluice.models.depth.skip_order import Unit
 from sluice.models.offline.calibrate.frontier import search as module
 from sluice.models.offline.calibrate.frontier.agreement import agreement
-from sluice.models.offline.calibrate.frontier.greedy_levels import chain
-from sluice.models.offline.calibrate.frontier.measure import Items, Quality, Yardstick
+from sluice.models.offline.calibrate.frontier.greedy_levels import greedy_levels
+from sluice.models.offline.calibrate.frontier.measure import Items, Quality, SettingMeasure
 from sluice.models.offline.calibrate.frontier.search import Search, seeds
 from sluice.models.offline.calibrate.pipeline import engine_of
 from sluice.models.offline.calibrate.step import Calibration
@@ -82,7 +82,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> type[Told]:
         def __exit__(self, *_given: Any) -> None:
             pass
 
-    monkeypatch.setattr(module, "Yardstick", Fresh)
+    monkeypatch.setattr(module, "SettingMeasure", Fresh)
     monkeypatch.setattr(module, "engine_of", NoEngine)
     return Fresh
 
@@ -129,9 +129,9 @@ def _kept_key(calibration: Calibration) -> str:
 
 
 def first_of(calibration: Calibration) -> list[SkipSet]:
-    links = chain(calibration, calibration.samples, LAYERS // 2, sub_layers=False)
+    levels = greedy_levels(calibration, calibration.samples, LAYERS // 2, sub_layers=False)
     importance = {Unit(unit): values for unit, values in IMPORTANCE.items()}
-    return seeds(LAYERS, importance, [link.unit for link in links])
+    return seeds(LAYERS, importance, [level.unit for level in levels])
 
 
 def test_the_chain_and_what_llm_drop_leaves_out_are_tried_first(
@@ -142,9 +142,9 @@ def test_the_chain_and_what_llm_drop_leaves_out_are_tried_first(
     first = first_of(calibration)
     assert told.asked[: len(first)] == first
     assert first[0].empty
-    links = chain(calibration, calibration.samples, LAYERS // 2, sub_layers=False)
-    nested = [link.unit[1] for link in links]
-    assert nested[0] != 1, "the chain and LLM-Drop's order differ"
+    levels = greedy_levels(calibration, calibration.samples, LAYERS // 2, sub_layers=False)
+    nested = [level.unit[1] for level in levels]
+    assert nested[0] != 1, "the greedy order and LLM-Drop's differ"
     assert first[1] == SkipSet.of(blocks=nested[:1], phase=Phase.DECODE)
     assert first[2] == SkipSet.of(blocks=(1,), phase=Phase.DECODE)
     assert first[3] == SkipSet.of(attention=(2,), phase=Phase.DECODE)
@@ -226,33 +226,33 @@ def test_quality_is_exact_match_where_there_are_tasks(
 ) -> None:
     """Right answers are those without layer 2, so full depth is not the best there is."""
 
-    def spaced(_self: TokenSubject, ids: Sequence[int]) -> str:
+    def spaced(_self: TokenModel, ids: Sequence[int]) -> str:
         return f"\n{' '.join(map(str, ids))} "
 
-    monkeypatch.setattr(TokenSubject, "decode", spaced)
+    monkeypatch.setattr(TokenModel, "decode", spaced)
     skip = RoutingPolicy(SkipSet.of(blocks=(2,), phase=Phase.DECODE))
     calibration = started(model, tmp_path)
     items = Items.of(calibration, 6)
     with engine_of(calibration, items.longest, 6) as engine:
         full, other = (_tokens(engine, items, p) for p in (RoutingPolicy(), skip))
-        decode = calibration.subject.decode
+        decode = calibration.model.decode
         right = [*other[:4], *full[4:]]
         tasks = [
             example_of(prompt, answer=f" {decode(answer)}\n\n")
             for prompt, answer in zip(PROMPTS, right, strict=True)
         ]
         asked = replace(calibration, tasks=tuple(tasks))
-        yardstick = Yardstick(asked, engine, Items.of(asked, 6), 3, 3)
-        agreed = Yardstick(calibration, engine, items, 3, 3)
+        measure = SettingMeasure(asked, engine, Items.of(asked, 6), 3, 3)
+        agreed = SettingMeasure(calibration, engine, items, 3, 3)
         same = sum(a == b for a, b in zip(full, other, strict=True))
         assert same < 4
-        assert yardstick.full.value == pytest.approx(_equal(full, right) / 6)
-        assert yardstick.quality(skip).value == pytest.approx(_equal(other, right) / 6)
+        assert measure.full.value == pytest.approx(_equal(full, right) / 6)
+        assert measure.quality(skip).value == pytest.approx(_equal(other, right) / 6)
         assert agreed.full.value == 1.0
         assert agreed.quality(skip).value < 1.0
         wrong = replace(calibration, tasks=(example_of(PROMPTS[0], answer="none"),))
         with pytest.raises(CalibrationError, match="none of the tasks right"):
-            Yardstick(wrong, engine, Items.of(wrong, 6), 3, 3)
+            SettingMeasure(wrong, engine, Items.of(wrong, 6), 3, 3)
     assert Items.of(asked, 6).measure == "exact match"
     assert items.measure == "agreement"
     assert len(Items.of(asked, 4).prompts) == 4
