@@ -1,17 +1,29 @@
-"""Confidence intervals and how many repeats they need."""
+"""The tests and 95 % intervals that measurements are judged by, all SciPy's.
+
+The samples are what was drawn independently: prompts, not their tokens; draws of noise; repeats of
+a timing. Fewer than a stated least number of them show nothing, whatever the values are.
+"""
 
 from __future__ import annotations
 
-import math
 import statistics
+import warnings
 from collections.abc import Sequence
-from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 from sluice.models.profile.fields import Interval
 
 CONFIDENCE = 0.95
+SIGNIFICANCE = 1 - CONFIDENCE
 LEAST_REPEATS = 6
 """Fewer values than this give no 95 % interval of their median, however wide."""
+LEAST_PROMPTS = 8
+"""Fewer prompts than this show nothing: the t-tests below ask for means that are near normal."""
+
+_Array = NDArray[np.float64]
 
 
 def share_interval(value: float, items: int) -> Interval:
@@ -24,10 +36,11 @@ def share_interval(value: float, items: int) -> Interval:
         value: share of the items, or mean over them, in [0, 1].
         items: how many.
     """
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    spread = z / (1 + z * z / items)
-    spread *= math.sqrt(value * (1 - value) / items + z * z / (4 * items * items))
+    z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    # `binomtest().proportion_ci` has the same interval, of whole counts only.
     middle = (value + z * z / (2 * items)) / (1 + z * z / items)
+    spread = z / (1 + z * z / items)
+    spread *= float(np.sqrt(value * (1 - value) / items + (z / (2 * items)) ** 2))
     # At 0 and 1 the interval ends there, and rounding must not push the value out of it.
     low, high = min(middle - spread, value), max(middle + spread, value)
     return Interval(value=value, low=max(low, 0.0), high=min(high, 1.0))
@@ -46,10 +59,83 @@ def median_interval(values: Sequence[float]) -> Interval:
     if len(values) < LEAST_REPEATS:
         raise ValueError(f"{len(values)} values give no 95 % interval: {LEAST_REPEATS} are needed")
     ordered = sorted(values)
-    tail, k = 0.0, 0
-    while True:
-        tail += math.comb(len(values), k) / 2 ** len(values)
-        if 2 * tail > 1 - CONFIDENCE:
-            break
-        k += 1
+    k = int(stats.binom.ppf(SIGNIFICANCE / 2, len(ordered), 0.5))
     return Interval(value=statistics.median(ordered), low=ordered[k - 1], high=ordered[-k])
+
+
+def mean_interval(values: ArrayLike) -> tuple[_Array, _Array]:
+    """Student's interval of means, by column.
+
+    Args:
+        values: (samples, ...), two samples or more.
+
+    Returns:
+        Low and high ends, (...).
+    """
+    found = np.asarray(values, dtype=np.float64)
+    middle = found.mean(0)
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(found) - 1) * stats.sem(found, axis=0)
+    return middle - reach, middle + reach
+
+
+def ratio_residuals(sums: ArrayLike, counts: ArrayLike) -> _Array:
+    """Values whose mean is `sum(sums) / sum(counts)`, one for each sample.
+
+    Their standard error is that of the ratio, linearised: prompts are the samples of a mean over
+    tokens, and the tokens of one prompt vary together.
+
+    Args:
+        sums: (samples, ...), over each sample's tokens.
+        counts: (samples,), its tokens.
+    """
+    total, tokens = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    weights = tokens.reshape(-1, *[1] * (total.ndim - 1))
+    ratio = total.sum(0) / tokens.sum()
+    return np.asarray(ratio + (total - ratio * weights) / tokens.mean())
+
+
+def welch(more: ArrayLike, less: ArrayLike) -> tuple[_Array, _Array, _Array]:
+    """Whether one group's means are above another's: Welch's t-test, one-sided, by column.
+
+    Args:
+        more: (samples, ...), `LEAST_PROMPTS` or more.
+        less: (samples, ...), likewise.
+
+    Returns:
+        p-values, and the low and high ends of the differences' two-sided intervals, (...). A column
+        that varies in neither group has no noise: p-value 0 where its difference is above 0, or 1.
+    """
+    one, other = np.asarray(more, dtype=np.float64), np.asarray(less, dtype=np.float64)
+    varies = (np.ptp(one, axis=0) > 0) | (np.ptp(other, axis=0) > 0)
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        # SciPy warns of columns that hardly vary; how small a difference counts is the caller's.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = stats.ttest_ind(one, other, equal_var=False)
+        ends = found.confidence_interval(CONFIDENCE)
+        above = np.where(found.statistic > 0, found.pvalue / 2, 1 - found.pvalue / 2)
+    difference = one.mean(0) - other.mean(0)
+    low, high = (np.where(varies, end, difference) for end in (ends.low, ends.high))
+    return np.where(varies, above, difference <= 0), low, high
+
+
+def mean_above(values: ArrayLike) -> float:
+    """p-value of a mean above 0: Student's t-test of one sample, one-sided.
+
+    Values that are all equal are no noise: 0 where they are above 0, and 1 where they are not.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    if np.ptp(found) == 0:
+        return float(found[0] <= 0)
+    return float(stats.ttest_1samp(found, 0.0, alternative="greater").pvalue)
+
+
+def corrected(p_values: Sequence[float] | _Array) -> _Array:
+    """p-values of many tests, adjusted for their number (Benjamini and Hochberg).
+
+    Of the tests whose adjusted value is within `SIGNIFICANCE`, that share at most is wrong on
+    average.
+    """
+    given = np.asarray(p_values, dtype=np.float64)
+    if not given.size:
+        return given
+    return np.asarray(stats.false_discovery_control(given.ravel())).reshape(given.shape)

@@ -7,7 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sluice.models.depth.registry import EXIT_METHODS
-from sluice.models.profile.fields import ExpertMap, FrontierFields, ProfileFields
+from sluice.models.profile.fields import (
+    ExpertMap,
+    FrontierFields,
+    ImportanceEvidence,
+    ProfileFields,
+)
 
 
 def problems(fields: ProfileFields) -> Iterator[str]:
@@ -19,10 +24,14 @@ def problems(fields: ProfileFields) -> Iterator[str]:
     for path, named in _layer_lists(fields):
         yield from _wrong_layers(path, named, layers)
     yield from _wrong_exits(fields)
+    if fields.importance_evidence is not None:
+        yield from _wrong_evidence(fields.importance_evidence, layers)
     for name, behaviour in fields.behaviours.items():
-        scores, experts = len(behaviour.scores), len(behaviour.experts)
-        if scores != experts:
-            yield f"behaviours.{name}.scores has {scores} entries for {experts} experts"
+        experts = len(behaviour.experts)
+        for part in ("scores", "intervals", "p_values"):
+            values = getattr(behaviour, part)
+            if values is not None and len(values) != experts:
+                yield f"behaviours.{name}.{part} has {len(values)} entries for {experts} experts"
     if fields.expert_map is not None:
         yield from _wrong_map(fields.expert_map)
     if fields.frontier is not None:
@@ -86,6 +95,20 @@ def _wrong_exits(fields: ProfileFields) -> Iterator[str]:
             )
         if not entry.layers or entry.layers[-1] == fields.model.layers - 1:
             yield f"{path}.layers: names no layer, or the last, where leaving is no exit"
+
+
+def _wrong_evidence(evidence: ImportanceEvidence, layers: int) -> Iterator[str]:
+    for name in ("block", "attention", "mlp"):
+        unit = getattr(evidence, name)
+        if unit is None:
+            continue
+        path = f"importance_evidence.{name}"
+        if len(unit.intervals) != layers:
+            yield f"{path}.intervals has {len(unit.intervals)} entries for {layers} layers"
+        if sorted(unit.order) != [*range(layers)]:
+            yield f"{path}.order does not name each of {layers} layers once"
+        if len(unit.p_values) != layers - 1:
+            yield f"{path}.p_values has {len(unit.p_values)} entries for {layers - 1} pairs"
 
 
 def _wrong_map(found: ExpertMap) -> Iterator[str]:

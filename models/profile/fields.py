@@ -59,6 +59,36 @@ class ImportanceFields(Strict):
     mlp: PerLayer
 
 
+class UnitEvidence(Strict):
+    """How sure the importance of a kind of unit is.
+
+    Attributes:
+        intervals: low and high of each layer's importance, 95 %.
+        order: layers from the least important on.
+        p_values: per layer of `order` but the first, of its importance being above that of the
+            layer before it, adjusted for all such pairs.
+    """
+
+    intervals: tuple[tuple[float, float], ...]
+    order: Layers
+    p_values: tuple[Share, ...]
+
+
+class ImportanceEvidence(Strict):
+    """How sure `ImportanceFields` are; units are None where the prompts are too few to say.
+
+    Attributes:
+        prompts: different ones that importance was measured on.
+        notes: what they do not show, in words.
+    """
+
+    prompts: int
+    block: UnitEvidence | None = None
+    attention: UnitEvidence | None = None
+    mlp: UnitEvidence | None = None
+    notes: tuple[str, ...] = ()
+
+
 class LayerMetrics(Strict):
     """Other measures of what each layer does; see
     `sluice.models.offline.calibrate.depth.importance`.
@@ -123,12 +153,18 @@ class BehaviourFields(Strict):
         scores: mean activation of prompts with the behaviour less that of the others, as `experts`.
         measure: what an activation is, `weight` or `count`.
         prompts: with the behaviour, and without.
+        intervals: low and high of each score, 95 %; None in profiles made before they were kept.
+        p_values: of each score being above 0, adjusted for all experts of the model; or None.
+        note: what the prompts do not show, in words.
     """
 
     experts: tuple[tuple[int, int], ...]
     scores: tuple[float, ...]
     measure: Literal["weight", "count"]
     prompts: tuple[int, int]
+    intervals: tuple[tuple[float, float], ...] | None = None
+    p_values: tuple[Share, ...] | None = None
+    note: str | None = None
 
 
 class ExpertMap(Strict):
@@ -279,6 +315,7 @@ class ProfileFields(Strict):
     model: ModelFields
     calibration: dict[str, StepFields] = {}
     importance: ImportanceFields | None = None
+    importance_evidence: ImportanceEvidence | None = None
     layer_metrics: LayerMetrics | None = None
     exits: tuple[ExitThreshold, ...] = ()
     saturation: PerLayer | None = None

@@ -81,8 +81,11 @@ def profile_experts_listing(profile: Profile | None) -> dict[str, Any]:
     levels = fields.expert_k if fields is not None else ()
     ratios = fields.skip_ratios if fields is not None else None
     return {
-        "behaviours": {name: held.model_dump(mode="json") for name, held in behaviours.items()},
-        "expert_k": [level.model_dump(mode="json") for level in levels],
+        "behaviours": {
+            name: held.model_dump(mode="json", exclude_none=True)
+            for name, held in behaviours.items()
+        },
+        "expert_k": [level.model_dump(mode="json", exclude_none=True) for level in levels],
         "skip_ratios": None if ratios is None else [*ratios],
     }
 

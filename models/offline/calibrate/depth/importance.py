@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sluice.models.depth.method import row_cosine
+from sluice.models.offline.calibrate.depth.order_evidence import UNITS, order_evidence
 from sluice.models.offline.calibrate.step import Calibration, Step, option
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.hf_model.examples import CalibrationError
@@ -110,8 +114,10 @@ def _total(parts: Iterator[Tensor]) -> float:
 _SMALLEST = 1e-12
 """What a contribution divides by at least."""
 
+_LOG = logging.getLogger(__name__)
+
 _COSINES = ("block", "attention", "mlp", "turn")
-_NORMS = ("block", "attention", "mlp")
+_NORMS = UNITS
 
 
 @dataclass(frozen=True)
@@ -127,8 +133,12 @@ class Importance(Step):
       |h_l - m_l| / |m_l|, and `turn`: cos(h_l - h_{l-1}, h_{l-1}) (arXiv 2505.13898);
     - `lim`: -cos(h_{l-1}, h_l) (arXiv 2406.17415).
 
-    `zd` needs no text, see `sluice.models.offline.calibrate.depth.importance`; `future_effect` is
-    taken on some of the texts, see `sluice.models.offline.calibrate.depth.importance`.
+    `zd` needs no text, see `outlier_share`; `future_effect` is taken on some of the texts, see
+    there.
+
+    `importance_evidence` says how sure the order is, see `order_evidence`. Something has to be left
+    out first: where two layers cannot be told apart, the order stands as measured and a note says
+    so.
     """
 
     name: ClassVar[str] = "importance"
@@ -151,10 +161,10 @@ class Importance(Step):
                 raise CalibrationError(f"importance: {name}: must be at least 1")
         model = calibration.model
         batches = list(model.batches(calibration.samples))
-        change = _Change(model)
+        change = _Change(model, calibration.samples)
         with torch.no_grad():
-            for _, batch in calibration.track(batches, "importance of layers", len(batches)):
-                change.add(batch)
+            for places, batch in calibration.track(batches, "importance of layers", len(batches)):
+                change.add(places, batch)
         cosine, norm = change.means()
         importance = {name: [1.0 - c for c in cosine[name]] for name in _NORMS}
         metrics = {
@@ -164,7 +174,16 @@ class Importance(Step):
             "lim": [-c for c in cosine["block"]],
             "zd": [outlier_share(block) for block in model.blocks],
         }
-        return Part({"importance": importance, "layer_metrics": metrics})
+        evidence = order_evidence(importance, *change.by_prompt())
+        for note in evidence.notes:
+            _LOG.warning("importance: %s", note)
+        return Part(
+            {
+                "importance": importance,
+                "importance_evidence": evidence.model_dump(mode="json", exclude_none=True),
+                "layer_metrics": metrics,
+            }
+        )
 
     def _future_effect(self, calibration: Calibration) -> list[float]:
         """Largest effect of each layer."""
@@ -199,15 +218,19 @@ def drawn_places(
 
 
 class _Change:
-    """Sums of cosines and relative norms over tokens; one batch of states at a time."""
+    """Sums of cosines and relative norms over each sample's tokens."""
 
-    def __init__(self, model: HFModel) -> None:
-        self._model = model
-        width = len(_COSINES) + len(_NORMS)
-        self._sums = torch.zeros(model.layers, width, dtype=torch.float64, device=model.device)
-        self._tokens = 0
+    def __init__(self, model: HFModel, samples: Sequence[Sample]) -> None:
+        self._model, self._samples = model, samples
+        shape = (len(samples), model.layers, len(_COSINES) + len(_NORMS))
+        self._sums = torch.zeros(shape, dtype=torch.float64, device=model.device)
+        self._tokens = torch.zeros(len(samples), dtype=torch.float64, device=model.device)
 
-    def add(self, batch: SampleBatch) -> None:
+    def add(self, places: Sequence[int], batch: SampleBatch) -> None:
+        samples = torch.tensor(places, device=self._model.device)
+        tokens = batch.used.sum(-1)
+        owner = samples.repeat_interleave(tokens)
+
         def watch(layer: int, *states: Tensor) -> None:
             before, middle, after = (state[batch.used].float() for state in states)
             steps = ((before, after), (before, middle), (middle, after))
@@ -217,16 +240,33 @@ class _Change:
                 (then - now).norm(dim=-1) / now.norm(dim=-1).clamp_min(_SMALLEST)
                 for now, then in steps
             ]
-            self._sums[layer] += torch.stack([*cosines, *norms]).double().sum(-1)
+            changes = torch.stack([*cosines, *norms], dim=-1).double()
+            self._sums[:, layer].index_add_(0, owner, changes)
 
         final_states(self._model, batch, watch)
-        self._tokens += int(batch.used.sum())
+        self._tokens[samples] = tokens.double()
 
     def means(self) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         """Cosines and relative norms, one number a layer."""
-        columns = [_finite(column) for column in (self._sums / self._tokens).unbind(-1)]
+        means = self._sums.sum(0) / self._tokens.sum()
+        columns = [_finite(column) for column in means.unbind(-1)]
         cosines = dict(zip(_COSINES, columns, strict=False))
         return cosines, dict(zip(_NORMS, columns[len(_COSINES) :], strict=True))
+
+    def by_prompt(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of each different prompt: sums of 1 - cos, (prompts, layers, 3), and tokens, (prompts,).
+
+        The three are those of `_NORMS`.
+        """
+        prompts = {sample.prompt: 0 for sample in self._samples}
+        number = {prompt: index for index, prompt in enumerate(prompts)}
+        index = torch.tensor([number[sample.prompt] for sample in self._samples])
+        cosines = self._sums[..., : len(_NORMS)].cpu()
+        tokens = self._tokens.cpu()
+        sums = torch.zeros(len(prompts), *cosines.shape[1:], dtype=torch.float64)
+        sums.index_add_(0, index, tokens[:, None, None] - cosines)
+        counts = torch.zeros(len(prompts), dtype=torch.float64).index_add_(0, index, tokens)
+        return sums.numpy(), counts.numpy()
 
 
 def _finite(values: Tensor) -> list[float]:

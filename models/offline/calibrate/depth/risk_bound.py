@@ -79,7 +79,7 @@ def hoeffding_bentkus(mean: float, tolerance: float, count: int) -> float:
         tolerance: in (0, 1).
         count: of the losses, at least 1.
     """
-    from scipy.stats import binom  # type: ignore[import-untyped]
+    from scipy.stats import binom
 
     low = min(mean, tolerance)
     hoeffding = math.exp(-count * _divergence(low, tolerance))

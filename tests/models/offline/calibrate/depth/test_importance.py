@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ from torch import Tensor
 
 from sluice.models.offline.calibrate.depth import importance as effects
 from sluice.models.offline.calibrate.depth.importance import Importance, drawn_places
+from sluice.models.offline.calibrate.depth.order_evidence import order_evidence
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.offline.hf_model.samples import Sample
-from sluice.models.profile.fields import ImportanceFields, LayerMetrics
+from sluice.models.profile.fields import ImportanceEvidence, ImportanceFields, LayerMetrics
 
 STEP = Importance(future_prompts=3, future_positions=2)
 
@@ -169,6 +171,41 @@ def test_numbers_are_those_of_plain_transformers(
     assert metrics["future_effect"] == pytest.approx(effect, abs=1e-4, rel=1e-4)
     assert min(metrics["future_effect"][:-1]) > 0.01
     assert metrics["future_effect"][-1] == 0.0
+
+
+def test_its_evidence_is_what_each_prompt_says(models_folder: Path, tmp_path: Path) -> None:
+    """A prompt that is there twice is one prompt; intervals are those of each prompt's sums."""
+    folder = make_biased("llama", models_folder / "importance-llama")
+    prompts = drawn_prompts(9, seed=1)
+    calibration = calibration_of(folder, [*prompts, prompts[0]], tmp_path, new_tokens=4)
+    found = STEP.run(calibration).fields
+    evidence = ImportanceEvidence.model_validate(found["importance_evidence"])
+    assert evidence.prompts == 9
+    model = plain_model(folder, torch.float64)
+    texts = [whole(sample) for sample in calibration.samples[:9]]
+    tokens = np.array([len(text) * (1 + (text is texts[0])) for text in texts])
+    for name in ("block", "attention", "mlp"):
+        unit = getattr(evidence, name)
+        sums = np.array([expected(model, [text])[name] for text in texts]) * tokens[:, None]
+        want = order_evidence({name: found["importance"][name]}, sums[..., None], tokens)
+        assert np.allclose(unit.intervals, getattr(want, name).intervals, atol=1e-4)
+        values = found["importance"][name]
+        assert [values[layer] for layer in unit.order] == sorted(values)
+        for (low, high), value in zip(unit.intervals, values, strict=True):
+            assert low < value < high
+
+
+def test_few_prompts_say_that_they_show_no_order(
+    models_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_biased("llama", models_folder / "importance-llama")
+    with caplog.at_level(logging.WARNING):
+        found = STEP.run(calibration_of(folder, [[1, 2, 3]] * 20, tmp_path)).fields
+    evidence = ImportanceEvidence.model_validate(found["importance_evidence"])
+    assert (evidence.block, evidence.attention, evidence.mlp) == (None, None, None)
+    (note,) = evidence.notes
+    assert note == "1 different prompts do not show how sure the order of layers is: it takes 8"
+    assert f"importance: {note}" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "qwen2_moe", "deepseek_v3"])
