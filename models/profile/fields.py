@@ -188,11 +188,19 @@ class ExpertBudgetLevel(Strict):
         budget: sum of `top_k` over layers with routed experts.
         top_k: per decoder layer, as `routing.experts.top_k` takes it.
         divergence: sum of the layers' output changes.
+        interval: low and high of the divergence, 95 %; None if there was one draw of noise, or in
+            profiles made before it was kept.
+        p_value: of the divergence being under that of as many experts spread evenly, adjusted for
+            all budgets; None where the list is that one, or there is no interval.
+        note: what the noise does not show, in words.
     """
 
     budget: int
     top_k: tuple[int, ...]
     divergence: float
+    interval: tuple[float, float] | None = None
+    p_value: Share | None = None
+    note: str | None = None
 
 
 class FoundSkipSet(Strict):
@@ -230,7 +238,9 @@ class FrontierPoint(Strict):
         compute_fraction: share of full depth's compute on all tokens.
         generated_fraction: the same on generated tokens.
         on_frontier: no other point is at least as good in quality, speed and compute, and better in
-            one.
+            one, as measured.
+        faster: p-value of its being faster than full depth, adjusted for all points; None of full
+            depth itself, and in profiles made before it was kept.
     """
 
     name: str
@@ -240,6 +250,7 @@ class FrontierPoint(Strict):
     compute_fraction: float
     generated_fraction: float
     on_frontier: bool
+    faster: Share | None = None
 
 
 class EffortLevel(Strict):
@@ -290,6 +301,7 @@ class FrontierFields(Strict):
         presets: point by preset.
         effort: nested levels, from the fullest on; full depth is not among them.
         equal_compute: other choices of as many units as the levels leave out, beside them.
+        notes: what the measurements do not show of the presets, in words.
     """
 
     measure: Literal["exact match", "agreement"]
@@ -300,6 +312,7 @@ class FrontierFields(Strict):
     presets: dict[str, str]
     effort: tuple[EffortLevel, ...]
     equal_compute: tuple[EqualCompute, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class ProfileFields(Strict):

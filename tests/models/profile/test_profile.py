@@ -118,6 +118,12 @@ def test_another_schema(folder: Path, version: int) -> None:
     assert f"schema {version} is not 2" in refusal(folder)
 
 
+def evidence(wire: dict[str, Any], **changes: Any) -> None:
+    """Give a profile evidence of its importance of blocks, with changes."""
+    block = {"intervals": [[0, 1]] * 3, "order": [2, 0, 1], "p_values": [0.5, 0.01]}
+    wire["importance_evidence"] = {"prompts": 9, "block": block | changes}
+
+
 MISFITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown part": (lambda w: w.update(more=1), "more: Extra inputs"),
     "unknown field": (lambda w: w["importance"].update(norm=[]), "importance.norm: Extra inputs"),
@@ -148,6 +154,26 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "skip ratios": (lambda w: w["skip_ratios"].append(1), "skip_ratios has 4 entries"),
     "experts per layer": (lambda w: w["expert_k"][0]["top_k"].pop(), "expert_k.0.top_k has 2"),
     "scores": (lambda w: w["behaviours"]["refusal"]["scores"].clear(), "refusal.scores has 0"),
+    "score intervals": (
+        lambda w: w["behaviours"]["refusal"].update(intervals=[]),
+        "refusal.intervals has 0 entries for 1 experts",
+    ),
+    "p-values": (
+        lambda w: w["behaviours"]["refusal"].update(p_values=[0.5, 0.5]),
+        "refusal.p_values has 2 entries for 1 experts",
+    ),
+    "importance intervals": (
+        lambda w: evidence(w, intervals=[[0, 1]]),
+        "importance_evidence.block.intervals has 1 entries for 3 layers",
+    ),
+    "order": (
+        lambda w: evidence(w, order=[0, 1, 1]),
+        "importance_evidence.block.order does not name each of 3 layers once",
+    ),
+    "pairs of the order": (
+        lambda w: evidence(w, p_values=[0.5]),
+        "importance_evidence.block.p_values has 1 entries for 2 pairs",
+    ),
     "map": (lambda w: w["expert_map"]["load"].pop(), "expert_map.load has 1 rows for 2 layers"),
     "ragged map": (lambda w: w["expert_map"]["load"][0].pop(), "rows of 2 and 3 experts"),
     "layer that is not there": (

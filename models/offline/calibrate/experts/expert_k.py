@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sluice.models.offline.calibrate.step import Calibration, Step, option
 from sluice.models.offline.calibrate.workspace import Part
-from sluice.models.offline.hf_model.examples import CalibrationError
+from sluice.models.offline.hf_model.examples import CalibrationError, spaced_indices
 from sluice.models.offline.hf_model.moe import MoeLayer, moe_layers
+from sluice.models.offline.intervals import SIGNIFICANCE, corrected, mean_above, mean_interval
+from sluice.models.profile.fields import ExpertBudgetLevel
+
+_LEAST_DRAWS = 2
+_LOG = logging.getLogger(__name__)
+_Table = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,12 @@ class ExpertK(Step):
     layers * budget * k0 steps, which no search over the same k_l can be better than.
 
     Dense layers have k0, which the list of the policy wants to be a valid number.
+
+    Draws of noise are the samples: Student's interval of the divergence is over them. Whether a
+    list is better than as many experts spread evenly is Student's one-sided t-test of the two
+    divergences on as many fresh draws, since those that chose the list flatter it, with the
+    p-values of all budgets adjusted together (Benjamini and Hochberg). It takes two draws. A list
+    that is not shown to be better is kept, and a note says so.
     """
 
     name: ClassVar[str] = "expert-k"
@@ -54,23 +69,67 @@ class ExpertK(Step):
         layers = moe_layers(model.causal_lm)
         budgets = self.budgets(layers)
         noise = torch.Generator().manual_seed(calibration.seed)
+        # The first half chooses, the other tests.
         draws = [
             torch.randn(self.tokens, model.hidden, generator=noise).to(
                 model.device, model.causal_lm.dtype
             )
-            for _ in range(self.draws)
+            for _ in range(2 * self.draws)
         ]
         tracked = calibration.track(layers, "experts per token", len(layers))
         with torch.no_grad():
-            table = [divergences(layer, draws) for layer in tracked]
+            table = np.stack([divergences(layer, draws) for layer in tracked], axis=1)
+        chooses, tests = np.split(table, 2)
+        lists = [cheapest(chooses.mean(0), budget) for budget in budgets]
+        p_values = self._p_values(tests, [chosen for chosen, _ in lists], budgets)
         levels = []
-        for budget in budgets:
-            chosen, divergence = cheapest(table, budget)
+        for budget, (chosen, divergence) in zip(budgets, lists, strict=True):
             top_k = [layers[0].spec.top_k] * model.layers
             for layer, k in zip(layers, chosen, strict=True):
                 top_k[layer.layer] = k
-            levels.append({"budget": budget, "top_k": top_k, "divergence": divergence})
+            level = ExpertBudgetLevel(
+                budget=budget,
+                top_k=tuple(top_k),
+                divergence=divergence,
+                **self._evidence(budget, _sums(chooses, chosen), p_values.get(budget)),
+            )
+            if level.note is not None:
+                _LOG.warning("expert-k: budget %d: %s", budget, level.note)
+            levels.append(level.model_dump(mode="json", exclude_none=True))
         return Part({"expert_k": levels})
+
+    def _p_values(
+        self, tests: _Table, lists: Sequence[Sequence[int]], budgets: Sequence[int]
+    ) -> dict[int, float]:
+        """Of each list that is not the even one being better than that, by budget."""
+        if self.draws < _LEAST_DRAWS:
+            return {}
+        raw = {}
+        for chosen, budget in zip(lists, budgets, strict=True):
+            even = evenly_spread(budget, len(chosen))
+            if even != tuple(chosen):
+                raw[budget] = mean_above(_sums(tests, even) - _sums(tests, chosen))
+        return dict(zip(raw, corrected([*raw.values()]).tolist(), strict=True))
+
+    def _evidence(self, budget: int, sums: _Table, p_value: float | None) -> dict[str, Any]:
+        """Fields of a level that say how sure it is.
+
+        Args:
+            budget: of the level.
+            sums: divergence of its list on each draw, (draws,).
+            p_value: of its being better than the even list, or None.
+        """
+        if self.draws < _LEAST_DRAWS:
+            note = f"one draw of noise tells nothing about lists: it takes {_LEAST_DRAWS}"
+            return {"note": note}
+        low, high = mean_interval(sums)
+        found: dict[str, Any] = {"interval": (float(low), float(high)), "p_value": p_value}
+        if p_value is not None and p_value > SIGNIFICANCE:
+            found["note"] = (
+                f"{self.draws} draws of noise do not show that this list changes outputs less than "
+                f"{budget} experts spread evenly"
+            )
+        return found
 
     def budgets(self, layers: Sequence[MoeLayer]) -> list[int]:
         """Sums of `top_k` over these layers, descending, each once.
@@ -98,8 +157,20 @@ class ExpertK(Step):
         return sorted(found, reverse=True)
 
 
-def divergences(layer: MoeLayer, draws: Sequence[Tensor]) -> list[float]:
-    """D_l(k) for k from 1 to the layer's own number, whose entry is 0.
+def evenly_spread(budget: int, layers: int) -> tuple[int, ...]:
+    """Experts per token of each layer, alike but for what does not divide."""
+    more = spaced_indices(budget % layers, layers)
+    return tuple(budget // layers + (layer in more) for layer in range(layers))
+
+
+def _sums(table: _Table, top_k: Sequence[int]) -> _Table:
+    """Divergence of a list on each draw, (draws,), of a table (draws, layers, k)."""
+    found: _Table = table[:, range(len(top_k)), [k - 1 for k in top_k]].sum(-1)
+    return found
+
+
+def divergences(layer: MoeLayer, draws: Sequence[Tensor]) -> _Table:
+    """|MoE_k(X) - MoE_k0(X)|_F by draw and k, (draws, k0); the last k is the layer's own, of 0.
 
     A layer with fewer experts per token selects the first of those it selects with more, so each
     selected expert runs once.
@@ -112,22 +183,23 @@ def divergences(layer: MoeLayer, draws: Sequence[Tensor]) -> list[float]:
         CalibrationError: an output is not finite.
     """
     top_k = layer.spec.top_k
-    sums = [0.0] * top_k
-    for states in draws:
+    found = np.zeros((len(draws), top_k))
+    for draw, states in enumerate(draws):
         scores, ids = layer.ranked(layer.router(states)[0], top_k)
         outputs = [output.float() for output in layer.outputs(states, ids)]
         mixed = [_mixed(layer, scores[:, :k], outputs) for k in range(1, top_k + 1)]
-        for place, output in enumerate(mixed):
-            sums[place] += float((output - mixed[-1]).double().norm())
-    if not all(map(math.isfinite, sums)):
+        found[draw] = [float((output - mixed[-1]).double().norm()) for output in mixed]
+    if not np.isfinite(found).all():
         raise CalibrationError(
             f"expert-k: layer {layer.layer}: its output on noise is not finite; "
             "a wider type of the weights may help"
         )
-    return [total / len(draws) for total in sums]
+    return found
 
 
-def cheapest(table: Sequence[Sequence[float]], budget: int) -> tuple[tuple[int, ...], float]:
+def cheapest(
+    table: Sequence[Sequence[float]] | _Table, budget: int
+) -> tuple[tuple[int, ...], float]:
     """The k of each layer whose divergences have the smallest sum.
 
     Args:
@@ -148,7 +220,7 @@ def cheapest(table: Sequence[Sequence[float]], budget: int) -> tuple[tuple[int, 
                     longer[spent + k] = way
         best = longer
     cost, chosen = best[budget]
-    return chosen, cost
+    return chosen, float(cost)
 
 
 def _mixed(layer: MoeLayer, scores: Tensor, outputs: Sequence[Tensor]) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 
 from sluice.models.offline.calibrate.frontier.greedy_levels import (
@@ -25,7 +27,12 @@ from sluice.models.offline.calibrate.frontier.measure import (
     Measurements,
     SettingMeasure,
 )
-from sluice.models.offline.calibrate.frontier.pareto import ALLOWED_LOSS, choose, on_frontier
+from sluice.models.offline.calibrate.frontier.pareto import (
+    ALLOWED_LOSS,
+    choose,
+    on_frontier,
+    shortfalls,
+)
 from sluice.models.offline.calibrate.frontier.settings import (
     FULL_DEPTH,
     Setting,
@@ -39,7 +46,13 @@ from sluice.models.offline.calibrate.step import Calibration, Resolver, Step, ch
 from sluice.models.offline.calibrate.workspace import Part, key_of
 from sluice.models.offline.engine import CalibrationEngine
 from sluice.models.offline.hf_model.examples import CalibrationError, spaced_indices
-from sluice.models.offline.intervals import LEAST_REPEATS, median_interval, share_interval
+from sluice.models.offline.intervals import (
+    LEAST_REPEATS,
+    corrected,
+    mean_above,
+    median_interval,
+    share_interval,
+)
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.fields import (
     EffortLevel,
@@ -50,6 +63,7 @@ from sluice.models.profile.fields import (
 )
 
 _Resolve = Callable[[Mapping[str, Any]], RoutingPolicy]
+_LOG = logging.getLogger(__name__)
 _Chosen = Literal["chain", "uniform", "random"]
 
 
@@ -124,15 +138,20 @@ class Frontier(Step):
             resolve = resolver(engine.vllm_config, engine.profile, engine.expert_answer)
             run = _Run(self, calibration, engine, kept, resolve, levels, len(items.prompts))
             points = run.points()
+            presets = choose(points)
+            notes = tuple(shortfalls(points, presets))
+            for note in notes:
+                _LOG.warning("frontier: %s", note)
             found = FrontierFields(
                 measure=items.measure,
                 items=len(items.prompts),
                 batch=self.batch,
                 device=device,
                 points=points,
-                presets=choose(points),
+                presets=presets,
                 effort=run.effort(),
                 equal_compute=run.equal_compute(),
+                notes=notes,
             )
         return Part({"frontier": found.model_dump(mode="json")})
 
@@ -180,12 +199,23 @@ class _Run:
         full = next(iter(found.values()))
         pairs = together(self._best(depth, full, found), self._best(experts, full, found))
         self._measure([*pairs], found)
-        points = [*found.values()]
+        points = self._tested([*found.values()])
         kept = on_frontier([(p.quality.value, p.speed.value, p.compute_fraction) for p in points])
         return tuple(
             point.model_copy(update={"on_frontier": keep})
             for point, keep in zip(points, kept, strict=True)
         )
+
+    def _tested(self, points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
+        """Points with the p-values of their being faster than full depth, which is the first.
+
+        A repeat's ratio is of two times that were taken in turn, so Student's t-test is of the
+        ratios' logarithms.
+        """
+        policies = [self.resolve(point.routing) for point in points[1:]]
+        raw = [mean_above(np.log(self.kept.ratios(p, self.step.repeats))) for p in policies]
+        pairs = zip(points[1:], corrected(raw).tolist(), strict=True)
+        return [points[0], *(point.model_copy(update={"faster": p}) for point, p in pairs)]
 
     def _measure(self, settings: Sequence[Setting], found: dict[str, FrontierPoint]) -> None:
         """Add points by digest of their policies; what is there already stays as it is."""

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from scipy.stats import ttest_1samp, ttest_rel
 from support.calibration import MOE_FAMILIES, calibration_of, make_biased, plain_model
 from support.tiny import LAYERS, make_model
 from torch import Tensor
 
-from sluice.models.offline.calibrate.experts.expert_k import ExpertK, cheapest
+from sluice.models.offline.calibrate.experts import expert_k as module
+from sluice.models.offline.calibrate.experts.expert_k import ExpertK, cheapest, divergences
 from sluice.models.offline.calibrate.step import Calibration
-from sluice.models.offline.hf_model.examples import CalibrationError
+from sluice.models.offline.hf_model.examples import CalibrationError, spaced_indices
 from sluice.models.offline.hf_model.moe import moe_layers
+from sluice.models.offline.intervals import corrected
 from sluice.models.policy.expert_shape import ExpertShape
 from sluice.models.profile.fields import ExpertBudgetLevel
 from sluice.models.routing.experts.controls import top_k_rule
@@ -96,6 +103,73 @@ def test_levels_are_the_best_there_are(
         assert dense <= {stock}
         given = top_k_rule([*level.top_k], ExpertLimits(shape, LAYERS, frozenset()))
         assert given in (level.top_k, chosen[0])
+
+
+@pytest.mark.parametrize("draws", [4, 1])
+def test_a_level_says_how_sure_it_is(draws: int, models_folder: Path, tmp_path: Path) -> None:
+    """Fresh draws of noise test a list against the even one; one draw tells nothing."""
+    folder = make_biased("olmoe", models_folder / "k-sure", num_experts_per_tok=4)
+    calibration = calibration_of(folder, [[1, 2, 3]], tmp_path, seed=4)
+    levels = run(calibration, draws=draws)
+    layers = moe_layers(plain_model(folder))
+    noise = torch.Generator().manual_seed(4)
+    hidden = calibration.model.hidden
+    states = [torch.randn(TOKENS, hidden, generator=noise) for _ in range(2 * draws)]
+    table = np.stack([divergences(layer, states) for layer in layers], axis=1)
+
+    def sums(top_k: Sequence[int], part: slice) -> NDArray[np.float64]:
+        columns = [table[part, layer, k - 1] for layer, k in enumerate(top_k)]
+        return np.sum(columns, axis=0)
+
+    raw = {}
+    for level in levels:
+        even = [level.budget // LAYERS] * LAYERS
+        for layer in spaced_indices(level.budget % LAYERS, LAYERS):
+            even[layer] += 1
+        if draws == 1:
+            assert (level.interval, level.p_value) == (None, None)
+            assert level.note == "one draw of noise tells nothing about lists: it takes 2"
+            continue
+        assert level.interval is not None
+        assert level.interval[0] < level.divergence < level.interval[1]
+        want = ttest_1samp(sums(level.top_k, slice(draws)), 0.0).confidence_interval(0.95)
+        assert level.interval == pytest.approx((want.low, want.high), rel=1e-3)
+        if even != list(level.top_k):
+            pair = sums(even, slice(draws, None)), sums(level.top_k, slice(draws, None))
+            raw[level.budget] = float(ttest_rel(*pair, alternative="greater").pvalue)
+        else:
+            assert level.p_value is None
+    adjusted = dict(zip(raw, corrected([*raw.values()]), strict=True))
+    for level in levels:
+        if level.budget in adjusted:
+            assert level.p_value == pytest.approx(adjusted[level.budget], rel=0.05, abs=1e-4)
+            assert level.p_value is not None
+            assert (level.note is None) is (level.p_value <= 0.05)
+
+
+def test_a_list_that_is_not_shown_to_be_better_says_so(
+    models_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Layers that are alike: which of them keeps an expert more is chance."""
+    rng = np.random.default_rng(0)
+
+    def alike(_layer: Any, draws: Sequence[Tensor]) -> NDArray[np.float64]:
+        return np.array([1.0, 0.0]) * rng.normal(5.0, 1.0, (len(draws), 1))
+
+    monkeypatch.setattr(module, "divergences", alike)
+    folder = make_model("mixtral", models_folder / "k-alike")
+    with caplog.at_level(logging.WARNING):
+        (level,) = run(calibration_of(folder, [[1]], tmp_path), shares="0.75", draws=5)
+    assert level.p_value is not None
+    assert level.p_value > 0.05
+    assert level.note == (
+        "5 draws of noise do not show that this list changes outputs less than 9 experts spread "
+        "evenly"
+    )
+    assert f"expert-k: budget 9: {level.note}" in caplog.text
 
 
 def test_the_full_budget_changes_nothing(models_folder: Path, tmp_path: Path) -> None:

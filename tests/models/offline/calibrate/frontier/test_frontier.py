@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_1samp
 from support import edge
 from support.calibration import calibration_of, drawn_prompts
 from support.engine import engine
@@ -28,7 +31,7 @@ from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.engine import Work, resolver
 from sluice.models.offline.hf_model.examples import CalibrationError
-from sluice.models.offline.intervals import share_interval
+from sluice.models.offline.intervals import corrected, share_interval
 from sluice.models.offline.report.charts import EQUAL_COMPUTE_PNG, FRONTIER_PNG, write_plots
 from sluice.models.offline.report.frontier import frontier_table, preset_lines
 from sluice.models.policy.policy import Phase, RoutingPolicy, SkipSet
@@ -285,6 +288,55 @@ def test_presets_and_combinations(llama: Path, tmp_path: Path, told: type[Told])
     assert len(both) == 1
     lines = preset_lines(found).splitlines()
     assert [line.split(":")[0] for line in lines] == ["quality", "balanced", "fast"]
+    # Wilson's interval of five items is wide.
+    assert [note.split(" loses")[0] for note in found.notes] == [
+        f"preset {name!r}" for name in ("quality", "balanced", "fast")
+    ]
+
+
+def test_gains_within_the_noise_are_no_preset(
+    llama: Path,
+    tmp_path: Path,
+    told: type[Told],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A median of 1.2 times full depth's speed, and repeats that show nothing of it."""
+    monkeypatch.setattr(told, "ratios", lambda *_given: [0.6, 1.2, 1.2, 1.2, 1.3, 0.7])
+    with caplog.at_level(logging.WARNING):
+        found = fields_of(STEP.run(invented(llama, tmp_path)))
+    assert {*found.presets.values()} == {"full depth"}
+    assert found.points[0].faster is None
+    assert all(p.faster is not None and p.faster > 0.05 for p in found.points[1:])
+    note = "no setting is shown to be faster than full depth, and every preset is full depth"
+    assert found.notes == (note,)
+    assert f"frontier: {note}" in caplog.text
+
+
+def test_how_sure_a_gain_is_depends_on_how_many_are_tried(
+    llama: Path, tmp_path: Path, told: type[Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One lucky setting among those that gain nothing."""
+    alike, lucky = [0.9, 1.1, 0.95, 1.05, 0.98, 1.02], [1.0, 1.1, 1.2, 1.0, 1.15, 1.02]
+
+    def ratios(_self: Told, policy: RoutingPolicy, _repeats: int) -> list[float]:
+        return alike if policy.experts.top_k is None else lucky
+
+    monkeypatch.setattr(told, "ratios", ratios)
+    calibration = invented(llama, tmp_path)
+    del calibration.parts["expert-k"]
+    found = fields_of(STEP.run(calibration))
+    chance, luck = (
+        float(ttest_1samp(np.log(each), 0.0, alternative="greater").pvalue)
+        for each in (alike, lucky)
+    )
+    assert luck < 0.05 < chance
+    is_lucky = ["top_k" in p.routing.get("experts", {}) for p in found.points[1:]]
+    assert 0 < sum(is_lucky) < 4
+    want = corrected([luck if each else chance for each in is_lucky])
+    assert np.allclose([p.faster for p in found.points[1:]], want)
+    assert min(want) > 0.05
+    assert {*found.presets.values()} == {"full depth"}
 
 
 def test_where_nothing_is_good_enough_presets_are_full_depth(

@@ -11,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from sluice.models.offline.calibrate.frontier.pareto import ALLOWED_LOSS, choose, on_frontier
+from sluice.models.offline.calibrate.frontier.pareto import (
+    ALLOWED_LOSS,
+    choose,
+    on_frontier,
+    shortfalls,
+)
 from sluice.models.offline.intervals import LEAST_REPEATS, median_interval, share_interval
 from sluice.models.profile.fields import FrontierPoint, Interval
 
@@ -30,6 +35,7 @@ def point(name: str, quality: float, speed: float, compute: float, width: float)
         compute_fraction=compute,
         generated_fraction=compute,
         on_frontier=False,
+        faster=0.0 if speed - width > 1 else 0.5,
     )
 
 
@@ -61,7 +67,11 @@ def test_presets_are_the_cheapest_points_allowed(drawn: list[FrontierPoint]) -> 
     for preset, name in choose(drawn).items():
         chosen = by_name[name]
         least = drawn[0].quality.value - ALLOWED_LOSS[preset]
-        allowed = [p for p in best if p.quality.value > least - 1e-6]
+        faster = [p for p in best if p.speed.low > 1]
+        allowed = [p for p in faster if p.quality.value > least - 1e-6]
+        if not allowed:
+            assert chosen == drawn[0]
+            continue
         assert chosen in allowed
         fastest = max(allowed, key=lambda p: p.speed.value)
         assert chosen.speed.value >= fastest.speed.low
@@ -96,6 +106,29 @@ def test_of_equally_fast_points_quality_takes_the_best() -> None:
     full = point("full", 1.0, 1.0, 1.0, 0.02)
     same, lean = point("same", 1.0, 1.55, 0.6, 0.2), point("lean", 0.996, 1.6, 0.5, 0.2)
     assert choose([full, same, lean]) == {"quality": "same", "balanced": "lean", "fast": "lean"}
+
+
+@pytest.mark.parametrize(("faster", "name"), [(0.05, "skip"), (0.051, "full"), (None, "full")])
+def test_a_gain_that_is_not_shown_is_no_preset(faster: float | None, name: str) -> None:
+    """However large the median is."""
+    full = point("full", 1.0, 1.0, 1.0, 0.02)
+    skip = point("skip", 1.0, 3.0, 0.5, 2.5).model_copy(update={"faster": faster})
+    chosen = choose([full, skip])
+    assert {*chosen.values()} == {name}
+    said = "no setting is shown to be faster than full depth, and every preset is full depth"
+    assert (said in [*shortfalls([full, skip], chosen)]) is (name == "full")
+
+
+def test_a_loss_that_the_items_leave_open_is_said() -> None:
+    full, skip = point("full", 0.98, 1.0, 1.0, 0.02), point("skip", 0.98, 1.5, 0.5, 0.02)
+    skip = skip.model_copy(update={"quality": share_interval(0.98, 100)})
+    chosen = choose([full, skip])
+    assert {*chosen.values()} == {"skip"}
+    assert [*shortfalls([full, skip], chosen)] == [
+        f"preset {preset!r} loses at most {loss} points of quality as measured; the items leave it "
+        "open to lose 5.0"
+        for preset, loss in (("quality", "0.5"), ("balanced", "1"), ("fast", "3"))
+    ]
 
 
 def test_full_depth_where_nothing_else_is_good_enough() -> None:
