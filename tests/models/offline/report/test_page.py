@@ -260,6 +260,23 @@ def test_none_of_the_experts_is_super(tmp_path: Path) -> None:
     assert "None was found." in page(tmp_path / "profile", fields).text
 
 
+def test_what_the_data_do_not_show_is_said(tmp_path: Path) -> None:
+    fields = json.loads(json.dumps(FIELDS))
+    fields["importance_evidence"] = {"prompts": 3, "notes": ["3 prompts show no order"]}
+    fields["behaviours"]["refusal"] |= {"experts": [], "scores": [], "note": "no expert is <more>"}
+    fields["expert_k"][0]["note"] = "draws show nothing"
+    fields["frontier"]["notes"] = ["no setting is shown to be faster"]
+    write_profile(tmp_path, fields, {}, {})
+    html = report_page(Profile.load(tmp_path))
+    for sentence in (
+        "3 prompts show no order.",
+        "No expert is &lt;more&gt;.",
+        "Budget 5: draws show nothing.",
+        "No setting is shown to be faster.",
+    ):
+        assert f'<p class="soft">{sentence}</p>' in html
+
+
 def test_nothing_comes_from_outside(whole: Page, folder: Path) -> None:
     text = report_page(Profile.load(folder))
     for forbidden in ("http://", "https://", "//", "src=", "url(", "@import", "javascript:"):
