@@ -18,7 +18,7 @@ from sluice.models.engine.observers import (
     PromptObserver,
     VoidLayerObserver,
 )
-from sluice.models.engine.plan import LayerPlanner, StepPlan, build_plan, compact
+from sluice.models.engine.plan import LayerPlanner, StepPlan, build_plan
 from sluice.models.engine.request_state import RequestState
 from sluice.models.engine.step import RoutedStep, StepOutcome, StepRequests
 from sluice.models.experts.batch import BatchExperts
@@ -120,12 +120,26 @@ class Batch:
     """States of the routed requests, by vLLM's request id."""
 
     def __init__(
-        self, num_layers: int, block_size: int, profile: Profile | None, device: torch.device
+        self,
+        num_layers: int,
+        block_size: int,
+        profile: Profile | None,
+        device: torch.device,
+        plan_layer: LayerPlanner,
+        experts: BatchExperts | None,
     ) -> None:
-        self.plan_layer: LayerPlanner = compact
-        """How layers are run; replaced once the cost model has been measured."""
-        self.experts: BatchExperts | None = None
-        """Expert controls; set once the model is loaded, if it has experts."""
+        """Start without requests.
+
+        Args:
+            num_layers: of the model.
+            block_size: tokens of a K/V block.
+            profile: of the model, or None.
+            device: that it runs on.
+            plan_layer: chooses how each layer is run.
+            experts: expert controls, or None if it has no routed experts.
+        """
+        self.plan_layer = plan_layer
+        self.experts = experts
         self.table = MaskTable(num_layers)
         self._num_layers = num_layers
         self._device = device

@@ -1,4 +1,8 @@
-"""What became of a step's tokens, counted."""
+"""Counts what steps ran: for the counter files, and for the record of each request.
+
+All of it is integers that a step's plan already knows, so that counting never waits for the
+device. What the routers did is counted on the device, and read once it has arrived.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sluice.models.depth.masks import Segment
+from sluice.models.depth.masks import MaskTable, Segment
+from sluice.models.engine.step import RoutedStep, StepOutcome
+from sluice.models.experts.router import ExpertRouter
 from sluice.models.policy.axes import (
     ATTENTION,
     DECODE,
@@ -19,6 +25,89 @@ from sluice.models.policy.axes import (
     BoolArray,
     IntArray,
 )
+from sluice.models.policy.expert_shape import ExpertShape
+from sluice.models.telemetry.layer_counters import LayerCounters
+from sluice.models.telemetry.request_record import (
+    ExpertSums,
+    ModuleCost,
+    RequestSumsByKey,
+    RoutingRecord,
+)
+
+
+class Recorder:
+    """Counts the steps of one engine that have routed requests."""
+
+    def __init__(
+        self,
+        counters: LayerCounters,
+        table: MaskTable,
+        cost: ModuleCost,
+        router: ExpertRouter | None,
+        shape: ExpertShape | None,
+    ) -> None:
+        """Count into `counters` and into records.
+
+        Args:
+            counters: of the engine's layers.
+            table: masks that the segments of a step name.
+            cost: of the model's layers.
+            router: counts the selections of experts, if the model has any.
+            shape: of these experts.
+        """
+        self._counters = counters
+        self._table = table
+        self._cost = cost
+        self._router = router
+        self._shape = shape
+        self._requests = RequestSumsByKey(len(cost.modules))
+        self._uncounted: RoutedStep | None = None
+
+    def count(self, step: RoutedStep, outcome: StepOutcome) -> None:
+        """Count what became of a step's tokens."""
+        segments, table = outcome.segments, self._table
+        counts, exits = count_outcomes(segments, step.passes, table.skip, table.fill)
+        self._counters.add(counts.sum(axis=(0, 1)), exits.sum(axis=0))
+        for index, state in step.states.items():
+            sums = self._requests.get(state.extra.request_key)
+            sums.counts += counts[index]
+            sums.exits += exits[index]
+            sums.skipped = state.decided_skip
+            if index in outcome.exit_layers:
+                sums.exit_layers.append(outcome.exit_layers[index])
+
+    def count_experts_later(self, step: RoutedStep) -> None:
+        """Have the next `count_experts` count a step whose routers have just run."""
+        self._uncounted = step
+
+    def count_experts(self) -> None:
+        """Count what the routers did in the latest step, if that is still to do."""
+        step, self._uncounted = self._uncounted, None
+        if step is None or step.experts is None or self._router is None:
+            return
+        step_sums = self._router.sums(step.experts)
+        ran = sum_by_request(step_sums.ran, step.segments, step.passes)
+        weak = np.zeros((len(step.requests.ids), len(PHASES)), dtype=np.int64)
+        for segment in step.segments:
+            if segment.weak:
+                weak[step.owner(segment.request), segment.phase] += segment.length
+        for index, state in step.states.items():
+            policy = state.extra.policy.experts
+            if policy.empty:
+                continue
+            sums = self._requests.get(state.extra.request_key)
+            if sums.experts is None:
+                sums.experts = ExpertSums(policy.budget is not None)
+            sums.experts.ran += ran[index]
+            sums.experts.loaded += step_sums.loaded
+            sums.experts.layers += step_sums.layers
+            sums.experts.weak += weak[index]
+
+    def take(self, request_key: str) -> RoutingRecord | None:
+        """Hand out the record of an ended request; None if it never reached a step."""
+        self.count_experts()
+        sums = self._requests.take(request_key)
+        return None if sums is None else sums.record(self._cost, self._shape)
 
 
 def count_outcomes(
@@ -52,3 +141,18 @@ def count_outcomes(
     exits = np.zeros((requests, layers), np.int64)
     np.add.at(exits, (owners, last), lengths * generated)
     return outcomes, exits
+
+
+def sum_by_request(ran: IntArray, segments: Sequence[Segment], requests: int) -> IntArray:
+    """What the tokens of each request ran, int64, (requests, 2 phases, 3).
+
+    Args:
+        ran: of each token, (tokens, 3), columns as in `sluice.kernels.ops.routing_args`.
+        segments: of the step.
+        requests: in it, weak passes among them.
+    """
+    groups = [segment.request * len(PHASES) + segment.phase for segment in segments]
+    tokens = np.repeat(groups, [segment.length for segment in segments])
+    sums = np.zeros((requests * len(PHASES), ran.shape[1]), dtype=np.int64)
+    np.add.at(sums, tokens, ran)
+    return sums.reshape(requests, len(PHASES), -1)

@@ -1,7 +1,13 @@
-"""Seam: the cost model is measured on vLLM's layers, and all ranks take the first one's."""
+"""Start-up of an engine: what routes requests is built around a model that vLLM has just loaded.
+
+The cost model is measured on the model's own layers, all operations run once so that they are
+compiled before the first request, and our router is put before vLLM's.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +18,113 @@ from sluice.kernels.ops.layer_stats import layer_stats
 from sluice.kernels.ops.route_topk import count_selections, route_topk
 from sluice.kernels.ops.router_scores import router_scores
 from sluice.kernels.ops.routing_args import RouteRows, RouterSpec, Shared
+from sluice.models.engine.batch import Batch
 from sluice.models.engine.cost_model import CostModel
+from sluice.models.engine.loop import LayerLoop
+from sluice.models.engine.recorder import Recorder
+from sluice.models.experts.batch import BatchExperts
 from sluice.models.experts.policy_table import ExpertTable
+from sluice.models.experts.router import ExpertRouter
 from sluice.models.experts.routing_counts import RoutingCounts
 from sluice.models.policy.expert_shape import ExpertShape
+from sluice.models.profile.profile import Profile
+from sluice.models.telemetry.counter_file import telemetry_folder
+from sluice.models.telemetry.expert_counters import SUFFIX, ExpertCounters
+from sluice.models.telemetry.layer_counters import LayerCounters
+from sluice.models.telemetry.request_record import ModuleCost
 from sluice.models.vllm_adapter.decoder import DecoderStack
+from sluice.models.vllm_adapter.families import family_of
+from sluice.models.vllm_adapter.logits import KnownLogits
+from sluice.models.vllm_adapter.routers import UnsupportedRouterError, attach, read_routers
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedModel:
+    """A loaded model, and what routes its requests.
+
+    Attributes:
+        stack: the model's layers.
+        cost: of these layers.
+        batch: the requests that have a policy.
+        loop: runs their steps.
+        recorder: counts what ran.
+        known_logits: stands before the LM head.
+        router: stands before the model's routers, or None without expert controls.
+        expert_shape: of the routed experts, or None without expert controls.
+        expert_refusal: why there are no expert controls, or None.
+    """
+
+    stack: DecoderStack
+    cost: ModuleCost
+    batch: Batch
+    loop: LayerLoop
+    recorder: Recorder
+    known_logits: KnownLogits
+    router: ExpertRouter | None
+    expert_shape: ExpertShape | None
+    expert_refusal: str | None
+
+    @classmethod
+    def build(cls, runner: Any, profile: Profile | None, counters: LayerCounters) -> RoutedModel:
+        """Build it around the model that a runner has loaded.
+
+        Args:
+            runner: vLLM's model runner, of a family that the loop can drive.
+            profile: of the model.
+            counters: of its layers.
+        """
+        config = runner.model_config
+        family = family_of(config.architecture)
+        assert family is not None
+        stack = DecoderStack.of(runner.get_model(), family)
+        # After the stack, which keeps the model's own LM head for the exit tests.
+        known_logits = KnownLogits(runner.get_model())
+        warm_up_exits(config.get_hidden_size(), config.dtype, runner.device)
+        plan_layer = measured_cost(runner, stack).plan_layer
+        cost = stack.cost(
+            experts_per_token=getattr(config.hf_text_config, "num_experts_per_tok", 0) or 0,
+            experts=config.get_num_experts() if family.moe else 0,
+        )
+        shape, refusal, router, experts = None, None, None, None
+        try:
+            shape, specs = read_routers(stack)
+        except UnsupportedRouterError as error:
+            refusal = str(error)
+        else:
+            path = counter_path(runner.parallel_config, SUFFIX)
+            selections = ExpertCounters.create(path, shape.layers, shape.experts)
+            router = ExpertRouter(specs, selections, runner.device)
+            attach(stack, router)
+            warm_up_routers(specs[0], shape, runner.device)
+            experts = BatchExperts(shape, profile, runner.device)
+        block_size = runner.cache_config.block_size
+        batch = Batch(len(stack.layers), block_size, profile, runner.device, plan_layer, experts)
+        return cls(
+            stack=stack,
+            cost=cost,
+            batch=batch,
+            loop=LayerLoop(stack, runner, plan_layer, router),
+            recorder=Recorder(counters, batch.table, cost, router, shape),
+            known_logits=known_logits,
+            router=router,
+            expert_shape=shape,
+            expert_refusal=refusal,
+        )
+
+
+def counter_path(parallel_config: Any, suffix: str) -> Path | None:
+    """Path of an engine's counter file, or None where it counts for nobody.
+
+    Only the first rank of an engine counts: the others run the same tokens.
+
+    Args:
+        parallel_config: vLLM's `ParallelConfig`.
+        suffix: of the file's name.
+    """
+    folder = telemetry_folder()
+    if folder is None or parallel_config.rank != 0:
+        return None
+    return folder / f"engine-{parallel_config.data_parallel_index}{suffix}"
 
 
 def measured_cost(runner: Any, stack: DecoderStack) -> CostModel:

@@ -27,6 +27,7 @@ from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.resolve import resolve
 from sluice.models.routing.schema import parse_routing
 from sluice.models.telemetry.counter_file import TELEMETRY_ENV
+from sluice.models.telemetry.request_record import RoutingRecord
 
 _BLOCK = 128
 """Tokens of a K/V block at most, of vLLM's defaults."""
@@ -52,20 +53,20 @@ class Work:
     generated_fraction: float
 
     @classmethod
-    def of(cls, records: Iterable[Mapping[str, Any]]) -> Work:
-        """Sum `take_routing_record`'s answers; each weighs as many tokens as it counts."""
+    def of(cls, records: Iterable[RoutingRecord]) -> Work:
+        """Sum records; each weighs as many tokens as it counts."""
         rows = generated = executed = 0
         compute = own = 0.0
         for record in records:
-            counts = np.array(record["counts"])
+            counts = record.counts
             # Layer 0 names every row once.
             tokens = int(counts[:, 0, ATTENTION].sum())
             decoded = int(counts[DECODE, 0, ATTENTION].sum())
             rows += tokens
             generated += decoded
             executed += int(counts[DECODE, ..., EXECUTED].sum())
-            compute += record["compute_fraction"] * tokens
-            own += record["generated_compute_fraction"] * decoded
+            compute += record.compute_fraction * tokens
+            own += record.generated_compute_fraction * decoded
         per_token = max(generated, 1)
         return cls(
             generated,
@@ -123,7 +124,7 @@ class CalibrationEngine:
             batch: requests at a time; the next ones wait until all of a batch have ended.
         """
         tokens: list[tuple[int, ...]] = []
-        records: list[Mapping[str, Any]] = []
+        records: list[RoutingRecord] = []
         decoded, seconds = 0, 0.0
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
@@ -190,12 +191,11 @@ class CalibrationEngine:
                 seconds += took
         return answers, decoded, seconds
 
-    def _record(self, name: str) -> Mapping[str, Any]:
+    def _record(self, name: str) -> RoutingRecord:
         found = self._llm.collective_rpc("take_routing_record", args=(name,))[0]
         if found is None:
             raise RuntimeError(f"the engine kept no record of request {name}")
-        record: Mapping[str, Any] = found
-        return record
+        return RoutingRecord.from_wire(found)
 
 
 def _flags(subject: HFModel, longest: int, at_once: int) -> dict[str, Any]:

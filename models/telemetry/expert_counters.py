@@ -1,12 +1,10 @@
 """How often which expert was selected: counters in a memory-mapped file, one per engine.
 
-As in `sluice.models.telemetry.layer_counters`, one process writes and any number of them read
-without asking it. On a CPU the router adds to the file's own memory.
+On a CPU the router adds to the file's own memory.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -15,8 +13,7 @@ import numpy as np
 
 from sluice.kernels.ops.routing_args import EXTRA, MASKED, ROWS
 from sluice.models.policy.axes import IntArray
-from sluice.models.telemetry import counter_file
-from sluice.models.telemetry.counter_file import NANOSECONDS, WINDOW_SECONDS
+from sluice.models.telemetry.counter_file import CounterFile
 
 SUFFIX = ".experts"
 """Of the files' names, beside `engine-N.counts`."""
@@ -25,7 +22,7 @@ _LAYERS, _EXPERTS, _BEGAN, _HEADER = 0, 1, 2, 3
 _TOTAL, _PREVIOUS, _CURRENT = 0, 1, 2
 
 
-class ExpertCounters:
+class ExpertCounters(CounterFile):
     """Selections per layer and expert.
 
     The file holds int64: the number of layers with experts and of experts, when the current window
@@ -38,50 +35,29 @@ class ExpertCounters:
         total: int64, (layers, experts + 2), where a writer adds.
     """
 
-    def __init__(self, flat: IntArray) -> None:
-        layers, experts = int(flat[_LAYERS]), int(flat[_EXPERTS])
-        self._began = flat[_BEGAN:_HEADER]
-        self.layers = tuple(flat[_HEADER : _HEADER + layers].tolist())
-        self._array = flat[_HEADER + layers :].reshape(3, layers, experts + EXTRA)
+    def __init__(self, words: IntArray) -> None:
+        layers, experts = int(words[_LAYERS]), int(words[_EXPERTS])
+        self._began = words[_BEGAN:_HEADER]
+        self.layers = tuple(words[_HEADER : _HEADER + layers].tolist())
+        self._array = words[_HEADER + layers :].reshape(3, layers, experts + EXTRA)
         self.total = self._array[_TOTAL]
-        self._window_ends = 0.0
 
     @classmethod
     def create(cls, path: Path | None, layers: Sequence[int], experts: int) -> Self:
-        """Make the file, or counters in memory that nobody else reads if `path` is None.
-
-        An engine that restarts goes on from its predecessor's totals, as `LayerCounters` does.
-        """
-        words = np.zeros(
-            _HEADER + len(layers) + 3 * len(layers) * (experts + EXTRA), dtype=np.int64
-        )
+        """Make the file, or counters in memory that nobody else reads if `path` is None."""
         header = [len(layers), experts, 0, *layers]
-        words[: len(header)] = header
-        if path is None:
-            return cls(words)
-        left = counter_file.left_behind(path, len(words))
-        if left is not None and (before := cls(left)).layers == tuple(layers):
-            cls(words)._array[:] = before.total
-        return cls(counter_file.create(path, words))
+        counts = 3 * len(layers) * (experts + EXTRA)
+        return cls._open(path, np.array([*header, *[0] * counts], dtype=np.int64))
 
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Map an existing file read-only."""
-        return cls(counter_file.read(path))
+    def _continue(self, before: Self) -> None:
+        if before.layers == self.layers:
+            self._array[:] = before.total
 
     def roll(self) -> None:
         """Begin a new window if the current one is over; called once per step by the writer."""
-        now = time.monotonic()
-        if now >= self._window_ends:
+        if self._window_is_over():
             self._array[_PREVIOUS] = self._array[_CURRENT]
             self._array[_CURRENT] = self.total
-            self._began[0] = int(now * NANOSECONDS)
-            self._window_ends = now + WINDOW_SECONDS
-
-    @property
-    def began(self) -> int:
-        """When the current window began, in nanoseconds of the machine's monotonic clock."""
-        return int(self._began[0])
 
     @property
     def selections(self) -> IntArray:

@@ -1,17 +1,20 @@
-"""What experts the tokens of one request ran, summed over steps and layers."""
+"""What one request ran: sums while it runs, and the record that its report is made of.
+
+The worker adds every step to a request's `RequestSums`. Once the request has ended, they become a
+`RoutingRecord`, which the HTTP server takes by the request's key, once.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sluice.kernels.ops.routing_args import ACTIVE, ROUTED
-from sluice.models.depth.masks import Segment
 from sluice.models.policy.axes import (
     ATTENTION,
     DECODE,
@@ -20,11 +23,98 @@ from sluice.models.policy.axes import (
     MODULES,
     OUTCOMES,
     PHASES,
+    BoolArray,
     IntArray,
 )
 from sluice.models.policy.expert_shape import ExpertShape
 
 _MAX_RECORDS = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertUse:
+    """What experts the tokens of a request ran.
+
+    Attributes:
+        active_mean: experts of a token and layer; None where no router ran.
+        masked: selections that the policy took away.
+        loaded_per_step: distinct experts that a layer loaded in a step of the request; None where
+            no router ran.
+        neighbour_dependent: a budget made the request share experts with others.
+        weak_tokens: token rows of a contrast's weak pass.
+    """
+
+    active_mean: float | None
+    masked: int
+    loaded_per_step: float | None
+    neighbour_dependent: bool
+    weak_tokens: int = 0
+
+    def to_wire(self) -> dict[str, Any]:
+        """The report's `experts`; `weak` only where a weak pass ran."""
+        wire: dict[str, Any] = {
+            "active_mean": self.active_mean,
+            "masked": self.masked,
+            "loaded_per_step": self.loaded_per_step,
+            "neighbour_dependent": self.neighbour_dependent,
+        }
+        return {**wire, "weak": {"tokens": self.weak_tokens}} if self.weak_tokens else wire
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> Self:
+        """Inverse of `to_wire`."""
+        numbers = {name: value for name, value in wire.items() if name != "weak"}
+        return cls(**numbers, weak_tokens=wire.get("weak", {}).get("tokens", 0))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoutingRecord:
+    """What an ended request ran; samples of one request share a record.
+
+    Attributes:
+        counts: token rows, int64, (2 phases, layers, 2 modules, 3 outcomes).
+        exits: generated rows by the last layer that they ran anything in, int64, (layers,).
+        compute_fraction: share of full depth's compute on all tokens.
+        generated_compute_fraction: the same on generated tokens.
+        exit_layers: layer after which each generated token under an exit rule left, in the order
+            in which they ran.
+        mask: layers that a prompt method left out, by module, or None.
+        experts: what experts it ran, or None without expert controls.
+    """
+
+    counts: IntArray
+    exits: IntArray
+    compute_fraction: float
+    generated_compute_fraction: float
+    exit_layers: tuple[int, ...] = ()
+    mask: Mapping[str, list[int]] | None = None
+    experts: ExpertUse | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        """As JSON values, which any of vLLM's ways from a worker carries."""
+        return {
+            "counts": self.counts.tolist(),
+            "exits": self.exits.tolist(),
+            "compute_fraction": self.compute_fraction,
+            "generated_compute_fraction": self.generated_compute_fraction,
+            "exit_layers": list(self.exit_layers),
+            "mask": self.mask,
+            "experts": self.experts and self.experts.to_wire(),
+        }
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> Self:
+        """Inverse of `to_wire`."""
+        experts = wire["experts"]
+        return cls(
+            counts=np.array(wire["counts"], dtype=np.int64),
+            exits=np.array(wire["exits"], dtype=np.int64),
+            compute_fraction=wire["compute_fraction"],
+            generated_compute_fraction=wire["generated_compute_fraction"],
+            exit_layers=tuple(wire["exit_layers"]),
+            mask=wire["mask"],
+            experts=None if experts is None else ExpertUse.from_wire(experts),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,61 +149,17 @@ class ModuleCost:
 
 
 @dataclass(slots=True)
-class RequestRecord:
-    """What the tokens of one request ran; samples of one request share a record.
-
-    Attributes:
-        counts: int64, (2 phases, layers, 2 modules, 3 outcomes), token rows.
-        exits: int64, (layers,), generated rows by the last layer they ran.
-        exit_layers: layer after which each generated token under an exit rule left, in the order
-            in which they ran.
-        skipped: bool, (layers, 2 modules), the mask a prompt method decided on, or None.
-        experts: what experts it ran, or None without expert controls.
-    """
-
-    counts: IntArray
-    exits: IntArray
-    exit_layers: list[int] = field(default_factory=list)
-    skipped: NDArray[np.bool_] | None = None
-    experts: ExpertRecord | None = None
-
-
-class RequestRecords:
-    """Records of live and just-ended requests by record key."""
-
-    def __init__(self, num_layers: int) -> None:
-        self._shape = (len(PHASES), num_layers, len(MODULES), len(OUTCOMES))
-        self._records: OrderedDict[str, RequestRecord] = OrderedDict()
-
-    def of(self, key: str) -> RequestRecord:
-        """The record of a live request, made on first use."""
-        record = self._records.get(key)
-        if record is None:
-            # A client that vanished between its last token and the take leaves a record behind.
-            while len(self._records) >= _MAX_RECORDS:
-                self._records.popitem(last=False)
-            record = self._records[key] = RequestRecord(
-                np.zeros(self._shape, dtype=np.int64), np.zeros(self._shape[1], dtype=np.int64)
-            )
-        return record
-
-    def take(self, key: str) -> RequestRecord | None:
-        """Hand a record out and forget it; None if the request never reached a step."""
-        return self._records.pop(key, None)
-
-
-@dataclass(slots=True)
-class ExpertRecord:
-    """Sums of a request.
+class ExpertSums:
+    """What the routers did for a request, summed over its steps.
 
     Attributes:
         neighbour_dependent: a budget made the request share experts with others.
-        ran: int64, (2 phases, 3): of the tokens, each layer counted; columns as in
+        ran: of the tokens, over layers, int64, (2 phases, 3); columns as in
             `sluice.kernels.ops.routing_args`.
         loaded: distinct experts run by a layer's rows, over the layers and steps that the request
             was in.
         layers: how many layers of steps these were.
-        weak: int64, (2 phases,): token rows of a contrast's weak pass.
+        weak: token rows of a contrast's weak pass, int64, (2 phases,).
     """
 
     neighbour_dependent: bool
@@ -129,32 +175,84 @@ class ExpertRecord:
         one expert.
         """
         ran = (self.ran[:, ACTIVE] - self.ran[:, ROUTED] * shape.top_k) * cost.expert
-        left_out = (shape.top_k - 1) * len(shape.layers) * cost.expert
-        phases = ran + self.weak * (cost.modules.sum() - left_out)
+        not_run = (shape.top_k - 1) * len(shape.layers) * cost.expert
+        phases = ran + self.weak * (cost.modules.sum() - not_run)
         return float(phases.sum()), float(phases[DECODE])
 
-    def to_wire(self) -> dict[str, Any]:
-        """The report's part about experts; no mean where no router ran."""
-        active, taken, routed = self.ran.sum(axis=0).tolist()
-        wire = {
-            "active_mean": active / routed if routed else None,
-            "masked": taken,
-            "loaded_per_step": self.loaded / self.layers if self.layers else None,
-            "neighbour_dependent": self.neighbour_dependent,
-        }
-        return {**wire, "weak": {"tokens": int(self.weak.sum())}} if self.weak.any() else wire
+    def use(self) -> ExpertUse:
+        """The record's part about experts."""
+        active, masked, routed = self.ran.sum(axis=0).tolist()
+        return ExpertUse(
+            active_mean=active / routed if routed else None,
+            masked=masked,
+            loaded_per_step=self.loaded / self.layers if self.layers else None,
+            neighbour_dependent=self.neighbour_dependent,
+            weak_tokens=int(self.weak.sum()),
+        )
 
 
-def by_request(ran: IntArray, segments: Sequence[Segment], requests: int) -> IntArray:
-    """What the tokens of each request ran, int64, (requests, 2 phases, 3).
+@dataclass(slots=True)
+class RequestSums:
+    """What the tokens of one request have run so far.
 
-    Args:
-        ran: of each token, (tokens, 3), columns as above.
-        segments: of the step.
-        requests: in it, weak passes among them.
+    Attributes:
+        counts: as in `RoutingRecord`.
+        exits: as in `RoutingRecord`.
+        exit_layers: as in `RoutingRecord`.
+        skipped: the mask a prompt method decided on, bool, (layers, 2 modules), or None.
+        experts: what the routers did, or None without expert controls.
     """
-    groups = [segment.request * len(PHASES) + segment.phase for segment in segments]
-    tokens = np.repeat(groups, [segment.length for segment in segments])
-    sums = np.zeros((requests * len(PHASES), ran.shape[1]), dtype=np.int64)
-    np.add.at(sums, tokens, ran)
-    return sums.reshape(requests, len(PHASES), -1)
+
+    counts: IntArray
+    exits: IntArray
+    exit_layers: list[int] = field(default_factory=list)
+    skipped: BoolArray | None = None
+    experts: ExpertSums | None = None
+
+    def record(self, cost: ModuleCost, shape: ExpertShape | None) -> RoutingRecord:
+        """The record of the request, now that it has ended.
+
+        Args:
+            cost: of the model.
+            shape: of its routed experts, if it has any.
+        """
+        more, more_generated = 0.0, 0.0
+        if self.experts is not None and shape is not None:
+            more, more_generated = self.experts.more(cost, shape)
+        mask = None
+        if self.skipped is not None:
+            layers = (np.flatnonzero(self.skipped[:, column]) for column in range(len(MODULES)))
+            mask = {name: left.tolist() for name, left in zip(MODULES, layers, strict=True)}
+        return RoutingRecord(
+            counts=self.counts,
+            exits=self.exits,
+            compute_fraction=cost.fraction(self.counts.sum(axis=0), more),
+            generated_compute_fraction=cost.fraction(self.counts[DECODE], more_generated),
+            exit_layers=tuple(self.exit_layers),
+            mask=mask,
+            experts=None if self.experts is None else self.experts.use(),
+        )
+
+
+class RequestSumsByKey:
+    """Sums of the requests that run or have just ended."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._shape = (len(PHASES), num_layers, len(MODULES), len(OUTCOMES))
+        self._sums: OrderedDict[str, RequestSums] = OrderedDict()
+
+    def get(self, request_key: str) -> RequestSums:
+        """The sums of a request, made on first use."""
+        sums = self._sums.get(request_key)
+        if sums is None:
+            # A client that vanished between its last token and the take leaves its sums behind.
+            while len(self._sums) >= _MAX_RECORDS:
+                self._sums.popitem(last=False)
+            sums = self._sums[request_key] = RequestSums(
+                np.zeros(self._shape, dtype=np.int64), np.zeros(self._shape[1], dtype=np.int64)
+            )
+        return sums
+
+    def take(self, request_key: str) -> RequestSums | None:
+        """Hand sums out and forget them; None if the request never reached a step."""
+        return self._sums.pop(request_key, None)

@@ -18,6 +18,7 @@ from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.presets import CUSTOM_PRESET, NO_PRESET
 from sluice.models.telemetry.report import build_report
+from sluice.models.telemetry.request_record import RoutingRecord
 from sluice.server.access.authentication import caller_of
 from sluice.server.access.capability import Caller, ForbiddenError
 from sluice.server.admission import ROUTED_PATHS, Admitted
@@ -104,7 +105,7 @@ class _Answer:
         self._extra = extra
         self._send = send
         self.status = 0
-        self.record: dict[str, Any] | None = None
+        self.record: RoutingRecord | None = None
         self._complete = False
         self._start: Message | None = None
         self._buffer = b""
@@ -194,7 +195,7 @@ class _Answer:
             return
         await self._take()
         if self.record is not None:
-            self._edge.metrics.ran(self.record["compute_fraction"])
+            self._edge.metrics.ran(self.record.compute_fraction)
 
 
 def _parse(raw: bytes) -> Any:

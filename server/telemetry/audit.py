@@ -12,6 +12,7 @@ from typing import Any
 
 from sluice.models.policy.axes import ATTENTION
 from sluice.models.routing.errors import RoutingError
+from sluice.models.telemetry.request_record import RoutingRecord
 from sluice.server.access.capability import Caller
 from sluice.server.admission import Admitted
 
@@ -34,7 +35,7 @@ def show_audit_log() -> None:
 
 
 def log_expert_routing(
-    caller: Caller, admitted: Admitted, outcome: str, status: int, record: dict[str, Any] | None
+    caller: Caller, admitted: Admitted, outcome: str, status: int, record: RoutingRecord | None
 ) -> None:
     """Log an admitted request that has ended; nothing if its policy leaves the experts alone.
 
@@ -60,7 +61,7 @@ def log_expert_routing(
             "status": status,
             "prompt_tokens": prompt,
             "generated_tokens": generated,
-            "masked": record.get("experts", {}).get("masked") if record else None,
+            "masked": record.experts.masked if record and record.experts else None,
         }
     )
 
@@ -70,11 +71,11 @@ def log_refused(caller: Caller, error: RoutingError) -> None:
     _log({"event": "refused", "key": caller.id, "param": error.param, "reason": error.reason})
 
 
-def _rows(record: dict[str, Any] | None) -> tuple[int | None, int | None]:
+def _rows(record: RoutingRecord | None) -> tuple[int | None, int | None]:
     """Prompt and generated token rows: layer 0 names every row once."""
     if record is None:
         return None, None
-    prompt, generated = (sum(layers[0][ATTENTION]) for layers in record["counts"])
+    prompt, generated = record.counts[:, 0, ATTENTION].sum(axis=1).tolist()
     return prompt, generated
 
 

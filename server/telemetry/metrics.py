@@ -20,7 +20,7 @@ from sluice.models.policy.axes import EXECUTED, MODULES, OUTCOMES, IntArray
 from sluice.models.routing.errors import REASONS, Reason
 from sluice.models.routing.presets import RESERVED_NAMES
 from sluice.models.telemetry.counter_file import at_work
-from sluice.models.telemetry.layer_counters import LayerCounters
+from sluice.models.telemetry.layer_counters import SUFFIX, LayerCounters
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class LayerUse:
     @classmethod
     def read(cls, folder: Path) -> Self | None:
         """Sum over the engines; None before an engine has started."""
-        engines = [LayerCounters.read(path) for path in sorted(folder.glob("*.counts"))]
+        engines = [LayerCounters.read(path) for path in sorted(folder.glob(f"*{SUFFIX}"))]
         if not engines:
             return None
         return cls(

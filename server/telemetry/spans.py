@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sluice.models.telemetry.report import build_report
+from sluice.models.telemetry.request_record import RoutingRecord
 from sluice.models.vllm_adapter.patches.tracing import Attributes
 from sluice.server.admission import Admitted
 
@@ -27,7 +28,7 @@ def policy_attributes(admitted: Admitted) -> Attributes:
     )
 
 
-def ran_attributes(admitted: Admitted, record: dict[str, Any] | None) -> Attributes:
+def ran_attributes(admitted: Admitted, record: RoutingRecord | None) -> Attributes:
     """What the request ran; nothing if the engine has no record of it."""
     if record is None:
         return {}

@@ -47,7 +47,7 @@ class Dispatch:
     def route(self, stock: Any, place: int, logits: torch.Tensor, own: Any) -> Any:
         """Stands before `ExpertRouter.route`."""
         weights, ids = stock(place, logits, own)
-        call = self._runner._router._call
+        call = self._runner.routed.router._call
         if self._step is not None and call is not None:
             for row, token in enumerate(call.tokens.tolist()):
                 self._keep(place, token, ids[row].tolist(), weights[row].tolist())
@@ -83,7 +83,7 @@ W = TypeVar("W", bound=Watcher)
 @contextmanager
 def standing_before(runner: Any, watcher: W) -> Iterator[W]:
     """Let a watcher see what an engine's loop and routers are given and give."""
-    loop, router = runner._loop, runner._router
+    loop, router = runner.routed.loop, runner.routed.router
     run, route = loop.run, router.route
     loop.run = lambda *args: watcher.run(run, *args)
     router.route = lambda *args: watcher.route(route, *args)

@@ -48,7 +48,8 @@ class RoutedWorker(_Worker):
         assert isinstance(self.model_runner, RoutedModelRunner)
         return self.model_runner.expert_answer
 
-    def take_routing_record(self, record: str) -> dict[str, Any] | None:
-        """RPC target: hand out the record of an ended request."""
+    def take_routing_record(self, request_key: str) -> dict[str, Any] | None:
+        """RPC target: hand out the record of an ended request, `RoutingRecord.to_wire`."""
         assert isinstance(self.model_runner, RoutedModelRunner)
-        return self.model_runner.take_routing_record(record)
+        record = self.model_runner.take_routing_record(request_key)
+        return None if record is None else record.to_wire()

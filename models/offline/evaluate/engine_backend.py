@@ -21,6 +21,7 @@ from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.presets import PresetsFileError, all_presets, check_presets
 from sluice.models.telemetry.report import build_report
+from sluice.models.telemetry.request_record import RoutingRecord
 from sluice.server.access.capability import Caller, Capability
 from sluice.server.admission import Admission, Admitted
 
@@ -109,7 +110,8 @@ class InProcess:
                 records = self.llm.collective_rpc(
                     "take_routing_record", args=(own.extra.request_key,)
                 )
-                yield output, build_report(own.extra.policy, records[0])
+                record = records[0] and RoutingRecord.from_wire(records[0])
+                yield output, build_report(own.extra.policy, record)
 
     def _admitted(self, routing: Mapping[str, Any]) -> Admitted:
         body = {"model": _NAME, "routing": dict(routing)}

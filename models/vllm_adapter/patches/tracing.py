@@ -74,23 +74,23 @@ class RequestSpans:
         processor.do_tracing = spans._delaying(processor.do_tracing)
         return spans
 
-    def open(self, record: str, attributes: Attributes) -> None:
+    def open(self, request_key: str, attributes: Attributes) -> None:
         """Hold the spans of a request that is about to go to the engine.
 
         Args:
-            record: the request's key.
+            request_key: of its record.
             attributes: that are known now.
         """
-        self._waiting[record] = _Waiting(dict(attributes))
+        self._waiting[request_key] = _Waiting(dict(attributes))
 
-    def close(self, record: str, attributes: Attributes) -> None:
+    def close(self, request_key: str, attributes: Attributes) -> None:
         """Export the spans of a request that has been answered; later ones no longer wait.
 
         Args:
-            record: the request's key.
+            request_key: of its record.
             attributes: the rest.
         """
-        waiting = self._waiting.pop(record)
+        waiting = self._waiting.pop(request_key)
         waiting.attributes.update(attributes)
         waiting.closed = True
         self._flush(waiting)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from support.engine import Engine, engine
@@ -77,7 +76,7 @@ def test_the_deeper_neighbour_wins_until_it_ends(
     assert outputs[1].outputs[0].token_ids == expected
     assert expected != Reference(folder).greedy(PROMPTS[1], deep, 12)
     assert outputs[0].outputs[0].token_ids == Reference(folder).greedy(PROMPTS[0], shallow, 5)
-    counts = np.array(running.runner.take_routing_record("b")["counts"])[1, :, ATTENTION]
+    counts = running.runner.take_routing_record("b").counts[1, :, ATTENTION]
     executed = counts[:, 0].tolist()
     assert executed[0] == executed[5] == 11
     assert executed[1] == executed[2] == together

@@ -207,9 +207,9 @@ def test_equals_the_reference(served: Served, case: str, ran: set[str]) -> None:
     record = served.engine.runner.take_routing_record(case)
     assert output.outputs[0].token_ids == expected.tokens, f"margin {expected.margin}"
     exits = np.bincount([max(e, 0) for e in expected.exits], minlength=LAYERS)
-    assert record["exits"] == exits.tolist()
+    assert record.exits.tolist() == exits.tolist()
     if expected.mask is not None:
-        assert record["mask"] == {"attention": sorted(expected.mask), "mlp": sorted(expected.mask)}
+        assert record.mask == {"attention": sorted(expected.mask), "mlp": sorted(expected.mask)}
     _check_kv(served, policy, expected, written)
     assert ran >= operations(case)
     if policy.exit is not None:
@@ -232,7 +232,7 @@ def _check_kv(served: Served, policy: RoutingPolicy, expected, written) -> None:
         # Tokens that still wait at the end were never needed.
         full = [i for i, left in enumerate(expected.left) if left is None]
         needed[len(PROMPT) + full[-1] + 1 :] = False
-    names = [layer.kv_name for layer in served.engine.runner._stack.layers]
+    names = [layer.kv_name for layer in served.engine.runner.routed.stack.layers]
     values = expected.values
     if served.expected.reference.model.config.model_type == "deepseek_v3":
         values = [in_pairs(states) for states in values]
@@ -249,10 +249,10 @@ def test_neighbours_do_not_matter(
 ) -> None:
     """All methods in one batch, prompts of different lengths, however the layers are planned."""
     if plan_layer is not None:
-        batch = served.engine.runner._batch
+        batch = served.engine.runner.routed.batch
         monkeypatch.setattr(batch, "plan_layer", plan_layer)
         monkeypatch.setattr(batch, "_plans", {})
-        monkeypatch.setattr(served.engine.runner._loop, "_plan_layer", plan_layer)
+        monkeypatch.setattr(served.engine.runner.routed.loop, "_plan_layer", plan_layer)
     assert served.engine.llm.reset_prefix_cache()
     # Elastic rows would agree with each other.
     cases = [case for case in CASES if not case.startswith("elastic")]
@@ -286,8 +286,8 @@ def test_first_masks_the_prompt_too(
         for output, run, record in zip(outputs, expected, records, strict=True):
             assert output.outputs[0].token_ids == run.tokens, run.margin
             taken = running.runner.take_routing_record(record)
-            assert taken["mask"]["mlp"] == sorted(run.mask)
-            prefill = np.array(taken["counts"])[0, :, 0, 0]
+            assert taken.mask["mlp"] == sorted(run.mask)
+            prefill = taken.counts[0, :, 0, 0]
             assert (prefill == 0).nonzero()[0].tolist() == sorted(run.mask)
         tokens = [run.tokens for run in expected]
         for keep_cache in (False, True):

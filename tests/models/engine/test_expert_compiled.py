@@ -18,7 +18,7 @@ TOKENS = 8
 def counted(running: Engine) -> np.ndarray:
     """The counters, with a step that has not been summed up yet."""
     running.runner.take_routing_record("nobody")
-    return np.array(running.runner._router._counters.total)
+    return np.array(running.runner.routed.router._counters.total)
 
 
 Answers = tuple[list[list[list[int]]], list[np.ndarray]]

@@ -104,7 +104,7 @@ def test_compute_is_weighed_by_active_parameters(served: tuple[Engine, Reference
     expected = [
         (active(layer.self_attn), active(layer.mlp)) for layer in reference.model.model.layers
     ]
-    cost = running.runner.module_cost
+    cost = running.runner.routed.cost
     assert np.array_equal(cost.modules, np.array(expected)), (cost.modules, expected)
     stacked = [p for p in reference.model.model.layers[-1].parameters() if p.dim() == 3]
     assert cost.expert == sum(p[0].numel() for p in stacked)

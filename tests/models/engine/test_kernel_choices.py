@@ -63,7 +63,7 @@ def test_tokens_and_reports_do_not_depend_on_the_choice(
         choosing.setenv(VARIABLE, choice)
         dispatch.chosen.cache_clear()
         tokens = running.generate(prompts, list(ASKED.values()), TOKENS, records=list(ASKED))
-        records = {name: running.runner.take_routing_record(name) for name in ASKED}
+        records = {name: running.runner.take_routing_record(name).to_wire() for name in ASKED}
         found[choice] = (dict(zip(ASKED, tokens, strict=True)), records)
     assert found[REFERENCE] == found[AUTO]
     assert found[TRITON] == found[AUTO]

@@ -31,6 +31,7 @@ from sluice.models.engine.plan import LayerPlan, Rows, StepShape, Work, compact
 from sluice.models.policy.experts import ExpertPolicy
 from sluice.models.policy.policy import RoutingPolicy, SkipSet
 from sluice.models.telemetry.expert_counters import ExpertCounters
+from sluice.models.telemetry.request_record import RoutingRecord
 
 TOKENS = 6
 
@@ -41,7 +42,7 @@ class Seen:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self._step: Any = None
-        self.total = np.zeros_like(runner._router._counters.total)
+        self.total = np.zeros_like(runner.routed.router._counters.total)
         self.active: dict[str, list[int]] = defaultdict(list)
         self.taken: dict[str, int] = defaultdict(int)
         self.loaded: dict[str, list[int]] = defaultdict(list)
@@ -55,7 +56,7 @@ class Seen:
             self._step = None
 
     def route(self, stock: Any, place: int, logits: torch.Tensor, own: Any) -> Any:
-        router = self._runner._router
+        router = self._runner.routed.router
         spec, _, correction = router._specs[place]
         scores = plain_scores(logits, spec.sigmoid)
         choice = selection_scores(scores, correction, spec.groups, spec.topk_group)
@@ -90,7 +91,7 @@ class Seen:
 def counted(running: Engine) -> np.ndarray:
     """The counters, with a step that has not been summed up yet."""
     running.runner.take_routing_record("nobody")
-    return np.array(running.runner._router._counters.total)
+    return np.array(running.runner.routed.router._counters.total)
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3"])
@@ -115,25 +116,25 @@ def test_counters_and_reports_are_what_ran(running: Engine) -> None:
         record = running.runner.take_routing_record(name)
         assert record is not None
         if policy.experts.empty:
-            assert "experts" not in record
+            assert record.experts is None
             continue
-        told = record["experts"]
+        told = record.experts
+        assert told is not None
         active = seen.active[name]
         assert len(active) > 0
-        assert told["active_mean"] == pytest.approx(sum(active) / len(active))
-        assert told["masked"] == seen.taken[name]
+        assert told.active_mean == pytest.approx(sum(active) / len(active))
+        assert told.masked == seen.taken[name]
         loaded = seen.loaded[name]
-        assert told["loaded_per_step"] == pytest.approx(sum(loaded) / len(loaded))
-        assert told["neighbour_dependent"] == (name in ("oea", "xshare"))
-        layers = len(running.runner._expert_shape.layers)
-        weak = told.get("weak", {"tokens": 0})["tokens"]
-        assert weak * layers == seen.weak[name]
-        assert (weak > 0) == name.startswith("contrast")
+        assert told.loaded_per_step == pytest.approx(sum(loaded) / len(loaded))
+        assert told.neighbour_dependent == (name in ("oea", "xshare"))
+        layers = len(running.runner.routed.expert_shape.layers)
+        assert told.weak_tokens * layers == seen.weak[name]
+        assert (told.weak_tokens > 0) == name.startswith("contrast")
 
 
 def test_stock_steps_are_counted(running: Engine) -> None:
     """With and without a policy that leaves every step to vLLM."""
-    shape = running.runner._expert_shape
+    shape = running.runner.routed.expert_shape
     for policy in (None, RoutingPolicy()):
         before = counted(running)
         with standing_before(running.runner, Seen(running.runner)) as seen:
@@ -156,7 +157,7 @@ def test_steps_before_a_control_acts_are_counted(running: Engine) -> None:
     assert found[:, ROWS].tolist() == [100 + TOKENS - 1] * len(found)
 
 
-def fraction(running: Engine, policy: RoutingPolicy, neighbours: int = 0) -> dict[str, Any]:
+def fraction(running: Engine, policy: RoutingPolicy, neighbours: int = 0) -> RoutingRecord:
     prompts = [prompt_of(30 + index, seed=9 + index) for index in range(1 + neighbours)]
     policies = [policy, *[RoutingPolicy()] * neighbours]
     names = ["own", *[f"other {index}" for index in range(neighbours)]]
@@ -167,19 +168,19 @@ def fraction(running: Engine, policy: RoutingPolicy, neighbours: int = 0) -> dic
 
 
 def test_the_compute_fraction_counts_experts(running: Engine) -> None:
-    cost, shape = running.runner.module_cost, running.runner._expert_shape
+    cost, shape = running.runner.routed.cost, running.runner.routed.expert_shape
     full = float(cost.modules.sum())
     layers, k = len(shape.layers), shape.top_k
     assert cost.expert > 0
     for policy, experts in ((TOP_1, 1), (TOP_4, 4)):
         record = fraction(running, policy)
         expected = 1 + layers * (experts - k) * cost.expert / full
-        assert record["compute_fraction"] == pytest.approx(expected)
-        assert record["generated_compute_fraction"] == pytest.approx(expected)
-        assert record["experts"]["active_mean"] == experts
-    assert fraction(running, MASK)["compute_fraction"] == pytest.approx(1.0)
+        assert record.compute_fraction == pytest.approx(expected)
+        assert record.generated_compute_fraction == pytest.approx(expected)
+        assert record.experts.active_mean == experts
+    assert fraction(running, MASK).compute_fraction == pytest.approx(1.0)
     contrast = fraction(running, CONTRAST)
-    assert contrast["compute_fraction"] == pytest.approx(2 - layers * (k - 1) * cost.expert / full)
+    assert contrast.compute_fraction == pytest.approx(2 - layers * (k - 1) * cost.expert / full)
 
 
 def wide(shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:
@@ -195,20 +196,20 @@ def test_rows_that_are_kept_in_a_layer_save_nothing_there(
     """A report does not depend on how the cost model plans layers."""
     skip = SkipSet.of(mlp=(2, 3))
     policy = RoutingPolicy(skip, experts=ExpertPolicy(top_k=1))
-    batch = running.runner._batch
+    batch = running.runner.routed.batch
     records = []
     for plan_layer in (compact, wide):
         batch._plans.clear()
         monkeypatch.setattr(batch, "plan_layer", plan_layer)
-        monkeypatch.setattr(running.runner._loop, "_plan_layer", plan_layer)
+        monkeypatch.setattr(running.runner.routed.loop, "_plan_layer", plan_layer)
         records.append(fraction(running, policy, neighbours=2))
     batch._plans.clear()
-    cost, shape = running.runner.module_cost, running.runner._expert_shape
+    cost, shape = running.runner.routed.cost, running.runner.routed.expert_shape
     full = float(cost.modules.sum())
     left = full - float(cost.modules[[2, 3], 1].sum())
     left -= (len(shape.layers) - 2) * (shape.top_k - 1) * cost.expert
     for record in records:
-        assert record["compute_fraction"] == pytest.approx(left / full)
+        assert record.compute_fraction == pytest.approx(left / full)
 
 
 def test_a_reader_sees_what_the_writer_adds(tmp_path: Path) -> None:
@@ -229,10 +230,10 @@ def test_a_reader_sees_what_the_writer_adds(tmp_path: Path) -> None:
 
 
 def test_the_window_forgets_and_the_total_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sluice.models.telemetry import expert_counters
+    from sluice.models.telemetry import counter_file
 
     now = [100.0]
-    monkeypatch.setattr(expert_counters.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(counter_file.time, "monotonic", lambda: now[0])
     counters = ExpertCounters.create(None, (0,), 3)
     for seconds, window in ((0, 1), (5, 2), (11, 3), (4, 4), (12, 3), (40, 2), (40, 1)):
         now[0] += seconds

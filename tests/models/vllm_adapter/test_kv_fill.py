@@ -71,7 +71,7 @@ def through_attention(layer: DecoderLayer) -> DecoderLayer:
 def test_equals_what_the_attention_writes(
     served: tuple[Engine, Path], monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    for layer in served[0].runner._stack.layers:
+    for layer in served[0].runner.routed.stack.layers:
         assert layer.key_values is not None
         found = written(layer, count, monkeypatch)
         expected = written(through_attention(layer), count, monkeypatch)
@@ -81,7 +81,7 @@ def test_equals_what_the_attention_writes(
 def test_rows_are_those_of_the_checkpoint(served: tuple[Engine, Path]) -> None:
     running, folder = served
     weights = load_file(folder / "model.safetensors")
-    for index, layer in enumerate(running.runner._stack.layers):
+    for index, layer in enumerate(running.runner.routed.stack.layers):
         (projection,) = layer.fill_projections
         with torch.inference_mode():
             held = projection.quant_method.apply(projection, torch.eye(HIDDEN), None).t()
@@ -91,7 +91,7 @@ def test_rows_are_those_of_the_checkpoint(served: tuple[Engine, Path]) -> None:
 
 def test_filling_costs_the_rows_of_keys_and_values(served: tuple[Engine, Path]) -> None:
     runner = served[0].runner
-    for layer, fill in zip(runner._stack.layers, runner.module_cost.fill, strict=True):
+    for layer, fill in zip(runner.routed.stack.layers, runner.routed.cost.fill, strict=True):
         op = layer.attention_op
         assert fill == HIDDEN * op.num_kv_heads * 2 * op.head_size
 
@@ -114,7 +114,7 @@ def test_paged_caches_get_the_same(
 ) -> None:
     """The way of CUDA, with the operation's reference and vLLM's layout."""
     slots = torch.tensor([17, -1, 0, 5, 23, 9, 4])
-    for layer in served[0].runner._stack.layers:
+    for layer in served[0].runner.routed.stack.layers:
         op = FlashOp(layer.attention_op)
         context = SimpleNamespace(slot_mapping={op.layer_name: slots})
         monkeypatch.setattr(
@@ -131,7 +131,7 @@ def test_paged_caches_get_the_same(
 
 
 def test_other_caches_are_left_to_vllm(served: tuple[Engine, Path]) -> None:
-    op = served[0].runner._stack.layers[0].attention_op
+    op = served[0].runner.routed.stack.layers[0].attention_op
     assert paged_cache(op) is None
     assert paged_cache(FlashOp(op, "FLASHINFER")) is None
     assert paged_cache(FlashOp(op, dtype="fp8")) is None
@@ -140,7 +140,7 @@ def test_other_caches_are_left_to_vllm(served: tuple[Engine, Path]) -> None:
 def test_what_only_the_attention_knows_is_left_to_it(
     served: tuple[Engine, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attention: Any = served[0].runner._stack.layers[0].attention
+    attention: Any = served[0].runner.routed.stack.layers[0].attention
     with pytest.raises(SeamMovedError, match="rows of a packed weight"):
         KeyValues.of(attention)
     packed = attention.qkv_proj

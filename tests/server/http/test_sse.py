@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from typing import Any
+from dataclasses import replace
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.telemetry.report import build_report
+from sluice.models.telemetry.request_record import ExpertUse, RoutingRecord
 from sluice.server.http.sse import EventSplitter, is_usage_chunk, with_report
 
 STREAM = (
@@ -48,15 +50,17 @@ def test_a_lost_record_is_said() -> None:
     assert "layers" not in report
 
 
-RECORD: dict[str, Any] = {
-    "counts": [
-        [[[5, 0, 0], [5, 0, 0]], [[4, 0, 1], [3, 2, 0]]],
-        [[[3, 0, 0], [2, 1, 0]], [[1, 0, 2], [1, 2, 0]]],
-    ],
-    "exits": [2, 1],
-    "compute_fraction": 0.87654321,
-    "generated_compute_fraction": 0.5833333333,
-}
+RECORD = RoutingRecord(
+    counts=np.array(
+        [
+            [[[5, 0, 0], [5, 0, 0]], [[4, 0, 1], [3, 2, 0]]],
+            [[[3, 0, 0], [2, 1, 0]], [[1, 0, 2], [1, 2, 0]]],
+        ]
+    ),
+    exits=np.array([2, 1]),
+    compute_fraction=0.87654321,
+    generated_compute_fraction=0.5833333333,
+)
 
 
 def test_phases_are_summed_and_generated_tokens_told_apart() -> None:
@@ -86,43 +90,38 @@ def test_phases_are_summed_and_generated_tokens_told_apart() -> None:
 
 
 def test_an_answer_of_one_token_has_no_generated_rows() -> None:
-    nothing = [[[0, 0, 0]] * 2] * 2
-    record = {
-        **RECORD,
-        "counts": [RECORD["counts"][0], nothing],
-        "exits": [0, 0],
-        "generated_compute_fraction": 1.0,
-    }
+    record = replace(
+        RECORD,
+        counts=np.stack([RECORD.counts[0], np.zeros_like(RECORD.counts[1])]),
+        exits=np.array([0, 0]),
+        generated_compute_fraction=1.0,
+    )
     generated = build_report(RoutingPolicy(), record)["generated"]
     assert generated == {"tokens": 0, "mean_layers": None, "compute_fraction": 1.0}
 
 
 def test_a_decided_mask_is_reported() -> None:
     mask = {"attention": [1], "mlp": [1]}
-    assert build_report(RoutingPolicy(), {**RECORD, "mask": mask})["mask"] == mask
+    assert build_report(RoutingPolicy(), replace(RECORD, mask=mask))["mask"] == mask
 
 
-EXPERTS: dict[str, Any] = {
-    "active_mean": 3.123456789,
-    "masked": 4,
-    "loaded_per_step": None,
-    "neighbour_dependent": False,
-    "weak": {"active_mean": 1.00000004, "per_layer": [0.12345678, 2]},
-}
+EXPERTS = ExpertUse(3.123456789, 4, None, neighbour_dependent=False, weak_tokens=5)
 
 
 def test_experts_are_reported_rounded() -> None:
-    report = build_report(RoutingPolicy(), {**RECORD, "experts": EXPERTS})
+    report = build_report(RoutingPolicy(), replace(RECORD, experts=EXPERTS))
     assert report["experts"] == {
-        **EXPERTS,
         "active_mean": 3.123457,
-        "weak": {"active_mean": 1.0, "per_layer": [0.123457, 2]},
+        "masked": 4,
+        "loaded_per_step": None,
+        "neighbour_dependent": False,
+        "weak": {"tokens": 5},
     }
     assert report["warnings"] == []
     assert "experts" not in build_report(RoutingPolicy(), RECORD)
 
 
 def test_an_answer_that_depended_on_its_neighbours_says_so() -> None:
-    experts = {**EXPERTS, "neighbour_dependent": True}
-    (warning,) = build_report(RoutingPolicy(), {**RECORD, "experts": experts})["warnings"]
+    experts = replace(EXPERTS, neighbour_dependent=True)
+    (warning,) = build_report(RoutingPolicy(), replace(RECORD, experts=experts))["warnings"]
     assert "depended on its neighbours" in warning

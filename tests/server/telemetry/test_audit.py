@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 from starlette.responses import JSONResponse
@@ -17,6 +18,7 @@ from sluice.models.policy.experts import ExpertPolicy
 from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy, SkipSet
 from sluice.models.routing.errors import RoutingError
+from sluice.models.telemetry.request_record import ExpertUse, RoutingRecord
 from sluice.server.access.authentication import CallerMiddleware
 from sluice.server.access.capability import Caller, Capability, ForbiddenError
 from sluice.server.access.keys import Keys, digest_of
@@ -29,11 +31,13 @@ from sluice.server.telemetry.metrics import RequestMetrics
 POLICY = RoutingPolicy(experts=ExpertPolicy(masked=((3, 1),)))
 ALICE = Caller("alice", Capability.EXPERTS)
 SECRET = "the-words-of-the-prompt"
-RECORD: dict[str, Any] = {
-    "counts": [[[[7, 1, 2], [0, 0, 0]]], [[[3, 0, 0], [0, 0, 0]]]],
-    "compute_fraction": 1.0,
-    "experts": {"active_mean": 3.5, "masked": 12},
-}
+RECORD = RoutingRecord(
+    counts=np.array([[[[7, 1, 2], [0, 0, 0]]], [[[3, 0, 0], [0, 0, 0]]]]),
+    exits=np.array([3]),
+    compute_fraction=1.0,
+    generated_compute_fraction=1.0,
+    experts=ExpertUse(3.5, 12, 1.0, neighbour_dependent=False),
+)
 
 
 def admitted(policy: RoutingPolicy = POLICY) -> Admitted:
@@ -133,20 +137,20 @@ class FakeAdmission:
 class FakeEngine:
     """Has a record of everything, or has died."""
 
-    def __init__(self, record: dict[str, Any] | None) -> None:
+    def __init__(self, record: RoutingRecord | None) -> None:
         self._record = record
 
     async def collective_rpc(self, name: str, args: tuple[str, ...]) -> list[Any]:
         if self._record is None:
             raise RuntimeError("dead")
-        return [self._record]
+        return [self._record.to_wire()]
 
 
 def sent(
     answer: Admitted | RoutingError | None,
     *,
     fails: bool = False,
-    record: dict[str, Any] | None = RECORD,
+    record: RoutingRecord | None = RECORD,
 ) -> None:
     """One request through both middlewares to a route that answers, or breaks off."""
     registry = CollectorRegistry()

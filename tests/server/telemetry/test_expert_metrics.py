@@ -65,7 +65,7 @@ def test_ratios_are_of_the_window_and_totals_of_all_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr("sluice.models.telemetry.expert_counters.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sluice.models.telemetry.counter_file.time.monotonic", lambda: now[0])
     made = ExpertCounters.create(tmp_path / "a.experts", LAYERS, EXPERTS)
     for selected in ([9, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]):
         made.roll()
@@ -85,7 +85,7 @@ def test_an_idle_engine_leaves_the_window_and_stays_in_the_totals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr("sluice.models.telemetry.expert_counters.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sluice.models.telemetry.counter_file.time.monotonic", lambda: now[0])
     registry = series(tmp_path)
     layer = {"layer": "1"}
     counters(tmp_path, "idle", [[8, 0, 0, 0, 8, 3], [0] * 6])
@@ -160,7 +160,7 @@ def test_utilization_sums_engines_and_tells_the_window(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr("sluice.models.telemetry.layer_counters.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sluice.models.telemetry.counter_file.time.monotonic", lambda: now[0])
     counts = np.array([[[5, 1, 0], [3, 3, 0]], [[2, 2, 2], [6, 0, 0]]])
     engines = [LayerCounters.create(folder / f"{name}.counts", 2) for name in "ab"]
     for _ in range(3):

@@ -67,7 +67,7 @@ def test_an_idle_engine_leaves_the_ratio_and_stays_in_the_totals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr("sluice.models.telemetry.layer_counters.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sluice.models.telemetry.counter_file.time.monotonic", lambda: now[0])
     registry = CollectorRegistry()
     registry.register(LayerCollector(tmp_path))
     ratio, labels = "sluice_layer_utilization_ratio", {"layer": "1", "module": "mlp"}
