@@ -56,3 +56,24 @@ class PendingTokens:
     def forget_from(self, position: int) -> None:
         """Drop tokens that vLLM computes again after a preemption."""
         self.tokens = [token for token in self.tokens if token.position < position]
+
+    def clear(self) -> None:
+        """Let no token wait: one ran full depth, and with it all that waited."""
+        self.tokens = []
+        self.left = 0
+
+    def leave(self, position: int, depth: int, states: Tensor) -> None:
+        """Add a token that left early; those that waited have run along.
+
+        Args:
+            position: of the token.
+            depth: last layer it ran, 0-based.
+            states: residual streams of the waiting tokens and of this one, (tokens + 1, hidden).
+        """
+        self.left += 1
+        reached = [(token.position, max(token.depth, depth)) for token in self.tokens]
+        reached.append((position, depth))
+        self.tokens = [
+            PendingToken(at, layer, state)
+            for (at, layer), state in zip(reached, states, strict=True)
+        ]

@@ -1,7 +1,9 @@
-"""Seam: attention metadata for a subset of a step's rows, and the K/V write on its own.
+"""Seam: attention metadata for a subset of a step's rows.
 
-vLLM builds metadata for the whole batch. A layer that some rows skip needs it for the others:
-their query ranges, sequence lengths, block tables and slots, taken from the runner's buffers.
+vLLM builds metadata for the whole batch. A layer that some rows skip needs it for the others: their
+query ranges, sequence lengths, block tables and slots. They are taken from the model runner's
+buffers, go through its attention groups' `build_metadata`, and are set in a copy of vLLM's
+`ForwardContext`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""The live requests of an engine: from policies to step plans, and from steps to decisions."""
+"""The routed requests of an engine, and the plan of each step that has some of them.
+
+A step begins with `Batch.step`: the requests' masks become segments, the segments a plan, and
+`ObserverFactory` makes the observers that decide while the layers run. It ends with `Batch.commit`,
+which stores what they decided in the requests' states.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sluice.models.depth.adaptive import mod
 from sluice.models.depth.masks import FULL_DEPTH, MaskTable, Segment
@@ -16,6 +20,7 @@ from sluice.models.engine.observers import (
     ExitObserver,
     LayerObserver,
     PromptObserver,
+    StepDecisions,
     VoidLayerObserver,
 )
 from sluice.models.engine.plan import LayerPlanner, StepPlan, build_plan
@@ -43,7 +48,7 @@ class ObserverFactory:
         self._device = device
         self._tensors: dict[str, dict[str, torch.Tensor]] = {}
 
-    def of(self, step: RoutedStep) -> Iterator[LayerObserver]:
+    def observers(self, step: RoutedStep) -> Iterator[LayerObserver]:
         """Observers of the requests of a planned step."""
         yield from self._exit_observers(step)
         yield from self._mask_observers(step)
@@ -158,7 +163,7 @@ class Batch:
         max_tokens: int,
         embed: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """Learn a new request.
+        """Add a request that is about to start.
 
         Args:
             request_id: vLLM's.
@@ -200,28 +205,28 @@ class Batch:
             requests: in it.
             weak_blocks: K/V blocks of the weak passes of contrasts, by request id.
         """
-        found = [self._states.get(request_id) for request_id in requests.ids]
-        states = {index: state for index, state in enumerate(found) if state is not None}
+        all_states = [self._states.get(request_id) for request_id in requests.ids]
+        states = {index: state for index, state in enumerate(all_states) if state is not None}
         self._agree(requests, states)
         segments: list[Segment] = []
         waiting: list[PendingToken] = []
-        first_rows = np.zeros(len(found), dtype=np.int64)
+        first_rows = np.zeros(len(all_states), dtype=np.int64)
         end = 0
-        for index, state in enumerate(found):
+        for index, state in enumerate(all_states):
             computed, scheduled = int(requests.computed[index]), int(requests.scheduled[index])
             if state is None:
-                own = _stock_segments(index, computed, scheduled, int(requests.prompt[index]))
+                added = _stock_segments(index, computed, scheduled, int(requests.prompt[index]))
             else:
-                own = list(state.segments(index, computed, scheduled))
-                if state.pending is not None and own[-1].phase == DECODE:
+                added = list(state.segments(index, computed, scheduled))
+                if state.pending is not None and added[-1].phase == DECODE:
                     waiting += state.pending.tokens
-            segments += own
-            end += sum(segment.length for segment in own)
+            segments += added
+            end += sum(segment.length for segment in added)
             first_rows[index] = end - scheduled
         weak = self._weak_passes(requests, weak_blocks or {}, first_rows, end)
-        owners = np.arange(len(found))
+        owners = np.arange(len(all_states))
         if weak is not None:
-            segments += weak.segments(segments, len(found))
+            segments += weak.segments(segments, len(all_states))
             owners = np.append(owners, weak.owners)
         step = RoutedStep(
             requests=requests,
@@ -232,10 +237,10 @@ class Batch:
             pending=torch.stack([token.hidden for token in waiting]) if waiting else None,
             pending_positions=np.array([token.position for token in waiting], dtype=np.int64),
             observers=[],
-            experts=self._experts_of(requests, owners, segments, first_rows),
+            experts=self._step_experts(requests, owners, segments, first_rows),
             weak=weak,
         )
-        step.observers.extend(self._observers.of(step))
+        step.observers.extend(self._observers.observers(step))
         return step
 
     def commit(self, step: RoutedStep, residual: Callable[[IntArray], torch.Tensor]) -> StepOutcome:
@@ -245,28 +250,27 @@ class Batch:
             step: that has run.
             residual: gives the residual stream of step rows as the loop left it, (rows, hidden).
         """
-        exits: dict[int, int] = {}
-        replaced: dict[int, NDArray[np.bool_]] = {}
+        decisions = StepDecisions()
         for observer in step.observers:
-            if isinstance(observer, ExitObserver):
-                exits.update(zip(observer.observed.tolist(), observer.exits.tolist(), strict=True))
-            elif isinstance(observer, PromptObserver):
-                observer.decide()
-            elif isinstance(observer, VoidLayerObserver):
-                replaced.update(zip(observer.tokens.tolist(), observer.void, strict=True))
+            observer.commit(decisions)
         depths: dict[int, int] = {}
         for index, state in step.states.items():
             row = step.new_token_row(index)
             if row is None or not state.records_tokens:
                 continue
-            depth = exits.get(row, self._num_layers - 1)
+            depth = decisions.exits.get(row, self._num_layers - 1)
             if state.extra.policy.exit is not None:
                 depths[index] = depth
             if state.pending is not None:
-                self._wait(step, index, row, depth, residual)
+                if depth == self._num_layers - 1:
+                    state.pending.clear()
+                else:
+                    rows = np.arange(row - len(state.pending.tokens), row + 1)
+                    position = step.last_position(index)
+                    state.pending.leave(position, depth, residual(rows).clone())
                 state.decide_token(state.wanted)
-            elif row in replaced:
-                state.decide_token(state.wanted.without_blocks(replaced[row], fill=True))
+            elif row in decisions.void:
+                state.decide_token(state.wanted.without_blocks(decisions.void[row], fill=True))
             else:
                 state.decide_token(state.wanted.leaving_after(depth, fill=True))
         return StepOutcome(self._segments_as_run(step, depths), depths)
@@ -321,7 +325,7 @@ class Batch:
         own = {index: blocks[requests.ids[index]] for index in contrasts}
         return WeakPasses.of(contrasts, own, first_rows, requests.scheduled, rows)
 
-    def _experts_of(
+    def _step_experts(
         self,
         requests: StepRequests,
         owners: IntArray,
@@ -333,31 +337,6 @@ class Batch:
         return self.experts.step(
             requests.ids, owners, segments, requests.computed, requests.scheduled, first_rows
         )
-
-    def _wait(
-        self,
-        step: RoutedStep,
-        index: int,
-        row: int,
-        depth: int,
-        residual: Callable[[IntArray], torch.Tensor],
-    ) -> None:
-        """Bring the waiting tokens of a request up to date after its live token left at `depth`."""
-        pending = step.states[index].pending
-        assert pending is not None
-        if depth == self._num_layers - 1:
-            pending.tokens.clear()
-            pending.left = 0
-            return
-        pending.left += 1
-        rows = np.arange(row - len(pending.tokens), row + 1)
-        states = residual(rows).clone()
-        reached = [(token.position, token.depth) for token in pending.tokens]
-        reached.append((step.last_position(index), depth))
-        pending.tokens = [
-            PendingToken(position, max(before, depth), state)
-            for (position, before), state in zip(reached, states, strict=True)
-        ]
 
 
 def _stock_segments(index: int, computed: int, scheduled: int, prompt: int) -> list[Segment]:

@@ -1,4 +1,4 @@
-"""Compact the rows of a layer, or keep and mask them: what is cheaper here, by measurement.
+"""Whether compacting the rows of a layer is cheaper than masking them, by measurement.
 
 A row that does not need a sub-layer can be taken out of it, or stay in and have its output
 dropped. Taking out saves compute and costs copies, attention metadata, and, for rows that fill K/V
@@ -16,17 +16,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from sluice.kernels.ops.row_compact import row_compact, row_scatter
 from sluice.models.engine.plan import LayerPlan, Rows, StepShape, Work
+from sluice.models.policy.axes import FloatArray
 from sluice.models.vllm_adapter.decoder import DecoderLayer, DecoderStack, input_width
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _REPEATS = 5
-
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +83,9 @@ class CostModel:
             attention=attention,
             fill=fill,
             mlp=mlp,
-            attend=Work.of(attend, attention),
+            attend=Work.keeping(attend, attention),
             separate_fill=shape.nothing if separate is None else separate,
-            run_mlp=Work.of(run, mlp),
+            run_mlp=Work.keeping(run, mlp),
         )
 
     def _seconds(self, attend: Rows, separate: Rows | None, mlp: Rows) -> float:

@@ -1,9 +1,12 @@
-"""The layer loop: runs a step plan over a decoder's own modules.
+"""The layer loop: runs a step plan over a decoder's own modules, one loop for every family.
 
-One loop for every family. The residual stream is vLLM's pair `(delta, residual)`, whose sum is the
-hidden state; a row that skips a sub-layer keeps its pending `delta` (design section 5). Rows that
-run are compacted, and stay compacted as long as the following sub-layers want the same rows.
-Observers look on and may take rows out on the way.
+The residual stream (`ResidualStream`) is vLLM's pair `(delta, residual)`, whose sum is the hidden
+state. vLLM's fused norms add `delta`, the output of the sub-layer before, to `residual`; so a row
+that skips a sub-layer just keeps its `delta` until it runs the next one. Rows that run are gathered
+(compacted), and stay gathered as long as the following sub-layers run the same rows.
+
+Observers look at the stream on the way and may take rows out. `RemainingRows` then cuts the plans
+of the layers that follow.
 """
 
 from __future__ import annotations
@@ -25,10 +28,11 @@ from sluice.models.vllm_adapter.kv_fill import fill_keys_values
 
 
 class RemainingRows:
-    """Restricts layer plans to the rows that are still there.
+    """Restricts layer plans to the rows that no observer has taken out.
 
-    A row that leaves stops running; in the attentions it would have run, its K/V are filled, unless
-    it leaves without. Row sets are cut once per event and shared by the layers that follow.
+    A row that leaves runs no further layer. In the attentions that it would have run its keys and
+    values (K/V) are filled, or nothing is, as the observer says. A plan is cut once after each
+    leave, and the layers that follow share the result.
     """
 
     def __init__(self, shape: StepShape, plan_layer: LayerPlanner) -> None:
@@ -200,12 +204,12 @@ class LayerLoop:
     ) -> None:
         """Show the layer's output to its observers; one LM head for all that want logits."""
         afters = [stream.hidden(observer.tokens) for observer in observers]
-        asking = [i for i, observer in enumerate(observers) if observer.needs_logits]
+        wanting = [i for i, observer in enumerate(observers) if observer.needs_logits]
         logits: dict[int, torch.Tensor] = {}
-        if asking:
-            together = self._stack.logits(torch.cat([afters[i] for i in asking]))
-            parts = torch.split(together, [len(observers[i].tokens) for i in asking])
-            logits = dict(zip(asking, parts, strict=True))
+        if wanting:
+            joined = self._stack.logits(torch.cat([afters[i] for i in wanting]))
+            parts = torch.split(joined, [len(observers[i].tokens) for i in wanting])
+            logits = dict(zip(wanting, parts, strict=True))
         for i, observer in enumerate(observers):
             observer.after_layer(index, befores[i], afters[i], logits.get(i), control)
 
@@ -224,7 +228,7 @@ def _before(
 def _with_unscheduled(
     step: RoutedStep, hidden: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put pending rows in their places among the scheduled ones, and weak passes behind them."""
+    """Hidden states and positions of all rows: pending ones put in, weak passes at the end."""
     shape = step.plan.shape
     if not shape.pending:
         return hidden, positions
@@ -247,7 +251,7 @@ def _with_unscheduled(
 
 
 class _Control:
-    """What observers may do; see `sluice.models.engine.observers.LoopControl`."""
+    """Implements `sluice.models.engine.observers.LoopControl`."""
 
     def __init__(self, remaining: RemainingRows, stream: ResidualStream) -> None:
         self.leave = remaining.leave

@@ -1,14 +1,15 @@
-"""Who looks on while a step's layers run, and decides.
+"""Observers: they look at the residual stream while a step's layers run, and decide.
 
-An observer belongs to one step and to some of its token rows. The layer loop calls it around the
-layers it names; what it decides goes back through `LoopControl`, and afterwards the batch state
-(`sluice.models.engine.batch`) reads its findings. The rules themselves are the depth methods'.
+An observer has some token rows of one step. The layer loop calls it around the layers it names.
+What it decides acts at once through `LoopControl`, and is stored by its `commit` after the step.
+The rules themselves are the depth methods' (`sluice.models.depth`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from sluice.models.depth.adaptive.lac import VoidRange, norm_change
 from sluice.models.depth.method import ExitMethod, ExitPoint, PromptMethod, Tensors
 from sluice.models.engine.request_state import RequestState
-from sluice.models.policy.axes import IntArray
+from sluice.models.policy.axes import BoolArray, IntArray
 from sluice.models.policy.policy import AdaptiveRule
 
 
@@ -35,12 +36,26 @@ class LoopControl(Protocol):
         """Set the residual stream of rows, (rows, hidden)."""
 
 
+@dataclass(frozen=True, slots=True)
+class StepDecisions:
+    """What the observers of a step decided about generated tokens, by row.
+
+    Attributes:
+        exits: last layer that the row ran.
+        void: layers that were void for the row, bool, (layers,).
+    """
+
+    exits: dict[int, int] = field(default_factory=dict)
+    void: dict[int, BoolArray] = field(default_factory=dict)
+
+
 class LayerObserver(ABC):
     """Looks at `tokens` around some layers.
 
     Attributes:
         tokens: rows, ascending, int64; an observer drops those it is done with.
         layers: layers around which it is called.
+        answers: rows that left, with their logits, (rows, vocabulary), if its test computed them.
     """
 
     needs_before = False
@@ -53,6 +68,7 @@ class LayerObserver(ABC):
     def __init__(self, tokens: IntArray, layers: frozenset[int]) -> None:
         self.tokens = tokens
         self.layers = layers
+        self.answers: list[tuple[IntArray, torch.Tensor]] = []
 
     def before_layer(  # noqa: B027 - most observers only look back
         self, layer: int, before: torch.Tensor, control: LoopControl
@@ -73,15 +89,13 @@ class LayerObserver(ABC):
     def finish(self, control: LoopControl) -> None:  # noqa: B027 - most have nothing to add
         """Called after the last layer."""
 
+    @abstractmethod
+    def commit(self, decisions: StepDecisions) -> None:
+        """Store what was decided, after the step: in `decisions`, or in the request's state."""
+
 
 class ExitObserver(LayerObserver):
-    """Live generated tokens under one exit method.
-
-    Attributes:
-        observed: the rows at the start, int64.
-        exits: last layer that each of them ran, int64.
-        answers: rows that left, with their logits, (rows, vocabulary), if the test computed them.
-    """
+    """Generated tokens that run for the first time, under one exit method."""
 
     def __init__(
         self,
@@ -100,14 +114,13 @@ class ExitObserver(LayerObserver):
         super().__init__(tokens, layers)
         self.needs_before = method.needs_previous
         self.needs_logits = method.needs_logits
-        self.observed = tokens
-        self.exits = np.full(len(tokens), last_layer, dtype=np.int64)
-        self.answers: list[tuple[IntArray, torch.Tensor]] = []
+        self._all_tokens = tokens
+        self._exits = np.full(len(tokens), last_layer, dtype=np.int64)
         self._method = method
         self._tensors = tensors
         self._thresholds = torch.from_numpy(thresholds)
         self._companions = companions
-        self._place = np.arange(len(tokens))
+        self._index = np.arange(len(tokens))
         self._state: dict[str, torch.Tensor] = {}
 
     def after_layer(
@@ -131,7 +144,7 @@ class ExitObserver(LayerObserver):
         leaving = agreed_between_ranks(self._method.leaves(point)).cpu().numpy()
         if not leaving.any():
             return
-        self.exits[self._place[leaving]] = layer
+        self._exits[self._index[leaving]] = layer
         gone, stays = self.tokens[leaving], ~leaving
         if self._companions is None:
             control.leave(gone, fill=True)
@@ -140,10 +153,15 @@ class ExitObserver(LayerObserver):
             control.leave(np.sort(np.concatenate([gone, *with_them])), fill=False)
         if logits is not None:
             self.answers.append((gone, logits[torch.from_numpy(leaving).to(logits.device)]))
-        self.tokens, self._place = self.tokens[stays], self._place[stays]
+        self.tokens, self._index = self.tokens[stays], self._index[stays]
         kept = torch.from_numpy(stays)
         self._thresholds = self._thresholds[kept]
         self._state = {name: value[kept.to(value.device)] for name, value in self._state.items()}
+
+    def commit(self, decisions: StepDecisions) -> None:
+        """See `LayerObserver.commit`."""
+        exits = zip(self._all_tokens.tolist(), self._exits.tolist(), strict=True)
+        decisions.exits.update(exits)
 
 
 class PromptObserver(LayerObserver):
@@ -197,8 +215,8 @@ class PromptObserver(LayerObserver):
         else:
             self._request.statistics[layer] = float(total)
 
-    def decide(self) -> None:
-        """Fix the request's mask, if all of its prompt has been read."""
+    def commit(self, decisions: StepDecisions) -> None:  # noqa: ARG002
+        """Decide the request's mask, if all of its prompt has been read."""
         state = self._request
         state.counted += len(self.tokens)
         if self._method.pool == "mean" and state.counted < state.prompt_tokens:
@@ -212,18 +230,14 @@ class PromptObserver(LayerObserver):
 
 
 class VoidLayerObserver(LayerObserver):
-    """Tokens under LAC's `readout` or `replace`, whose layers all run.
-
-    Attributes:
-        void: bool, (rows, layers): layers that were void for a row.
-    """
+    """Tokens under LAC's `readout` or `replace`, whose layers all run."""
 
     needs_before = True
 
     def __init__(self, rule: AdaptiveRule, tokens: IntArray, num_layers: int) -> None:
         super().__init__(tokens, frozenset(range(num_layers)))
         assert rule.threshold is not None
-        self.void = np.zeros((len(tokens), num_layers), dtype=np.bool_)
+        self._void = np.zeros((len(tokens), num_layers), dtype=np.bool_)
         self._replaces = rule.mode == "replace"
         self._range = VoidRange(rule.threshold)
         self._latest: torch.Tensor | None = None
@@ -239,9 +253,9 @@ class VoidLayerObserver(LayerObserver):
         """Test the layer, and in `replace` undo it where it is void."""
         assert before is not None
         void = agreed_between_ranks(self._range.void(norm_change(before, after)))
-        self.void[:, layer] = void.cpu().numpy()
+        self._void[:, layer] = void.cpu().numpy()
         if self._replaces:
-            if self.void[:, layer].any():
+            if self._void[:, layer].any():
                 control.assign(self.tokens, torch.where(void[:, None], before, after))
             return
         latest = before if self._latest is None else self._latest
@@ -252,9 +266,13 @@ class VoidLayerObserver(LayerObserver):
         if not self._replaces and self._latest is not None:
             control.assign(self.tokens, self._latest)
 
+    def commit(self, decisions: StepDecisions) -> None:
+        """See `LayerObserver.commit`."""
+        decisions.void.update(zip(self.tokens.tolist(), self._void, strict=True))
+
 
 def agreed_between_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The first tensor-parallel rank's `value`: floats may differ between ranks, ways must not."""
+    """`value` of the first tensor-parallel rank: floats may differ between ranks, masks may not."""
     from vllm.distributed import get_tp_group
 
     group = get_tp_group()

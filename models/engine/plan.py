@@ -1,24 +1,21 @@
 """What one engine step runs: for every sub-layer, which token rows execute it.
 
-Rows are the flattened tokens of a vLLM step, request after request. A request's tokens come as
-segments, runs of tokens with one mask. `StepPlan` is pure data and depends on the segments only,
-not on sequence lengths: a decode batch keeps its plan from step to step.
+Rows are the tokens of a vLLM step in one dimension, request after request. A request's tokens come
+as segments, runs of tokens with one mask. A `StepPlan` depends on the segments only, not on the
+lengths of sequences: a batch that decodes keeps its plan from step to step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
+import torch
 
-from sluice.models.policy.axes import ATTENTION, MLP
-
-if TYPE_CHECKING:
-    import torch
 from sluice.models.depth.masks import Segment
-from sluice.models.policy.axes import BoolArray, IntArray
+from sluice.models.policy.axes import ATTENTION, MLP, BoolArray, IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +45,6 @@ class Rows:
 
     def index(self, device: torch.device) -> torch.Tensor:
         """`tokens` on `device`, for gather and scatter; copied there once per plan."""
-        # Here, so that the HTTP edge, which shares this module's names, loads no torch.
-        import torch
-
         if device not in self._indices:
             self._indices[device] = torch.from_numpy(self.tokens).to(device)
         return self._indices[device]
@@ -142,7 +136,7 @@ class Work:
     dropped: IntArray
 
     @classmethod
-    def of(cls, rows: Rows, wanted: Rows) -> Work:
+    def keeping(cls, rows: Rows, wanted: Rows) -> Work:
         """Run `rows`, which contain the `wanted` ones, and drop the others."""
         if rows is wanted:
             return cls(rows, np.empty(0, dtype=np.int64))
@@ -151,7 +145,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What one layer owes to whom, and how it is run.
+    """Which rows need which part of a layer, and which rows run it.
 
     Attributes:
         attention: rows that attend.
@@ -179,7 +173,9 @@ class LayerPlanner(Protocol):
 
 def compact(shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:  # noqa: ARG001
     """Run exactly the rows that need it."""
-    return LayerPlan(attention, fill, mlp, Work.of(attention, attention), fill, Work.of(mlp, mlp))
+    return LayerPlan(
+        attention, fill, mlp, Work.keeping(attention, attention), fill, Work.keeping(mlp, mlp)
+    )
 
 
 @dataclass(frozen=True, slots=True)

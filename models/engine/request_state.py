@@ -1,8 +1,8 @@
-"""One live request's way through the layers: the mask of each of its tokens, past and present.
+"""State of one request: the mask of each of its tokens, of those that ran and of those to come.
 
-A prompt token's mask is known before it runs. A generated token's mask is either the request's
-(static sets, masks decided at the prompt) or is decided while the token runs; those decisions are
-stored, and a preempted request replays them when its tokens are computed again.
+A prompt token's mask is known before it runs. Generated tokens either share the request's mask (a
+static set, or a mask decided from the prompt), or the mask of each is decided while it runs. Such
+decisions are stored: a preempted request repeats them when its tokens are computed again.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sluice.models.depth.masks import DepthMask, MaskTable, Segment, phase_masks
 from sluice.models.depth.recompute import PendingTokens
-from sluice.models.policy.axes import DECODE, PREFILL
+from sluice.models.policy.axes import DECODE, PREFILL, BoolArray, IntArray
 from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.policy.policy import MissingKV
 
@@ -30,7 +29,7 @@ class RequestState:
         statistics: per-layer sums that a prompt method has pooled so far, (layers,), float64.
         counted: prompt tokens in `statistics`.
         decided: whether a prompt method has decided.
-        wanted: mask of generated tokens as far as the policy itself says.
+        wanted: mask of generated tokens that the policy alone gives.
         pending: generated tokens whose upper layers are still to run (`kv: recompute`).
     """
 
@@ -48,8 +47,8 @@ class RequestState:
         recomputes = rule is not None and rule.kv is MissingKV.RECOMPUTE
         self.pending = PendingTokens() if recomputes else None
         self._table = table
-        self._held: set[int] = set()
-        self._prompt: int | NDArray[np.int64]
+        self._rows: set[int] = set()
+        self._prompt: int | IntArray
         prefill, self.wanted = phase_masks(extra.policy.skip, num_layers)
         self._prompt, self._decode = self.hold(prefill), self.hold(self.wanted)
         self._generated: list[int] = []
@@ -75,23 +74,22 @@ class RequestState:
                 below = np.arange(len(self.statistics)) <= token.depth
                 mask = self.hold(self.wanted.without_blocks(below, fill=False))
                 yield Segment(request, DECODE, mask, 1, pending=True)
-        live = last - first - len(stored)
-        if live > 0:
-            yield Segment(request, DECODE, self._decode, live)
+        new = last - first - len(stored)
+        if new > 0:
+            yield Segment(request, DECODE, self._decode, new)
 
     def has_new_token(self, computed: int, scheduled: int) -> bool:
         """Whether the last of these tokens is a generated one that runs for the first time."""
         return computed + scheduled - self.prompt_tokens > len(self._generated)
 
-    def keep_prompt_tokens(self, kept: NDArray[np.bool_]) -> None:
+    def keep_prompt_tokens(self, kept: BoolArray) -> None:
         """Give each prompt token its own blocks; the others fill. `kept`: (tokens, layers)."""
-        full = self.wanted
         rows: dict[bytes, int] = {}
         for pattern in np.unique(kept, axis=0):
-            rows[pattern.tobytes()] = self.hold(full.without_blocks(~pattern, fill=True))
+            rows[pattern.tobytes()] = self.hold(self.wanted.without_blocks(~pattern, fill=True))
         self._prompt = np.array([rows[pattern.tobytes()] for pattern in kept])
 
-    def decide_prompt(self, skipped: NDArray[np.bool_], *, masked_prefill: bool) -> None:
+    def decide_prompt(self, skipped: BoolArray, *, masked_prefill: bool) -> None:
         """Fix the mask of all generated tokens. `skipped`: blocks, bool, (layers,)."""
         mask = DepthMask.full(len(skipped)).without_blocks(skipped, fill=False)
         self._decode = self.hold(mask)
@@ -109,7 +107,7 @@ class RequestState:
         self._generated.append(row)
         return row
 
-    def agree(self, common: NDArray[np.bool_]) -> int:
+    def agree(self, common: BoolArray) -> int:
         """Decide an elastic token: it skips what the step's elastic rows all can, `common`.
 
         A layer that one token of the request has skipped is never attended again, because nobody
@@ -124,24 +122,24 @@ class RequestState:
         return self.decide_token(DepthMask(skip, self.wanted.fill))
 
     @property
-    def decided_skip(self) -> NDArray[np.bool_] | None:
+    def decided_skip(self) -> BoolArray | None:
         """What a prompt method decided to leave out, (layers, 2 modules), or None."""
         return self._table.skip[self._decode].copy() if self.decided else None
 
     def release(self) -> bool:
-        """Give all rows back; True if one of them became free."""
-        freed = [self._table.release(row) for row in self._held]
-        self._held.clear()
+        """Give all rows of the mask table back; True if one of them became free."""
+        freed = [self._table.release(row) for row in self._rows]
+        self._rows.clear()
         return any(freed)
 
     def hold(self, mask: DepthMask) -> int:
-        """Row of `mask`, kept until the request ends."""
+        """Row of `mask` in the table, kept until the request ends."""
         row = self._table.acquire(mask)
-        # One hold a row and request is enough.
-        if row in self._held:
+        # The table counts a request once for each row.
+        if row in self._rows:
             self._table.release(row)
         else:
-            self._held.add(row)
+            self._rows.add(row)
         return row
 
     def _prompt_segments(self, request: int, start: int, end: int) -> Iterator[Segment]:

@@ -1,8 +1,9 @@
-"""Seam: vLLM's V1 model runner, from batch state to forward pass.
+"""Seam: vLLM's V1 model runner (`GPUModelRunner`, `CPUModelRunner`), from batch to forward pass.
 
 `RoutedModelRunner` is mixed in front of a V1 runner class. It learns each request's policy when
-vLLM removes or adds request state, plans the step once its inputs are prepared, and either leaves
-the forward pass to vLLM or runs the layer loop.
+vLLM removes or adds request state (`_update_states`, `_on_request_state_removed`), and plans the
+step once its inputs are prepared (`_prepare_inputs`). Then it either leaves the forward pass to
+vLLM or runs the layer loop (`_model_forward`).
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class RoutedModel:
         config = runner.model_config
         family = family_of(config.architecture)
         assert family is not None
-        stack = DecoderStack.of(runner.get_model(), family)
+        stack = DecoderStack.from_model(runner.get_model(), family)
         # After the stack, which keeps the model's own LM head for the exit tests.
         known_logits = KnownLogits(runner.get_model())
         warm_up_exits(config.get_hidden_size(), config.dtype, runner.device)

@@ -1,4 +1,4 @@
-"""A step with routed requests: what goes in, what is decided on the way, what came out."""
+"""A step with routed requests: its requests, its plan, and what came of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sluice.models.depth.masks import Segment
-from sluice.models.engine.observers import ExitObserver, LayerObserver
+from sluice.models.engine.observers import LayerObserver
 from sluice.models.engine.plan import StepPlan
 from sluice.models.engine.request_state import RequestState
 from sluice.models.experts.contrast import WeakPasses
@@ -53,7 +53,7 @@ class RoutedStep:
         pending: residual streams of the pending rows in row order, (rows, hidden), or None.
         pending_positions: their positions, int64, (rows,).
         observers: who decides while it runs.
-        experts: what its tokens ask of the routers, or None.
+        experts: expert controls of its tokens, or None.
         weak: weak passes of contrasts, whose rows come last, or None.
     """
 
@@ -96,7 +96,7 @@ class RoutedStep:
 
     def known_logits(self) -> tuple[IntArray, torch.Tensor] | None:
         """Batch indices of requests whose exit test has their logits, (rows, vocabulary)."""
-        answers = [a for o in self.observers if isinstance(o, ExitObserver) for a in o.answers]
+        answers = [answer for observer in self.observers for answer in observer.answers]
         if not answers:
             return None
         rows = np.concatenate([tokens for tokens, _ in answers])
@@ -116,11 +116,11 @@ class RoutedStep:
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """What a step turned out to be.
+    """What the tokens of a step ran.
 
     Attributes:
         segments: its segments with the masks that their tokens ran.
-        exit_layers: by batch index, the layer after which a live token under an exit rule left.
+        exit_layers: by batch index, the layer after which a new token under an exit rule left.
     """
 
     segments: list[Segment]

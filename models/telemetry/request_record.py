@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sluice.kernels.ops.routing_args import ACTIVE, ROUTED
 from sluice.models.policy.axes import (
@@ -24,6 +23,7 @@ from sluice.models.policy.axes import (
     OUTCOMES,
     PHASES,
     BoolArray,
+    FloatArray,
     IntArray,
 )
 from sluice.models.policy.expert_shape import ExpertShape
@@ -127,8 +127,8 @@ class ModuleCost:
         expert: one routed expert; 0 for a dense model.
     """
 
-    modules: NDArray[np.float64]
-    fill: NDArray[np.float64]
+    modules: FloatArray
+    fill: FloatArray
     expert: float = 0.0
 
     def fraction(self, counts: IntArray, more: float = 0.0) -> float:

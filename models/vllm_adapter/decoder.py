@@ -1,4 +1,8 @@
-"""A loaded model seen through its family's description: layers as parts the loop can call."""
+"""A loaded model as layers whose parts the layer loop can call.
+
+Reads the modules of vLLM's model classes by the names in `sluice.models.vllm_adapter.families`,
+and calls their `compute_logits`.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +56,7 @@ class DecoderStack:
     compute_logits: Callable[[torch.Tensor], torch.Tensor | None]
 
     @classmethod
-    def of(cls, model: nn.Module, family: DecoderFamily) -> DecoderStack:
+    def from_model(cls, model: nn.Module, family: DecoderFamily) -> DecoderStack:
         """Look the parts up once.
 
         Raises:
@@ -104,7 +108,7 @@ def _layer(module: nn.Module, family: DecoderFamily) -> DecoderLayer:
             raise ValueError(f"{family.name} checkpoints with {name} are not supported")
     attention = _part(module, family.attention)
     kind = family.attention_kind
-    key_values = None if kind.latent else KeyValues.of(attention)
+    key_values = None if kind.latent else KeyValues.from_attention(attention)
     fill = _projections(attention, kind.fill_projections)
     return DecoderLayer(
         attention_norm=_part(module, family.attention_norm),
@@ -120,7 +124,7 @@ def _layer(module: nn.Module, family: DecoderFamily) -> DecoderLayer:
 
 
 def _projections(attention: nn.Module, names: tuple[str, ...]) -> tuple[nn.Module, ...]:
-    """Those that the checkpoint has; the others must be there, as None."""
+    """The projections that the checkpoint has; of the others, the attribute is there and None."""
     for name in names:
         if not hasattr(attention, name):
             raise SeamMovedError(f"`{name}` on {type(attention).__name__}")
@@ -130,10 +134,10 @@ def _projections(attention: nn.Module, names: tuple[str, ...]) -> tuple[nn.Modul
 def _part(owner: nn.Module, path: str) -> Any:
     part: Any = owner
     for name in path.split("."):
-        found = getattr(part, name, None)
-        if found is None:
+        inner = getattr(part, name, None)
+        if inner is None:
             raise SeamMovedError(f"`{name}` on {type(part).__name__}")
-        part = found
+        part = inner
     return part
 
 

@@ -1,8 +1,8 @@
-"""Which decoder architectures the layer loop can drive, and where their parts are.
+"""Which decoder architectures the layer loop can drive, and what their parts are called.
 
 A family is a description, not a forward pass: the loop calls the model's own modules by these
 names. All of them follow vLLM's pre-norm convention of passing `(delta, residual)` through fused
-add+norm.
+add+norm. `depth_refusal` reads vLLM's `VllmConfig`: what else of an engine the loop cannot run.
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ def depth_refusal(vllm_config: Any) -> str | None:
     if family is None:
         known = ", ".join(family.architecture for family in FAMILIES)
         return f"the model's architecture {architecture} is not supported (supported: {known})"
-    own = _family_refusal(family, vllm_config.model_config)
-    if own is not None:
-        return own
+    refusal = _family_refusal(family, vllm_config.model_config)
+    if refusal is not None:
+        return refusal
     parallel = vllm_config.parallel_config
     refused = {
         "speculative decoding": vllm_config.speculative_config is not None,
@@ -142,12 +142,12 @@ def depth_refusal(vllm_config: Any) -> str | None:
         "K/V transfer": vllm_config.kv_transfer_config is not None,
         "fast prefill by K/V sharing": vllm_config.cache_config.kv_sharing_fast_prefill,
     }
-    hit = [name for name, used in refused.items() if used]
-    return f"depth controls do not run together with {' and '.join(hit)}" if hit else None
+    used = [name for name, is_used in refused.items() if is_used]
+    return f"depth controls do not run together with {' and '.join(used)}" if used else None
 
 
 def _family_refusal(family: DecoderFamily, model_config: Any) -> str | None:
-    """What of this checkpoint, or of how vLLM runs it, the family's description does not cover."""
+    """Why the family's description does not fit this checkpoint or how vLLM runs it, or None."""
     parts = [
         key
         for key in family.absent_config
@@ -157,7 +157,7 @@ def _family_refusal(family: DecoderFamily, model_config: Any) -> str | None:
         return f"{family.name} checkpoints with {' and '.join(parts)} are not supported"
     if family.attention_kind.latent and not model_config.use_mla:
         return f"{family.name} is supported with multi-head latent attention only"
-    # By name: the HTTP edge, which asks too, loads no torch.
+    # By name: the HTTP server, which asks too, loads no torch.
     if not family.float16 and str(model_config.dtype) == "torch.float16":
         return f"{family.name} in float16 is not supported"
     return None

@@ -1,10 +1,11 @@
-"""Seam: keys and values alone, where vLLM's attention modules project queries along with them.
+"""Seam: keys and values without queries, which vLLM projects together.
 
-vLLM packs the rows of all three into one weight. Rows that only fill K/V want no queries, so the
-rows of keys and values become a linear part of their own here, of vLLM's own class: its choice of
-kernel holds for it too. On CUDA they are a view of the packed weight. On a CPU vLLM repacks that
-weight for its kernel and drops what was loaded, so they are copied just before (`keep_rows`) and
-packed again: a second copy of the K/V rows.
+vLLM packs queries, keys and values into the weight of one `QKVParallelLinear`. A token that only
+fills K/V needs no query, so the weight's rows of keys and values become a linear layer here, of
+vLLM's class `ReplicatedLinear`: vLLM chooses its kernel too. On CUDA they are a view of the packed
+weight. On a CPU, vLLM repacks that weight for its kernel and drops what was loaded
+(`UnquantizedLinearMethod.process_weights_after_loading`), so `keep_rows` copies them just before,
+and they are packed again: a second copy of the K/V rows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 from sluice.models.vllm_adapter.patching import SeamMovedError, wrap_once
 
 _KEPT = "_sluice_key_value_rows"
-"""Attribute of a layer between its packing and `KeyValues.of`."""
+"""Attribute of a layer between its packing and `KeyValues.from_attention`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,8 @@ class KeyValues:
     value_size: int
 
     @classmethod
-    def of(cls, attention: nn.Module) -> Self | None:
-        """Those of an attention with a plain packed projection.
+    def from_attention(cls, attention: nn.Module) -> Self | None:
+        """Keys and values of an attention with a plain packed projection.
 
         None where the way is another one, and only the attention itself knows it: quantised
         weights, adapters, a rotary embedding that is more than a table, a norm across ranks.
@@ -157,7 +158,7 @@ def keep_rows() -> None:
     """Have vLLM's CPU linear layers leave a copy of their K/V rows; before a model is loaded."""
     from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLinearMethod
 
-    def around(stock: Any) -> Callable[..., Any]:
+    def keeping(stock: Any) -> Callable[..., Any]:
         def process(method: Any, layer: Any) -> Any:
             if type(layer) is QKVParallelLinear and layer.weight.device.type == "cpu":
                 first = layer.num_heads * layer.head_size
@@ -166,4 +167,4 @@ def keep_rows() -> None:
 
         return process
 
-    wrap_once(UnquantizedLinearMethod, "process_weights_after_loading", around)
+    wrap_once(UnquantizedLinearMethod, "process_weights_after_loading", keeping)

@@ -1,7 +1,12 @@
-"""Keys and values for tokens that pass a layer by: hidden-state propagation.
+"""Seam: keys and values (K/V) of tokens that do not attend in a layer: hidden-state propagation.
 
 Source: CALM (arXiv 2207.07061): a skipped layer's K/V come from the hidden state that skipped it,
 through that layer's own projection, never from another layer's cache.
+
+Writes through vLLM's operations `unified_kv_cache_update` and `unified_mla_kv_cache_update`, or
+straight into the cache that vLLM's flash and Triton attention lay out, at the slots of the current
+forward context. Where K/V cannot be projected alone, the model's attention module runs with its
+attention operation's `forward` replaced for the call.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ _PAGED = ("FLASH_ATTN", "TRITON_ATTN")
 
 @dataclass(frozen=True, slots=True)
 class PagedCache:
-    """A layer's cache as vLLM's flash and Triton attention have it, and where rows belong.
+    """A layer's cache as vLLM's flash and Triton attention lay it out, and where rows go in it.
 
     Attributes:
         keys: (blocks, block_size, kv_heads, head_size), strided.

@@ -1,7 +1,8 @@
-"""Seam: logits that an exit test computed are the row's logits; the LM head need not run again.
+"""Seam: logits that an exit test has computed are not computed again by the LM head.
 
-vLLM calls the model's `compute_logits` right after the forward pass, with one hidden state per
-request in batch order. An instance attribute shadows the method and puts known rows in place.
+The model runner calls the model's `compute_logits` right after the forward pass, with one hidden
+state per request in batch order. An instance attribute replaces the method and puts known rows in
+place.
 """
 
 from __future__ import annotations

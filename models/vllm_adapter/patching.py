@@ -1,4 +1,4 @@
-"""How seams stand before a function of vLLM: once, and loudly if it is gone."""
+"""Replacing a function of vLLM by one that calls it: once, and with an error if it is gone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class SeamMovedError(RuntimeError):
 _WRAPPED = "_sluice_wrapped"
 
 
-def wrap_once(owner: Any, name: str, around: Callable[[Any], Callable[..., Any]]) -> None:
-    """Replace a function or method by one that knows it; a second call changes nothing.
+def wrap_once(owner: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
+    """Replace a function or method by one that calls it; a second call changes nothing.
 
     Args:
-        owner: module or class.
+        owner: module or class of vLLM.
         name: attribute.
-        around: from vLLM's function to ours.
+        make: from vLLM's function to ours.
 
     Raises:
         SeamMovedError: the attribute is not where 0.32.0 has it.
@@ -37,6 +37,6 @@ def wrap_once(owner: Any, name: str, around: Callable[[Any], Callable[..., Any]]
     if stock is None:
         raise SeamMovedError(f"`{name}` on {owner.__name__}")
     if not hasattr(stock, _WRAPPED):
-        wrapped = functools.wraps(stock)(around(stock))
+        wrapped = functools.wraps(stock)(make(stock))
         setattr(wrapped, _WRAPPED, True)
         setattr(owner, name, wrapped)

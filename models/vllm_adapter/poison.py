@@ -1,9 +1,11 @@
-"""Seam: debug mode that spoils newly handed out K/V blocks (`SLUICE_POISON_KV=1`, CPU only).
+"""Seam: a debug mode that overwrites K/V blocks when a request gets them (`SLUICE_POISON_KV=1`).
 
 Keys become NaN, so a slot that a request attends to without having written it turns its logits to
 NaN. Values become a huge finite number: vLLM's CPU kernel multiplies the values behind the end of
 a sequence by zero, and zero times NaN would spoil what is right. Latents, which are both, become
-NaN. Off by default.
+NaN. Off by default, and for the CPU only.
+
+Reads the blocks of vLLM's `SchedulerOutput` and writes into the model runner's `kv_caches`.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def poison_enabled(device: torch.device) -> bool:
 def poison_new_blocks(
     runner: Any, scheduler_output: Any, weak: Iterable[tuple[BlockIds, BlockIds]]
 ) -> None:
-    """Spoil the blocks that this step's requests got and have not computed.
+    """Overwrite the blocks that this step's requests got and have not computed.
 
     Args:
         runner: vLLM's model runner.

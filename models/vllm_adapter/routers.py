@@ -1,8 +1,8 @@
-"""Seam: vLLM's router objects ask `ExpertRouter` before they select.
+"""Seam: `ExpertRouter` selects experts where vLLM's routers would.
 
-Each layer's `MoERunner` owns a router, whose `_compute_routing` turns logits into logical expert
-ids, before any mapping to physical ones. An instance attribute shadows it. Kernels that route
-inside themselves never ask a router, so a model with such layers is refused.
+Each layer's `MoERunner` has a router, whose `_compute_routing` turns logits into expert ids, before
+any mapping to physical ones. An instance attribute replaces it. A kernel that routes by itself
+calls no router, so a model with such layers is refused.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def read_routers(stack: DecoderStack) -> tuple[ExpertShape, list[RouterSpec]]:
 
 
 def attach(stack: DecoderStack, router: ExpertRouter) -> None:
-    """Let `router` stand before the routers of all layers with experts, in order."""
+    """Have `router` select in all layers with experts."""
     for place, runner in enumerate(_runners(stack).values()):
-        setattr(runner.router, _HOOK, _asking(router, place, getattr(runner.router, _HOOK)))
+        setattr(runner.router, _HOOK, _replaced(router, place, getattr(runner.router, _HOOK)))
 
 
-def _asking(router: ExpertRouter, place: int, stock: Any) -> Any:
+def _replaced(router: ExpertRouter, place: int, stock: Any) -> Any:
     def compute(
         hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Routed:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sluice.models.policy.axes import IntArray
+from sluice.models.policy.axes import FloatArray, IntArray
 from sluice.models.telemetry.counter_file import at_work
 from sluice.models.telemetry.expert_counters import SUFFIX, ExpertCounters
 
@@ -53,18 +53,18 @@ class ExpertUse:
             window_rows=np.sum([engine.window_rows for engine in recent], axis=0),
         )
 
-    def active_mean(self) -> NDArray[np.float64]:
+    def active_mean(self) -> FloatArray:
         """Experts per token row in the window, (layers,); NaN without rows."""
         return _ratio(self.window.sum(axis=1), self.window_rows)
 
-    def max_mean_ratio(self) -> NDArray[np.float64]:
+    def max_mean_ratio(self) -> FloatArray:
         """The busiest expert's selections over the mean expert's, (layers,); NaN without any."""
         return _ratio(self.window.max(axis=1), self.window.mean(axis=1))
 
 
-def _ratio(above: NDArray[np.generic], below: NDArray[np.generic]) -> NDArray[np.float64]:
+def _ratio(above: NDArray[np.generic], below: NDArray[np.generic]) -> FloatArray:
     unknown = np.full(above.shape, _NAN)
-    ratio: NDArray[np.float64] = np.divide(above, below, out=unknown, where=below != 0)
+    ratio: FloatArray = np.divide(above, below, out=unknown, where=below != 0)
     return ratio
 
 

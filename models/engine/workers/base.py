@@ -1,4 +1,4 @@
-"""Seam: what our CPU and CUDA workers have in common."""
+"""What our CPU and CUDA workers have in common: the check of the runner, and calls by RPC."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RoutedWorker(_Worker):
         """Initialise as vLLM does, then check the runner.
 
         Raises:
-            RunnerNotAttachedError: the live runner ignores our hooks.
+            RunnerNotAttachedError: vLLM built a runner that is not ours.
         """
         super().init_device()
         if not isinstance(self.model_runner, RoutedModelRunner):

@@ -1,4 +1,4 @@
-"""Seam: vLLM's CPU worker with our model runner (`--worker-cls`)."""
+"""Seam: vLLM's `CPUWorker` with our model runner (`--worker-cls`)."""
 
 from __future__ import annotations
 

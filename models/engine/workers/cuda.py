@@ -1,4 +1,4 @@
-"""Seam: vLLM's CUDA worker with our model runner (`--worker-cls`), V1 runner only."""
+"""Seam: vLLM's GPU `Worker` with our model runner (`--worker-cls`), V1 runner only."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def measured(batches: Sequence[int], repeats: int) -> list[Share]:
     with tempfile.TemporaryDirectory(prefix="sluice-bench-") as folder:
         make_bench_model(BenchModel.MOE, Path(folder))
         with closing(BenchEngine(BenchModel.MOE, Path(folder), CPU_WORKER, True)) as engine:
-            clock = _Clock(engine.runner._router)
+            clock = _Clock(engine.runner.routed.router)
             for batch in batches:
                 times: dict[tuple[str, str], list[tuple[float, float]]] = {}
                 for repeat in range(-1, repeats):

@@ -1,1 +1,1 @@
-"""Where Sluice changes what vLLM 0.32.0 itself does: one patch per file."""
+"""Functions of vLLM 0.32.0 that Sluice replaces in every process: one patch per module."""

@@ -1,9 +1,9 @@
 """Seam: how the processes of an engine on a CPU wait for each other's messages.
 
-In vLLM 0.32 (`SpinCondition` in `shm_broadcast.py`) the engine core and its worker spin for a
-second after each message before they sleep, so that an engine which serves keeps two cores busy
-with waiting. On a machine that has no more than those, the API server and its clients then get no
-core for a second or two at a time.
+Replaces `SpinCondition.wait` of vLLM's `shm_broadcast`. With it the engine core and its worker
+spin for a second after each message before they sleep, so that an engine which serves keeps two
+cores busy with waiting. On a machine with two cores, the API server and its clients then get none
+for a second or two at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sluice.models.vllm_adapter.patching import wrap_once
 _SPIN_SECONDS = 0.002
 """Long enough for what follows at once; to wake up takes some 0.1 ms."""
 _LOOK_MS = 1
-"""Now and then the word that wakes a reader is lost, and vLLM looks again after five seconds."""
+"""The message that wakes a reader may be lost; vLLM would look again after five seconds."""
 
 
 def install() -> None:

@@ -1,9 +1,10 @@
 """Seam: K/V blocks for the weak pass of a contrast, beside those of its request.
 
-The scheduler knows one request. When its cache manager hands that request slots, it hands as many
-to the weak pass under a name of its own, or none to either; both are given back together. So the
-passes are scheduled and preempted together. Weak blocks are never entered into the prefix cache.
-The block tables travel to the workers with the scheduler's output.
+Replaces `allocate_slots`, `free` and `pop_blocks_for_free` of vLLM's `KVCacheManager`, and
+`Scheduler.schedule`. The scheduler knows one request. When the cache manager gives that request
+slots, it gives as many to the weak pass under another name, or none to either; both are freed
+together. So the passes are scheduled and preempted together. Weak blocks never enter the prefix
+cache. Their block tables go to the workers as an attribute of the scheduler's output.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ def install() -> None:
 
 def weak_blocks(scheduler_output: Any) -> dict[str, BlockIds]:
     """Blocks of the weak passes of a step, by request id."""
-    found: dict[str, BlockIds] = getattr(scheduler_output, _OUTPUT_ATTRIBUTE, {})
-    return found
+    tables: dict[str, BlockIds] = getattr(scheduler_output, _OUTPUT_ATTRIBUTE, {})
+    return tables
 
 
 def _contrasts(request: Any) -> bool:
     params = request.sampling_params
     text = ((params and params.extra_args) or {}).get(EXTRA_ARGS_KEY)
-    # Asked for every request and step: most extras need not be read to know.
+    # Called for every request and step: most policies need not be decoded to know.
     if text is None or '"contrast"' not in text:
         return False
     return RoutingExtraArgs.decode(text).policy.experts.contrast is not None

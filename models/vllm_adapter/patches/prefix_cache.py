@@ -1,15 +1,16 @@
-"""Seam: prefix-cache hashes of blocks that hold generated tokens.
+"""Seam: which blocks of the prefix cache a request shares with others.
 
-vLLM hashes a block from its tokens, LoRA, media and `cache_salt`. The salt covers what a policy
-does to prompt tokens. Where a policy treats generated tokens differently, a block that holds some
-must never serve as part of somebody's prompt, so its hash gets one more key: the request's id. The
-same goes for the block with the last prompt token, where a policy treats that one differently. Only
-the request itself, resumed after a preemption, finds such a block again. Hashes are chained, so one
-key separates everything after it.
+Replaces `generate_block_hash_extra_keys`, in both of vLLM's modules that hold it. vLLM hashes a
+block from its tokens, LoRA, media and `cache_salt`. The salt covers what a policy does to prompt
+tokens. Where a policy treats generated tokens differently, a block that holds some must never be
+part of another request's prompt, so its hash gets one more key, the request's id. The same goes for
+the block with the last prompt token, where a policy treats that one differently. Only the request
+itself, resumed after a preemption, finds such a block again. Hashes are chained: one key separates
+all blocks after it.
 
-vLLM also asks each request whether it may read the prefix cache at all. One whose every prompt
-token must run may not: a prompt token that is not computed has no hidden state to pool, and a mask
-must not depend on what happens to be cached.
+Replaces `Request.get_skip_reading_prefix_cache` too. A request whose every prompt token must run
+may not read the cache: a token that is not computed has no hidden state to pool, and a mask must
+not depend on what happens to be cached.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.vllm_adapter.patching import wrap_once
 
 
-def own_block_key(request: Any, end: int) -> tuple[str, str] | None:
-    """Extra hash key of the block that ends at token `end` (exclusive), or None.
+def private_block_key(request: Any, end: int) -> tuple[str, str] | None:
+    """Hash key that keeps the block ending at token `end` (exclusive) to its request, or None.
 
     Args:
         request: vLLM scheduler `Request`.
@@ -42,7 +43,7 @@ def own_block_key(request: Any, end: int) -> tuple[str, str] | None:
 
 
 def install() -> None:
-    """Wrap what vLLM asks of a request's blocks, in the modules that hold it; safe to call twice.
+    """Replace these functions; safe to call twice.
 
     Raises:
         SeamMovedError: something is not where 0.32.0 has it.
@@ -51,22 +52,22 @@ def install() -> None:
     from vllm.v1.request import Request
 
     for module in (kv_cache_utils, block_pool):
-        wrap_once(module, "generate_block_hash_extra_keys", _with_own_key)
-    wrap_once(Request, "get_skip_reading_prefix_cache", _with_whole_prompt)
+        wrap_once(module, "generate_block_hash_extra_keys", _with_private_key)
+    wrap_once(Request, "get_skip_reading_prefix_cache", _with_whole_prompts)
 
 
-def _with_own_key(stock: Any) -> Callable[..., Any]:
+def _with_private_key(stock: Any) -> Callable[..., Any]:
     def keys(request: Any, start: int, end: int, start_mm_idx: int) -> Any:
-        found, next_mm_idx = stock(request, start, end, start_mm_idx)
-        own = own_block_key(request, end)
-        if own is not None:
-            found = (*(found or ()), own)
-        return found, next_mm_idx
+        stock_keys, next_mm_idx = stock(request, start, end, start_mm_idx)
+        private = private_block_key(request, end)
+        if private is None:
+            return stock_keys, next_mm_idx
+        return (*(stock_keys or ()), private), next_mm_idx
 
     return keys
 
 
-def _with_whole_prompt(stock: Any) -> Callable[[Any], bool]:
+def _with_whole_prompts(stock: Any) -> Callable[[Any], bool]:
     def skips_reading(request: Any) -> bool:
         params = request.sampling_params
         extra = params and RoutingExtraArgs.from_extra_args(params.extra_args)

@@ -1,8 +1,9 @@
 """Seam: blocks behind a sliding window stay while tokens may still wait for their upper layers.
 
-vLLM frees a block of a sliding-window layer once the newest token no longer attends to it. A token
-that waits (`sluice.models.depth.recompute`) is older by up to `LIMIT` positions, and so is its
-window: without this it would read blocks that are another request's by then.
+Replaces `SlidingWindowManager.get_num_skipped_tokens`. vLLM frees a block of a sliding-window layer
+once the newest token no longer attends to it. A token that waits
+(`sluice.models.depth.recompute`) is older by up to `LIMIT` positions, and so is its window: without
+this it would read blocks that have become another request's.
 """
 
 from __future__ import annotations

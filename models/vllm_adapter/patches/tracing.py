@@ -1,9 +1,10 @@
-"""Seam: vLLM's span of a request, which gets attributes of ours before it is exported.
+"""Seam: vLLM's span of a request gets attributes of ours before it is exported.
 
-vLLM makes the span `llm_request` in the HTTP process at the moment a request's last token arrives.
-What the request ran is known a little later, from the worker. So the span of a request that
-somebody waits for is held, with its times, until they say what belongs on it. Nothing is touched
-where vLLM traces nothing (no `--otlp-traces-endpoint`).
+Replaces `instrument_manual` in vLLM's `output_processor`, and `add_request` and `do_tracing` of the
+engine client's `OutputProcessor`. vLLM makes the span `llm_request` in the HTTP process when a
+request's last token arrives. What the request ran is known a little later, from the worker. So the
+span of a routed request is kept back, with its times, until its attributes are complete. Nothing is
+replaced where vLLM traces nothing (no `--otlp-traces-endpoint`).
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def test_the_compute_fraction_counts_experts(running: Engine) -> None:
 def wide(shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:
     """Run the MLP for all rows wherever one wants it, and drop what the others get."""
     plan = compact(shape, attention, fill, mlp)
-    run = Work.of(shape.everything, mlp) if len(mlp) else plan.run_mlp
+    run = Work.keeping(shape.everything, mlp) if len(mlp) else plan.run_mlp
     return LayerPlan(attention, fill, mlp, plan.attend, plan.separate_fill, run)
 
 
