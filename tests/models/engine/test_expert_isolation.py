@@ -218,7 +218,7 @@ def test_what_aborted_requests_held_is_free_again(roomy: Engine) -> None:
     # A worker learns of ended requests with the next step.
     roomy.generate([prompts[0]], [None], 2)
     experts = roomy.runner.routed.batch.experts
-    assert not experts._live
+    assert not experts._requests
     assert not any(experts._table._users[1:])
 
 
