@@ -42,7 +42,8 @@ def server(url: str | None, *arguments: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     sluice = Path(sys.executable).parent / "sluice"
-    command = [sluice, "serve", *arguments, "--enforce-eager", "--port", port]
+    # Not every CPU has instructions for bfloat16, the type of the demo model's weights.
+    command = [sluice, "serve", *arguments, "--enforce-eager", "--dtype", "float32", "--port", port]
     print("starting:", "sluice", *command[1:], file=sys.stderr)
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
