@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx
 
-from sluice.loadtest.clients.guidellm_runs import GuidedError
+from sluice.loadtest.clients.guidellm_runs import GuidellmError
 from sluice.loadtest.probes.memory import ServerNotFoundError
-from sluice.loadtest.probes.server_process import NotStartedError, served
+from sluice.loadtest.probes.server_process import NotStartedError, server_process
 from sluice.loadtest.report.files import write_report
-from sluice.loadtest.report.terminal import show
+from sluice.loadtest.report.terminal import print_table
 from sluice.loadtest.report.verdict import verdicts
 from sluice.loadtest.run import ServerRefusesError, run_scenario
 from sluice.loadtest.workload.scenario import Scenario, ScenarioError, shipped
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         ServerRefusesError,
         ServerNotFoundError,
         NotStartedError,
-        GuidedError,
+        GuidellmError,
         httpx.HTTPError,
         OSError,
     ) as error:
@@ -90,7 +90,7 @@ def _server(args: argparse.Namespace) -> Iterator[str]:
     if args.url is not None:
         yield args.url.rstrip("/").removesuffix("/v1")
         return
-    with served(args.serve.split(), args.out / "server.log") as url:
+    with server_process(args.serve.split(), args.out / "server.log") as url:
         yield url
 
 
@@ -103,7 +103,7 @@ def _play(name: str, scenario: Scenario, url: str, args: Any) -> bool:
     results = asyncio.run(run_scenario(scenario, url, args.api_key, say))
     folder = args.out / Path(name).stem
     write_report(results, folder)
-    show(results, folder)
+    print_table(results, folder)
     return all(verdict.met for verdict in verdicts(results))
 
 

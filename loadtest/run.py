@@ -14,23 +14,29 @@ from typing import Any
 
 import httpx
 
-from sluice.loadtest.clients.guidellm_runs import Guides, Target, guides
-from sluice.loadtest.clients.request_result import Sent
-from sluice.loadtest.clients.streaming import ask_in_turn, ask_when_due, send
+from sluice.loadtest.clients.guidellm_runs import GuidellmPool, Target, guidellm_pool
+from sluice.loadtest.clients.request_result import RequestResult
+from sluice.loadtest.clients.streaming import send, send_in_turn, send_when_due
 from sluice.loadtest.probes.memory import MemoryWatch
-from sluice.loadtest.probes.metrics import Scrape, changes, parse, scrape, scrape_every, settled
-from sluice.loadtest.report.results import Measured, Results
+from sluice.loadtest.probes.metrics import (
+    Scrape,
+    changes,
+    parse,
+    scrape,
+    scrape_every,
+    wait_until_idle,
+)
+from sluice.loadtest.report.results import PhaseResult, Results
 from sluice.loadtest.report.summary import summarize, window
 from sluice.loadtest.workload.scenario import Scenario
 from sluice.loadtest.workload.schedule import (
-    Ask,
     Phase,
     Plan,
-    body_of,
+    PlannedRequest,
+    draw_plan,
     phases,
-    plan,
-    questions,
-    saturating,
+    policy_requests,
+    saturation_scenario,
 )
 
 _WARM_UP_CLIENTS = 4
@@ -60,31 +66,33 @@ async def run_scenario(scenario: Scenario, url: str, api_key: str | None, say: S
     with tempfile.TemporaryDirectory(prefix="sluice-load-") as folder:
         async with (
             _client(url, api_key, scenario.deadline) as client,
-            _beside(watch),
-            guides(Path(folder)) as guided,
+            _watching_memory(watch),
+            guidellm_pool(Path(folder)) as guidellm,
         ):
-            model = await _served(client)
-            before = await _seen(client, scenario)
+            model = await _first_model(client)
+            before = await _metrics(client, scenario)
             await _try_policies(client, scenario, model)
             target = Target(url, model, api_key, scenario.deadline)
             await _warm_up(client, scenario, model)
-            rate = await _rate(client, scenario, target, guided, say)
-            measured = []
+            rate = await _rate(client, scenario, target, guidellm, say)
+            phase_results = []
             for phase in phases(scenario):
                 say(_describe(scenario, phase, rate))
-                drawn = plan(scenario, phase, rate, model)
-                measured.append(await _measure(client, scenario, phase, drawn, target, guided))
-            left, seconds = await settled(client) if scenario.metrics else ({}, 0.0)
-            after = await _seen(client, scenario)
+                plan = draw_plan(scenario, phase, rate, model)
+                phase_results.append(
+                    await _measure(client, scenario, phase, plan, target, guidellm)
+                )
+            left, seconds = await wait_until_idle(client) if scenario.metrics else ({}, 0.0)
+            after = await _metrics(client, scenario)
     return Results(
         scenario=scenario,
         url=url,
         model=model,
         rate=rate,
-        phases=tuple(measured),
+        phases=tuple(phase_results),
         changes=changes(before, after),
         left=left,
-        settled=seconds,
+        idle_seconds=seconds,
         memory=None if watch is None else watch.memory,
         versions={name: version(name) for name in ("sluice", "guidellm")},
     )
@@ -103,17 +111,17 @@ async def _client(
 
 
 @asynccontextmanager
-async def _beside(watch: MemoryWatch | None) -> AsyncIterator[None]:
+async def _watching_memory(watch: MemoryWatch | None) -> AsyncIterator[None]:
     """Watch the memory as long as the block runs."""
     if watch is None:
         yield
         return
-    async with _running(watch.run()):
+    async with _in_background(watch.run()):
         yield
 
 
 @asynccontextmanager
-async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Have work go on beside the block; it ends with it, and what it raised is raised."""
     task = asyncio.create_task(work)
     try:
@@ -125,7 +133,7 @@ async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         raise outcome
 
 
-async def _served(client: httpx.AsyncClient) -> str:
+async def _first_model(client: httpx.AsyncClient) -> str:
     """The first model that the server lists.
 
     Raises:
@@ -139,18 +147,18 @@ async def _served(client: httpx.AsyncClient) -> str:
         raise ServerRefusesError(f"{client.base_url}: no model to ask: {error}") from None
 
 
-async def _seen(client: httpx.AsyncClient, scenario: Scenario) -> Scrape:
+async def _metrics(client: httpx.AsyncClient, scenario: Scenario) -> Scrape:
     return await scrape(client) if scenario.metrics else parse("")
 
 
 async def _try_policies(client: httpx.AsyncClient, scenario: Scenario, model: str) -> None:
     for policy in scenario.policies:
-        prompt = next(questions(scenario, "try", policy.name))
-        found = await send(client, Ask(prompt, policy.name, body_of(scenario, policy, model)))
-        if found.ending != "answered":
+        requests = policy_requests(scenario, policy, model, "try", policy.name)
+        result = await send(client, next(requests))
+        if result.ending != "answered":
             raise ServerRefusesError(
-                f"policy {policy.name}: {found.ending}, {found.status or 'no status'}: "
-                f"{found.detail}"
+                f"policy {policy.name}: {result.ending}, {result.status or 'no status'}: "
+                f"{result.detail}"
             )
 
 
@@ -158,12 +166,9 @@ async def _warm_up(client: httpx.AsyncClient, scenario: Scenario, model: str) ->
     until = time.time() + scenario.warm_up
     await asyncio.gather(
         *(
-            ask_in_turn(
+            send_in_turn(
                 client,
-                (
-                    Ask(prompt, policy.name, body_of(scenario, policy, model))
-                    for prompt in questions(scenario, "warm-up", policy.name, number)
-                ),
+                policy_requests(scenario, policy, model, "warm-up", policy.name, number),
                 until,
             )
             for policy in scenario.policies
@@ -173,22 +178,22 @@ async def _warm_up(client: httpx.AsyncClient, scenario: Scenario, model: str) ->
 
 
 async def _rate(
-    client: httpx.AsyncClient, scenario: Scenario, target: Target, guided: Guides, say: Say
+    client: httpx.AsyncClient, scenario: Scenario, target: Target, guidellm: GuidellmPool, say: Say
 ) -> float | None:
     """Requests per second at stage 1; None of concurrent clients."""
     if scenario.arrivals.process == "concurrent" or scenario.arrivals.rate is not None:
         return scenario.arrivals.rate
-    probe = saturating(scenario)
+    probe = saturation_scenario(scenario)
     say(f"measuring the saturating rate with {probe.arrivals.streams} clients")
     phase = Phase(0, scenario.turn_names[0], 1.0)
-    drawn = plan(probe, phase, None, target.model)
-    found = await _measure(client, probe, phase, drawn, target, guided)
-    answered = [each.tokens for each in found.sent if each.ending == "answered"]
+    plan = draw_plan(probe, phase, None, target.model)
+    requests = (await _measure(client, probe, phase, plan, target, guidellm)).requests
+    answered = [each.tokens for each in requests if each.ending == "answered"]
     if not any(answered):
         raise ServerRefusesError("nothing was answered while the saturating rate was measured")
     # Clients leave at the end; their tokens count too, or the rate would be too low.
-    throughput = summarize(found.sent, scenario.objectives, window(found.sent)).throughput
-    return throughput / mean(answered)
+    summary = summarize(requests, scenario.objectives, window(requests))
+    return summary.throughput / mean(answered)
 
 
 def _describe(scenario: Scenario, phase: Phase, rate: float | None) -> str:
@@ -202,45 +207,49 @@ async def _measure(
     client: httpx.AsyncClient,
     scenario: Scenario,
     phase: Phase,
-    drawn: Plan,
+    plan: Plan,
     target: Target,
-    guided: Guides,
-) -> Measured:
+    guidellm: GuidellmPool,
+) -> PhaseResult:
     """Play one phase to the last end."""
-    before = await _seen(client, scenario)
+    before = await _metrics(client, scenario)
     taken: list[float] = []
 
     async def scraping() -> None:
-        if drawn.scraped and scenario.scrape_every is not None:
+        if plan.scraped and scenario.scrape_every is not None:
             await scrape_every(client, scenario.scrape_every, taken)
 
-    async with _running(scraping()):
-        found = await _send_all(client, scenario, drawn, target, guided)
-    after = await _seen(client, scenario)
-    sent = sorted((each for part in found for each in part), key=lambda each: each.start)
-    return Measured(phase, tuple(sent), changes(before, after), tuple(taken))
+    async with _in_background(scraping()):
+        by_client = await _send_all(client, scenario, plan, target, guidellm)
+    after = await _metrics(client, scenario)
+    requests = sorted((each for part in by_client for each in part), key=lambda each: each.start)
+    return PhaseResult(phase, tuple(requests), changes(before, after), tuple(taken))
 
 
 async def _send_all(
-    client: httpx.AsyncClient, scenario: Scenario, drawn: Plan, target: Target, guided: Guides
-) -> list[list[Sent]]:
+    client: httpx.AsyncClient,
+    scenario: Scenario,
+    plan: Plan,
+    target: Target,
+    guidellm: GuidellmPool,
+) -> list[list[RequestResult]]:
     """guidellm and the clients that leave, side by side, from one start on."""
     started: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-    if not drawn.steady:
+    if not plan.steady:
         started.set_result(time.time())
 
-    async def leaving() -> list[Sent]:
+    async def leaving() -> list[RequestResult]:
         began = await started
-        return await ask_when_due(client, drawn.leaving, began)
+        return await send_when_due(client, plan.leaving, began)
 
-    async def leaver(asks: Iterator[Ask]) -> list[Sent]:
+    async def leaver(requests: Iterator[PlannedRequest]) -> list[RequestResult]:
         began = await started
-        return await ask_in_turn(client, asks, began + scenario.duration)
+        return await send_in_turn(client, requests, began + scenario.duration)
 
     try:
         async with asyncio.TaskGroup() as group:
-            work = [guided.play(load, target, scenario.duration, started) for load in drawn.steady]
-            work += [leaving(), *(leaver(asks) for asks in drawn.leavers)]
+            work = [guidellm.play(load, target, scenario.duration, started) for load in plan.steady]
+            work += [leaving(), *(leaver(requests) for requests in plan.leavers)]
             tasks = [group.create_task(each) for each in work]
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from None

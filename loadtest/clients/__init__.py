@@ -1,1 +1,1 @@
-"""Who sends: guidellm, and clients of our own where it has none."""
+"""Clients: guidellm, and our own where guidellm cannot do it."""

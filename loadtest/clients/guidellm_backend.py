@@ -85,7 +85,7 @@ class SluiceBackend(OpenAIHTTPBackend):
             ended = {"ending": "aborted"}
             raise
         except Exception as error:
-            ended = how_it_ended(error)
+            ended = failure_fields(error)
             raise
         finally:
             self._open -= 1
@@ -121,7 +121,7 @@ class SluiceBackend(OpenAIHTTPBackend):
         raise StreamBrokenError("the stream ended without [DONE]")
 
 
-def how_it_ended(error: Exception) -> dict[str, Any]:
+def failure_fields(error: Exception) -> dict[str, Any]:
     """`ending`, and what else is known of a request that failed."""
     if isinstance(error, httpx.HTTPStatusError):
         answer = error.response

@@ -22,27 +22,27 @@ def main() -> None:
     # guidellm's workers are forked from a process that has imported all of this once.
     multiprocessing.set_forkserver_preload([_BACKEND, "guidellm.scheduler.worker"])
     __import__(_BACKEND)
-    _tell_the_start()
-    _see_the_end()
+    _announce_start()
+    _check_end_on_every_update()
     for line in sys.stdin:
         asyncio.run(_run(json.loads(Path(line.strip()).read_text(encoding="utf-8"))))
         print(DONE, flush=True)
 
 
-def _tell_the_start() -> None:
+def _announce_start() -> None:
     """Print when requests begin; guidellm says it nowhere."""
     from guidellm.scheduler.strategies import SchedulingStrategy
 
     original = SchedulingStrategy.init_processes_start
 
-    def told(strategy: Any, start_time: float) -> None:
+    def announce(strategy: Any, start_time: float) -> None:
         print(STARTED, start_time, flush=True)
         original(strategy, start_time)
 
-    setattr(SchedulingStrategy, original.__name__, told)
+    setattr(SchedulingStrategy, original.__name__, announce)
 
 
-def _see_the_end() -> None:
+def _check_end_on_every_update() -> None:
     """Have guidellm look for its end whenever its state changes.
 
     Version 0.8.1 looks only when word of a request comes. If the last word comes before the data
@@ -52,7 +52,7 @@ def _see_the_end() -> None:
 
     original = WorkerGroupState.update_state
 
-    def looked(group: Any, *given: Any, **named: Any) -> Any:
+    def update_and_check(group: Any, *given: Any, **named: Any) -> Any:
         update = original(group, *given, **named)
         if group.stop_send_requests_event.is_set() and not update.state.queued_requests:
             group.requests_generated_event.set()
@@ -62,7 +62,7 @@ def _see_the_end() -> None:
                     group.shutdown_event.set()
         return update
 
-    setattr(WorkerGroupState, original.__name__, looked)
+    setattr(WorkerGroupState, original.__name__, update_and_check)
 
 
 async def _run(spec: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sluice.loadtest.clients.guidellm_process import DONE, STARTED
-from sluice.loadtest.clients.request_result import Sent
-from sluice.loadtest.workload.schedule import Steady
+from sluice.loadtest.clients.request_result import RequestResult
+from sluice.loadtest.workload.schedule import SteadyLoad
 
 _LEAD = 1.0
 """Seconds before requests that come at a time: guidellm hands its workers nothing before its own
@@ -32,13 +32,13 @@ _SETTINGS = {
 }
 
 
-class GuidedError(Exception):
+class GuidellmError(Exception):
     """guidellm ended without a result."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is asked.
+    """The server, and how to ask it.
 
     Attributes:
         url: of the server, without `/v1`.
@@ -53,7 +53,7 @@ class Target:
     deadline: float
 
 
-class Guides:
+class GuidellmPool:
     """guidellm processes, started when there are more loads at once than before."""
 
     def __init__(self, folder: Path) -> None:
@@ -63,13 +63,13 @@ class Guides:
         self._numbers = count()
 
     async def play(
-        self, load: Steady, target: Target, duration: float, started: asyncio.Future[float]
-    ) -> list[Sent]:
+        self, load: SteadyLoad, target: Target, duration: float, started: asyncio.Future[float]
+    ) -> list[RequestResult]:
         """Send a load to its last end.
 
         Args:
             load: what to send.
-            target: whom to.
+            target: the server.
             duration: seconds that requests keep coming.
             started: gets the Unix seconds that the load's times count from, if it has none yet.
 
@@ -77,8 +77,8 @@ class Guides:
             GuidedError: guidellm ended without a result.
         """
         name = self._folder / f"load-{next(self._numbers)}"
-        spec, record = name.with_suffix(".json"), name.with_suffix(".sent.jsonl")
-        data = name.with_suffix(".asked.jsonl")
+        spec, record = name.with_suffix(".json"), name.with_suffix(".results.jsonl")
+        data = name.with_suffix(".prompts.jsonl")
         data.write_text(_data(load), encoding="utf-8")
         wire = _spec(load, target, duration, data, record)
         spec.write_text(json.dumps(wire), encoding="utf-8")
@@ -89,11 +89,11 @@ class Guides:
                 async with asyncio.timeout(duration + target.deadline + _GRACE):
                     await self._follow(process, started, 0.0 if load.due is None else _LEAD)
             except TimeoutError:
-                raise GuidedError(f"guidellm does not come to an end{self._said()}") from None
-        sent = _sent(load, record)
-        if load.due is not None and len(sent) != len(load.prompts):
-            raise GuidedError(f"guidellm sent {len(sent)} of {len(load.prompts)} requests")
-        return sent
+                raise GuidellmError(f"guidellm does not come to an end{self._log_tail()}") from None
+        results = _results(load, record)
+        if load.due is not None and len(results) != len(load.prompts):
+            raise GuidellmError(f"guidellm sent {len(results)} of {len(load.prompts)} requests")
+        return results
 
     async def close(self) -> None:
         """End all processes."""
@@ -142,24 +142,24 @@ class Guides:
                     started.set_result(float(rest) + lead)
             elif word == DONE:
                 return
-        raise GuidedError(f"guidellm ended{self._said()}")
+        raise GuidellmError(f"guidellm ended{self._log_tail()}")
 
-    def _said(self) -> str:
+    def _log_tail(self) -> str:
         lines = (self._folder / "guidellm.log").read_text(errors="replace").strip().splitlines()
         return ": " + "\n".join(lines[-5:]) if lines else ""
 
 
 @asynccontextmanager
-async def guides(folder: Path) -> AsyncIterator[Guides]:
+async def guidellm_pool(folder: Path) -> AsyncIterator[GuidellmPool]:
     """Processes for the time of the block; `folder` takes their files."""
-    found = Guides(folder)
+    pool = GuidellmPool(folder)
     try:
-        yield found
+        yield pool
     finally:
-        await found.close()
+        await pool.close()
 
 
-def _data(load: Steady) -> str:
+def _data(load: SteadyLoad) -> str:
     """guidellm's data set: a line a request."""
     rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in load.prompts]
     for row, due in zip(rows, load.due or (), strict=False):
@@ -168,7 +168,7 @@ def _data(load: Steady) -> str:
 
 
 def _spec(
-    load: Steady, target: Target, duration: float, data: Path, record: Path
+    load: SteadyLoad, target: Target, duration: float, data: Path, record: Path
 ) -> dict[str, Any]:
     profile: dict[str, Any] = {"kind": "replay", "schedule_turn": "timestamp"}
     if load.due is None:
@@ -193,11 +193,11 @@ def _spec(
     }
 
 
-def _sent(load: Steady, record: Path) -> list[Sent]:
+def _results(load: SteadyLoad, record: Path) -> list[RequestResult]:
     """What the backend wrote down, in the order of ends; nothing if nothing was sent."""
     if not record.exists():
         return []
     lines = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
     if load.due is None:
         lines = [{**line, "due": None} for line in lines]
-    return [Sent(policy=load.policy, **{"status": None, **line}) for line in lines]
+    return [RequestResult(policy=load.policy, **{"status": None, **line}) for line in lines]

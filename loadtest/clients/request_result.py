@@ -11,7 +11,7 @@ else, such as a connection that broke or a stream that stopped short."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class RequestResult:
     """A request that was sent. Times are Unix seconds.
 
     Attributes:

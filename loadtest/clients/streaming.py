@@ -1,4 +1,4 @@
-"""Streaming clients that may leave: what guidellm has no word for.
+"""Streaming clients that may leave before the end, which guidellm cannot do.
 
 Times are taken as guidellm takes them: a token is a chunk with text in it.
 """
@@ -13,52 +13,60 @@ from typing import Any
 
 import httpx
 
-from sluice.loadtest.clients.request_result import Sent
-from sluice.loadtest.workload.schedule import Ask
+from sluice.loadtest.clients.request_result import RequestResult
+from sluice.loadtest.workload.schedule import PlannedRequest
 
 
 class StreamBrokenError(Exception):
     """A stream ended without the end mark, or with an error in it."""
 
 
-async def ask_when_due(
-    client: httpx.AsyncClient, asks: Sequence[Ask], started: float
-) -> list[Sent]:
+async def send_when_due(
+    client: httpx.AsyncClient, requests: Sequence[PlannedRequest], started: float
+) -> list[RequestResult]:
     """Send each request at its time, whatever became of the others.
 
     Args:
         client: with the server's base URL and its deadline as time-out.
-        asks: with `due`.
+        requests: with `due`.
         started: Unix seconds that `due` counts from.
     """
 
-    async def one(ask: Ask) -> Sent:
-        due = started + (ask.due or 0.0)
+    async def one(request: PlannedRequest) -> RequestResult:
+        due = started + (request.due or 0.0)
         await asyncio.sleep(max(0.0, due - time.time()))
-        return await send(client, ask, due)
+        return await send(client, request, due)
 
-    return list(await asyncio.gather(*(one(ask) for ask in asks)))
+    return list(await asyncio.gather(*(one(request) for request in requests)))
 
 
-async def ask_in_turn(client: httpx.AsyncClient, asks: Iterator[Ask], until: float) -> list[Sent]:
+async def send_in_turn(
+    client: httpx.AsyncClient, requests: Iterator[PlannedRequest], until: float
+) -> list[RequestResult]:
     """Send one request after the other until a moment in Unix seconds."""
-    sent: list[Sent] = []
+    results: list[RequestResult] = []
     while time.time() < until:
-        sent.append(await send(client, next(asks)))
-    return sent
+        results.append(await send(client, next(requests)))
+    return results
 
 
-async def send(client: httpx.AsyncClient, ask: Ask, due: float | None = None) -> Sent:
+async def send(
+    client: httpx.AsyncClient, request: PlannedRequest, due: float | None = None
+) -> RequestResult:
     """Send one request and follow its stream to the end, or until the client leaves."""
-    body = {**ask.body, "messages": [{"role": "user", "content": ask.prompt}], "stream": True}
+    body = {
+        **request.body,
+        "messages": [{"role": "user", "content": request.prompt}],
+        "stream": True,
+    }
     start, tokens = time.time(), 0
     first: float | None = None
     last: float | None = None
 
-    def sent(ending: Any, **more: Any) -> Sent:
-        return Sent(
-            policy=ask.policy,
-            prompt=ask.prompt,
+    def result(ending: Any, **more: Any) -> RequestResult:
+        return RequestResult(
+            policy=request.policy,
+            prompt=request.prompt,
             due=due,
             start=start,
             first=first,
@@ -75,25 +83,25 @@ async def send(client: httpx.AsyncClient, ask: Ask, due: float | None = None) ->
             if status >= 400:
                 detail = (await response.aread()).decode(errors="replace")[:200]
                 retry = "retry-after" in response.headers
-                return sent("refused", status=status, retry_after=retry, detail=detail)
+                return result("refused", status=status, retry_after=retry, detail=detail)
             async for line in response.aiter_lines():
                 if not line.startswith("data:"):
                     continue
                 data = line.removeprefix("data:").strip()
                 if data == "[DONE]":
-                    return sent("answered", status=status)
+                    return result("answered", status=status)
                 if not _has_text(data):
                     continue
                 last = time.time()
                 first = first or last
                 tokens += 1
-                if ask.leave_after is not None and tokens >= ask.leave_after:
-                    return sent("aborted", status=status)
+                if request.leave_after is not None and tokens >= request.leave_after:
+                    return result("aborted", status=status)
             raise StreamBrokenError("the stream ended without [DONE]")
     except httpx.TimeoutException as error:
-        return sent("hung", detail=repr(error))
+        return result("hung", detail=repr(error))
     except (httpx.HTTPError, StreamBrokenError, json.JSONDecodeError) as error:
-        return sent("lost", detail=repr(error))
+        return result("lost", detail=repr(error))
 
 
 def _has_text(data: str) -> bool:

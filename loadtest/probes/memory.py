@@ -94,15 +94,15 @@ def _listener(url: str) -> psutil.Process:
     """
     parts = urlsplit(url)
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    found = {
+    listening = {
         each.pid
         for each in psutil.net_connections("tcp")
         if each.status == psutil.CONN_LISTEN and each.laddr[1:] == (port,) and each.pid is not None
     }
-    if parts.hostname not in ("127.0.0.1", "localhost", "::1") or not found:
+    if parts.hostname not in ("127.0.0.1", "localhost", "::1") or not listening:
         raise ServerNotFoundError(
             f"{url}: no process of this machine to watch the memory of; memory: false goes without"
         )
-    processes = [psutil.Process(pid) for pid in found]
+    processes = [psutil.Process(pid) for pid in listening]
     # API processes that share a port are children of one.
-    return next((each for each in processes if each.ppid() not in found), processes[0])
+    return next((each for each in processes if each.ppid() not in listening), processes[0])

@@ -37,7 +37,7 @@ class Change:
 
     @property
     def delta(self) -> float:
-        """What came on top."""
+        """How much it grew."""
         return self.after - self.before
 
 
@@ -88,21 +88,25 @@ def parse(text: str) -> Scrape:
 
 def changes(before: Scrape, after: Scrape) -> tuple[Change, ...]:
     """Series that only grow and did; buckets of histograms are left out."""
-    found = (
+    counted = (
         Change(series, before.values.get(series, 0.0), after.values[series])
         for series in after.counted
         if not series.name.endswith("_bucket")
     )
-    grown = [change for change in found if change.delta]
+    grown = [change for change in counted if change.delta]
     return tuple(sorted(grown, key=lambda change: str(change.series)))
 
 
-async def settled(client: httpx.AsyncClient) -> tuple[dict[str, float], float]:
-    """Running and waiting requests once both are zero, or at last; and the seconds that took."""
+async def wait_until_idle(client: httpx.AsyncClient) -> tuple[dict[str, float], float]:
+    """Wait until no request is running or waiting, half a minute at most.
+
+    Returns:
+        Running and waiting requests by the name of their series, and the seconds waited.
+    """
     started = time.perf_counter()
     while True:
-        seen = await scrape(client)
-        left = {name: seen.total(name) for name in (RUNNING, WAITING)}
+        metrics = await scrape(client)
+        left = {name: metrics.total(name) for name in (RUNNING, WAITING)}
         waited = time.perf_counter() - started
         if not any(left.values()) or waited > _SETTLE_SECONDS:
             return left, waited

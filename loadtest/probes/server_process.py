@@ -1,4 +1,4 @@
-"""A server of one's own for the time of a load test."""
+"""A server that runs as long as the load test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NotStartedError(Exception):
 
 
 @contextmanager
-def served(arguments: Sequence[str], log: Path) -> Iterator[str]:
+def server_process(arguments: Sequence[str], log: Path) -> Iterator[str]:
     """`sluice serve ARGUMENTS` on a free loopback port: its URL. Ended as by Ctrl-C.
 
     Args:
@@ -46,7 +46,7 @@ def served(arguments: Sequence[str], log: Path) -> Iterator[str]:
         )
         try:
             url = f"http://127.0.0.1:{port}"
-            _await(url, process, log)
+            _wait_until_ready(url, process, log)
             yield url
         finally:
             process.send_signal(signal.SIGINT)
@@ -56,7 +56,7 @@ def served(arguments: Sequence[str], log: Path) -> Iterator[str]:
                 process.kill()
 
 
-def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:

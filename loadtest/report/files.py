@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from sluice.loadtest.clients.request_result import Sent
+from sluice.loadtest.clients.request_result import RequestResult
 from sluice.loadtest.report.page import report_page
 from sluice.loadtest.report.results import Results, Row
 from sluice.loadtest.report.summary import PERCENTILES, TIMES
@@ -29,11 +29,11 @@ def write_report(results: Results, out: Path) -> None:
     _write_csv(out / "report.csv", [flat(row) for row in results.rows()])
     requests = [
         {"round": phase.round, "turn": phase.turn, "stage": phase.stage, **asdict(each)}
-        for measured in results.phases
-        for phase in [measured.phase]
-        for each in measured.sent
+        for result in results.phases
+        for phase in [result.phase]
+        for each in result.requests
     ]
-    names = ["round", "turn", "stage", *(field.name for field in fields(Sent))]
+    names = ["round", "turn", "stage", *(field.name for field in fields(RequestResult))]
     _write_csv(out / "requests.csv", requests, names)
     (out / "report.html").write_text(report_page(results), encoding="utf-8")
 
@@ -62,15 +62,17 @@ def to_wire(results: Results) -> dict[str, Any]:
             for row in results.rows()
         ],
         "ratios": {
-            "goodput": [asdict(each) for each in results.ratios(lambda found: found.goodput)],
-            "throughput": [asdict(each) for each in results.ratios(lambda found: found.throughput)],
+            "goodput": [asdict(each) for each in results.ratios(lambda summary: summary.goodput)],
+            "throughput": [
+                asdict(each) for each in results.ratios(lambda summary: summary.throughput)
+            ],
         },
         "throughput_kept": results.throughput_kept(),
         "scrapes": {
             "count": len(results.scrapes),
             **{f"p{rank}_ms": results.scrape_ms(rank) for rank in (50, 99)},
         },
-        "left": {**results.left, "seconds": results.settled},
+        "left": {**results.left, "seconds": results.idle_seconds},
         "memory": None
         if memory is None
         else {
@@ -93,22 +95,22 @@ def to_wire(results: Results) -> dict[str, Any]:
 
 def flat(row: Row) -> dict[str, Any]:
     """A row of the report in one line of a table."""
-    found = row.summary
-    endings = "; ".join(f"{count} {ending}" for ending, count in found.endings.items())
+    summary = row.summary
+    endings = "; ".join(f"{count} {ending}" for ending, count in summary.endings.items())
     return {
         **asdict(row.phase),
         "policy": row.policy,
-        "requests": found.requests,
-        "answered": found.answered,
-        "good": found.good,
-        "tokens": found.tokens,
-        "seconds": found.seconds,
-        "throughput": found.throughput,
-        "answers_per_second": found.answer_rate,
-        "goodput": found.goodput,
-        "late_ms": found.late_ms,
+        "requests": summary.requests,
+        "answered": summary.answered,
+        "good": summary.good,
+        "tokens": summary.tokens,
+        "seconds": summary.seconds,
+        "throughput": summary.throughput,
+        "answers_per_second": summary.answer_rate,
+        "goodput": summary.goodput,
+        "late_ms": summary.late_ms,
         **{
-            f"{name}_p{rank}": found.times.get(name, {}).get(f"p{rank}")
+            f"{name}_p{rank}": summary.times.get(name, {}).get(f"p{rank}")
             for name in TIMES
             for rank in PERCENTILES
         },

@@ -25,7 +25,7 @@ _TIME_NAMES = {
 def report_page(results: Results) -> str:
     """The page, UTF-8 HTML; everything that came from outside is escaped."""
     policies = results.scenario.turns == "policies"
-    ratios = results.ratios(lambda found: found.goodput if policies else found.throughput)
+    ratios = results.ratios(lambda summary: summary.goodput if policies else summary.throughput)
     written = results.scenario.model_dump(mode="json", exclude_unset=True)
     return page_template(_TEMPLATE, {"number": _number}).render(
         results=results,

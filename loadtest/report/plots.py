@@ -31,7 +31,7 @@ def _axes() -> tuple[Figure, Axes]:
 
 def _latencies(results: Results) -> Chart | None:
     by_policy: dict[str, list[float]] = {}
-    for each in results.sent:
+    for each in results.requests:
         if each.ending == "answered":
             by_policy.setdefault(each.policy, []).append(each.latency)
     if not by_policy:
@@ -46,60 +46,60 @@ def _latencies(results: Results) -> Chart | None:
     axes.xaxis.set_major_formatter(LogFormatter())
     axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.legend()
-    said = "; ".join(
+    description = "; ".join(
         f"{policy}: half of {len(values)} answers within {1000 * float(np.median(values)):.0f} ms"
         for policy, values in by_policy.items()
     )
-    return Chart("Time to the end of an answer", said, figure)
+    return Chart("Time to the end of an answer", description, figure)
 
 
 def _over_time(results: Results) -> Chart | None:
-    sent = results.sent
-    if not sent:
+    requests = results.requests
+    if not requests:
         return None
-    began = min(each.start for each in sent)
-    last = max(each.end for each in sent) - began
+    began = min(each.start for each in requests)
+    last = max(each.end for each in requests) - began
     edges = np.linspace(0, last, 2 + min(120, int(last)))
-    kinds = list(dict.fromkeys(each.ending for each in sent))
+    kinds = list(dict.fromkeys(each.ending for each in requests))
 
     def rate(times: list[float]) -> np.ndarray:
         return np.histogram(np.array(times) - began, edges)[0] / np.diff(edges)
 
     figure, axes = _axes()
-    axes.stairs(rate([each.start for each in sent]), edges, color=SOFT, label="sent")
+    axes.stairs(rate([each.start for each in requests]), edges, color=SOFT, label="sent")
     for number, kind in enumerate(kinds):
-        ended = rate([each.end for each in sent if each.ending == kind])
+        ended = rate([each.end for each in requests if each.ending == kind])
         axes.stairs(ended, edges, color=SERIES[number], label=kind)
     axes.set(xlabel="seconds", ylabel="requests per second")
     figure.legend(loc="outside upper left", ncols=len(kinds) + 1)
-    said = f"{len(sent)} requests in {last:.0f} s; " + ", ".join(
-        f"{sum(each.ending == kind for each in sent)} {kind}" for kind in kinds
+    description = f"{len(requests)} requests in {last:.0f} s; " + ", ".join(
+        f"{sum(each.ending == kind for each in requests)} {kind}" for kind in kinds
     )
-    return Chart("Requests over time", said, figure)
+    return Chart("Requests over time", description, figure)
 
 
 def _stages(results: Results) -> Chart:
     rows, rate = results.totals(), results.rate or 0.0
     figure, axes = _axes()
     for number, turn in enumerate(dict.fromkeys(row.phase.turn for row in rows)):
-        mine = [row for row in rows if row.phase.turn == turn]
-        offered = [row.phase.stage * rate for row in mine]
+        of_turn = [row for row in rows if row.phase.turn == turn]
+        offered = [row.phase.stage * rate for row in of_turn]
         note = "" if results.scenario.turns is None else f", {turn}"
         for name, style in (("answers", "o"), ("goodput", "s")):
             values = [
                 row.summary.answer_rate if name == "answers" else row.summary.goodput
-                for row in mine
+                for row in of_turn
             ]
             axes.plot(offered, values, style, color=SERIES[number % len(SERIES)], label=name + note)
     axes.axvline(rate, color=SOFT, linestyle=":", label="stage 1")
     axes.set(xlabel="requests per second, sent", ylabel="per second", ylim=(0, None))
     axes.legend()
-    said = "; ".join(
+    description = "; ".join(
         f"at {row.phase.stage:g} times the rate {row.summary.answer_rate:.1f} answers and "
         f"{row.summary.goodput:.1f} good ones per second"
         for row in rows
     )
-    return Chart("Stages", said, figure)
+    return Chart("Stages", description, figure)
 
 
 def _rounds(results: Results) -> Chart:
@@ -114,19 +114,19 @@ def _rounds(results: Results) -> Chart:
 
     figure, axes = _axes()
     for number, turn in enumerate(turns):
-        mine = [index for index, row in enumerate(rows) if row.phase.turn == turn]
-        rounds = [rows[index].phase.round + 1 for index in mine]
+        of_turn = [index for index, row in enumerate(rows) if row.phase.turn == turn]
+        rounds = [rows[index].phase.round + 1 for index in of_turn]
         colour = SERIES[number % len(SERIES)]
-        axes.plot(rounds, [value(index) for index in mine], "o", color=colour, label=turn)
+        axes.plot(rounds, [value(index) for index in of_turn], "o", color=colour, label=turn)
     axes.set(xlabel="round", ylabel=label, ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.legend()
-    said = "; ".join(
+    description = "; ".join(
         f"{turn}: "
         + ", ".join(f"{value(i):.1f}" for i, row in enumerate(rows) if row.phase.turn == turn)
         for turn in turns
     )
-    return Chart(f"Turns, {label}", said, figure)
+    return Chart(f"Turns, {label}", description, figure)
 
 
 def _memory(results: Results) -> Chart:
@@ -136,5 +136,5 @@ def _memory(results: Results) -> Chart:
     figure, axes = _axes()
     axes.plot(seconds, memory.values, color=SERIES[0])
     axes.set(xlabel="seconds", ylabel="resident MB")
-    said = f"from {memory.values[0]:.0f} to {memory.values[-1]:.0f} MB"
-    return Chart("Memory of the server's processes", said, figure)
+    description = f"from {memory.values[0]:.0f} to {memory.values[-1]:.0f} MB"
+    return Chart("Memory of the server's processes", description, figure)

@@ -1,4 +1,4 @@
-"""What a run of a scenario found: its phases, and what they come to."""
+"""Results of a run: its phases, and the numbers drawn from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import median
 
 import numpy as np
 
-from sluice.loadtest.clients.request_result import Sent
+from sluice.loadtest.clients.request_result import RequestResult
 from sluice.loadtest.probes.memory import Memory, Slope
 from sluice.loadtest.probes.metrics import Change
 from sluice.loadtest.report.summary import Summary, summarize, window
@@ -18,18 +18,18 @@ from sluice.loadtest.workload.schedule import Phase
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class PhaseResult:
     """A phase and what was seen of it.
 
     Attributes:
         phase: which one.
-        sent: its requests, by the time that they were sent.
+        requests: results of its requests, by the time that they were sent.
         changes: what it added to the server's counters.
         scrapes: seconds of each scrape.
     """
 
     phase: Phase
-    sent: tuple[Sent, ...]
+    requests: tuple[RequestResult, ...]
     changes: tuple[Change, ...]
     scrapes: tuple[float, ...]
 
@@ -70,7 +70,7 @@ class Results:
         phases: in the order that they ran.
         changes: of the server's counters over all of them.
         left: running and waiting requests after the run.
-        settled: seconds until these were there.
+        idle_seconds: how long it took until none was left, or until the run stopped waiting.
         memory: of the server, or None.
         versions: of what took part, by name.
     """
@@ -79,22 +79,22 @@ class Results:
     url: str
     model: str
     rate: float | None
-    phases: tuple[Measured, ...]
+    phases: tuple[PhaseResult, ...]
     changes: tuple[Change, ...]
     left: dict[str, float]
-    settled: float
+    idle_seconds: float
     memory: Memory | None
     versions: dict[str, str]
 
     @property
-    def sent(self) -> tuple[Sent, ...]:
+    def requests(self) -> tuple[RequestResult, ...]:
         """All requests."""
-        return tuple(each for measured in self.phases for each in measured.sent)
+        return tuple(each for result in self.phases for each in result.requests)
 
     @property
     def scrapes(self) -> tuple[float, ...]:
         """Seconds of all scrapes."""
-        return tuple(each for measured in self.phases for each in measured.scrapes)
+        return tuple(each for result in self.phases for each in result.scrapes)
 
     def rows(self) -> tuple[Row, ...]:
         """A row per phase and policy, and one of all where a phase has several."""
@@ -104,15 +104,15 @@ class Results:
     def _rows(self) -> tuple[Row, ...]:
         # A report asks for them a dozen times; those of a soak take a quarter of a second each.
         rows: list[Row] = []
-        for measured in self.phases:
-            seconds = window(measured.sent)
-            by_policy: dict[str, list[Sent]] = {}
-            for each in measured.sent:
+        for result in self.phases:
+            seconds = window(result.requests)
+            by_policy: dict[str, list[RequestResult]] = {}
+            for each in result.requests:
                 by_policy.setdefault(each.policy, []).append(each)
-            whole = {} if len(by_policy) == 1 else {ALL: [*measured.sent]}
+            whole = {} if len(by_policy) == 1 else {ALL: [*result.requests]}
             rows += [
-                Row(measured.phase, name, summarize(sent, self.scenario.objectives, seconds))
-                for name, sent in (whole | by_policy).items()
+                Row(result.phase, name, summarize(requests, self.scenario.objectives, seconds))
+                for name, requests in (whole | by_policy).items()
             ]
         return tuple(rows)
 
@@ -127,12 +127,12 @@ class Results:
         """How every turn but the first compares with it; rounds without a base are left out."""
         base = self.scenario.turn_names[0]
         totals = {row.phase: number(row.summary) for row in self.totals()}
-        found: dict[tuple[str, float], list[float]] = {}
+        by_turn: dict[tuple[str, float], list[float]] = {}
         for phase, value in totals.items():
-            of_base = totals.get(replace(phase, turn=base))
-            if phase.turn != base and of_base:
-                found.setdefault((phase.turn, phase.stage), []).append(value / of_base)
-        return [Ratio(turn, base, stage, tuple(each)) for (turn, stage), each in found.items()]
+            base_value = totals.get(replace(phase, turn=base))
+            if phase.turn != base and base_value:
+                by_turn.setdefault((phase.turn, phase.stage), []).append(value / base_value)
+        return [Ratio(turn, base, stage, tuple(each)) for (turn, stage), each in by_turn.items()]
 
     def throughput_kept(self) -> float | None:
         """Throughput at the last stage over the best stage's, median over rounds and turns."""
@@ -144,10 +144,10 @@ class Results:
 
     def memory_slope(self) -> Slope | None:
         """Growth of the server's memory per 1,000 requests, from the first phase on."""
-        if self.memory is None or not self.sent:
+        if self.memory is None or not self.requests:
             return None
-        began = min(each.start for each in self.sent)
-        return self.memory.slope([each.end for each in self.sent], began)
+        began = min(each.start for each in self.requests)
+        return self.memory.slope([each.end for each in self.requests], began)
 
     def scrape_ms(self, percentile: float) -> float | None:
         """Milliseconds of a scrape."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sluice.loadtest.clients.request_result import Sent
+from sluice.loadtest.clients.request_result import RequestResult
 from sluice.loadtest.workload.fields import Objectives
 
 PERCENTILES = (50, 90, 95, 99)
@@ -60,51 +60,51 @@ class Summary:
         return self.good / self.seconds if self.seconds else 0.0
 
 
-def summarize(sent: Sequence[Sent], objectives: Objectives, seconds: float) -> Summary:
+def summarize(requests: Sequence[RequestResult], objectives: Objectives, seconds: float) -> Summary:
     """Sum up requests that were sent within `seconds`."""
-    answered = [each for each in sent if each.ending == "answered"]
-    late = [each.start - each.due for each in sent if each.due is not None]
+    answered = [each for each in requests if each.ending == "answered"]
+    late = [each.start - each.due for each in requests if each.due is not None]
     return Summary(
-        requests=len(sent),
+        requests=len(requests),
         good=sum(is_good(each, objectives) for each in answered),
-        tokens=sum(each.tokens for each in sent),
+        tokens=sum(each.tokens for each in requests),
         seconds=seconds,
-        endings=dict(sorted(Counter(ending_of(each) for each in sent).items())),
+        endings=dict(sorted(Counter(ending_label(each) for each in requests).items())),
         times={name: _percentiles(*_values(answered, name)) for name in TIMES if answered},
         late_ms=1000 * float(np.percentile(late, 99)) if late else None,
     )
 
 
-def window(sent: Iterable[Sent]) -> float:
+def window(requests: Iterable[RequestResult]) -> float:
     """Seconds from the first request sent to the last end; 0 without any."""
-    held = list(sent)
-    if not held:
+    results = list(requests)
+    if not results:
         return 0.0
-    return max(each.end for each in held) - min(each.start for each in held)
+    return max(each.end for each in results) - min(each.start for each in results)
 
 
-def ending_of(sent: Sent) -> str:
+def ending_label(result: RequestResult) -> str:
     """How it ended, in words that the report counts."""
-    if sent.ending != "refused":
-        return sent.ending
-    said = "with" if sent.retry_after else "without"
-    return f"{sent.status} {said} Retry-After"
+    if result.ending != "refused":
+        return result.ending
+    preposition = "with" if result.retry_after else "without"
+    return f"{result.status} {preposition} Retry-After"
 
 
-def is_good(sent: Sent, objectives: Objectives) -> bool:
+def is_good(result: RequestResult, objectives: Objectives) -> bool:
     """Whether it was answered within all objectives that are given."""
-    if sent.ending != "answered":
+    if result.ending != "answered":
         return False
     # An answer of one token has no time per further token.
-    found = {"ttft_ms": sent.ttft, "tpot_ms": sent.gap or 0.0, "e2el_ms": sent.latency}
+    seconds = {"ttft_ms": result.ttft, "tpot_ms": result.gap or 0.0, "e2el_ms": result.latency}
     for name, limit in objectives.model_dump(exclude_none=True).items():
-        value = found[name]
+        value = seconds[name]
         if value is None or 1000 * value > limit:
             return False
     return True
 
 
-def _values(answered: Sequence[Sent], name: str) -> tuple[list[float], list[int]]:
+def _values(answered: Sequence[RequestResult], name: str) -> tuple[list[float], list[int]]:
     """Seconds of each request, and how often each counts."""
     if name == "ttft_ms":
         values = [(each.ttft, 1) for each in answered]
@@ -122,5 +122,5 @@ def _percentiles(seconds: Sequence[float], counts: Sequence[int]) -> dict[str, f
     if not seconds:
         return {}
     repeated = np.repeat(1000 * np.asarray(seconds), counts)
-    found = np.percentile(repeated, PERCENTILES)
-    return {f"p{rank}": float(value) for rank, value in zip(PERCENTILES, found, strict=True)}
+    values = np.percentile(repeated, PERCENTILES)
+    return {f"p{rank}": float(value) for rank, value in zip(PERCENTILES, values, strict=True)}

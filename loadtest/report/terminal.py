@@ -8,7 +8,7 @@ from sluice.loadtest.report.results import Results
 from sluice.loadtest.report.verdict import verdicts
 
 
-def show(results: Results, folder: Path) -> None:
+def print_table(results: Results, folder: Path) -> None:
     """Print the phases and the bars, and where the report is."""
     from rich.console import Console
     from rich.table import Table
@@ -20,20 +20,20 @@ def show(results: Results, folder: Path) -> None:
     for name in ("round", "stage", "tokens/s", "good/s", "TTFT p50", "p99", "e2e p50", "p99"):
         table.add_column(name, justify="right")
     for row in results.rows():
-        found = row.summary
+        summary = row.summary
         times = [
-            found.times.get(name, {}).get(rank)
+            summary.times.get(name, {}).get(rank)
             for name in ("ttft_ms", "e2el_ms")
             for rank in ("p50", "p99")
         ]
         table.add_row(
             row.phase.turn,
             row.policy,
-            ", ".join(f"{count} {ending}" for ending, count in found.endings.items()),
+            ", ".join(f"{count} {ending}" for ending, count in summary.endings.items()),
             str(row.phase.round + 1),
             f"{row.phase.stage:g}",
-            f"{found.throughput:.0f}",
-            f"{found.goodput:.1f}",
+            f"{summary.throughput:.0f}",
+            f"{summary.goodput:.1f}",
             *("-" if time is None else f"{time:.0f}" for time in times),
         )
     console.print(table)

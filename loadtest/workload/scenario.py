@@ -125,11 +125,11 @@ class Scenario(Fields):
             ) from None
         except yaml.YAMLError as error:
             raise ScenarioError(f"{name}: no YAML: {error}") from None
-        return cls.of(_beside(given, path.parent), name)
+        return cls.parse(_prompts_file_from(given, path.parent), name)
 
     @classmethod
-    def of(cls, given: Any, name: str) -> Scenario:
-        """Check what a file holds.
+    def parse(cls, given: Any, name: str) -> Scenario:
+        """Check the content of a file.
 
         Raises:
             ScenarioError: a field is wrong; `name` is what the message begins with.
@@ -151,13 +151,13 @@ class Scenario(Fields):
         Raises:
             ScenarioError: they do not fit.
         """
-        return self.of(
+        return self.parse(
             {**self.model_dump(mode="json", exclude_unset=True), **fields}, "command line"
         )
 
 
-def _beside(given: Any, folder: Path) -> Any:
-    """What a file holds, its prompts' file named from where one is rather than from its folder."""
+def _prompts_file_from(given: Any, folder: Path) -> Any:
+    """The file's content, with its prompts' file as seen from the working directory."""
     match given:
         case {"prompts": {"file": str(name)} as prompts}:
             return {**given, "prompts": {**prompts, "file": str(folder / name)}}

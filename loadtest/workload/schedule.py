@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -18,11 +18,11 @@ from sluice.loadtest.workload.scenario import UNSCRAPED, Scenario, ScenarioError
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """A request to come.
+class PlannedRequest:
+    """A request that a client of ours will send.
 
     Attributes:
-        prompt: what is asked.
+        prompt: the user's message.
         policy: its name in the report.
         body: everything else of the request's body.
         due: seconds from the start, or None for at once.
@@ -56,7 +56,7 @@ _EACH_PER_SECOND, _ALL_PER_SECOND = 8, 200
 
 
 @dataclass(frozen=True, slots=True)
-class Steady:
+class SteadyLoad:
     """Requests of one policy whose clients stay to the end: what guidellm sends.
 
     Attributes:
@@ -85,9 +85,9 @@ class Plan:
         scraped: whether `/metrics` is scraped meanwhile.
     """
 
-    steady: tuple[Steady, ...]
-    leaving: tuple[Ask, ...]
-    leavers: tuple[Iterator[Ask], ...]
+    steady: tuple[SteadyLoad, ...]
+    leaving: tuple[PlannedRequest, ...]
+    leavers: tuple[Iterator[PlannedRequest], ...]
     scraped: bool
 
 
@@ -102,7 +102,7 @@ def phases(scenario: Scenario) -> list[Phase]:
     ]
 
 
-def plan(scenario: Scenario, phase: Phase, rate: float | None, model: str) -> Plan:
+def draw_plan(scenario: Scenario, phase: Phase, rate: float | None, model: str) -> Plan:
     """Draw a phase.
 
     Turns of a round have the same arrivals and other prompts: an answer of one turn must not be
@@ -128,21 +128,21 @@ def plan(scenario: Scenario, phase: Phase, rate: float | None, model: str) -> Pl
     return Plan(steady, leaving, leavers, scraped)
 
 
-def saturating(scenario: Scenario) -> Scenario:
+def saturation_scenario(scenario: Scenario) -> Scenario:
     """The scenario that measures the rate of one that has none: as many clients as it names."""
-    found = scenario.arrivals.saturation
-    assert found is not None
+    saturation = scenario.arrivals.saturation
+    assert saturation is not None
     return scenario.model_copy(
         update={
-            "arrivals": Arrivals(process="concurrent", streams=found.streams),
-            "duration": found.seconds,
+            "arrivals": Arrivals(process="concurrent", streams=saturation.streams),
+            "duration": saturation.seconds,
             "disconnects": None,
             "seed": _number(scenario, "saturation"),
         }
     )
 
 
-def body_of(scenario: Scenario, policy: Policy, model: str | None = None) -> dict[str, Any]:
+def request_body(scenario: Scenario, policy: Policy, model: str | None = None) -> dict[str, Any]:
     """A request's body, but for its prompt."""
     fields = scenario.prompts
     body: dict[str, Any] = {"max_tokens": fields.max_tokens, "temperature": 0, **policy.body}
@@ -151,17 +151,28 @@ def body_of(scenario: Scenario, policy: Policy, model: str | None = None) -> dic
     return body if model is None else {"model": model, **body}
 
 
-def questions(scenario: Scenario, *of: Any) -> Iterator[str]:
+def draw_prompts(scenario: Scenario, *purpose: Any) -> Iterator[str]:
     """Prompts without end for one purpose."""
-    return prompts(scenario.prompts, _seed(scenario, *of))
+    return prompts(scenario.prompts, _seed(scenario, *purpose))
 
 
-Drawn = tuple[tuple[Steady, ...], tuple[Ask, ...], tuple[Iterator[Ask], ...]]
+def policy_requests(
+    scenario: Scenario, policy: Policy, model: str, *purpose: Any
+) -> Iterator[PlannedRequest]:
+    """Requests of a policy without end for one purpose, to be sent at once and to the end."""
+    body = request_body(scenario, policy, model)
+    for prompt in draw_prompts(scenario, *purpose):
+        yield PlannedRequest(prompt, policy.name, body)
+
+
+_Loads = tuple[
+    tuple[SteadyLoad, ...], tuple[PlannedRequest, ...], tuple[Iterator[PlannedRequest], ...]
+]
 
 
 def _arriving(
     scenario: Scenario, phase: Phase, policies: list[Policy], rate: float, model: str
-) -> Drawn:
+) -> _Loads:
     rng = np.random.default_rng(_number(scenario, "arrivals", phase.round, phase.stage))
     arrivals = scenario.arrivals
     assert arrivals.process != "concurrent"
@@ -169,18 +180,18 @@ def _arriving(
     weights = np.array([policy.weight for policy in policies])
     whose = rng.choice(len(policies), size=len(due), p=weights / weights.sum())
     leave = _leave_after(scenario, rng, len(due))
-    asked = list(islice(questions(scenario, "phase", *_of(phase)), len(due)))
+    questions = list(islice(draw_prompts(scenario, "phase", *_phase_key(phase)), len(due)))
     steady = []
     for number, policy in enumerate(policies):
-        mine = [i for i in range(len(due)) if whose[i] == number and not leave[i]]
-        if mine:
-            texts, times = tuple(asked[i] for i in mine), tuple(float(due[i]) for i in mine)
-            steady.append(Steady(policy.name, body_of(scenario, policy), texts, due=times))
+        own = [i for i in range(len(due)) if whose[i] == number and not leave[i]]
+        if own:
+            texts, times = tuple(questions[i] for i in own), tuple(float(due[i]) for i in own)
+            steady.append(SteadyLoad(policy.name, request_body(scenario, policy), texts, due=times))
     leaving = tuple(
-        Ask(
-            asked[i],
+        PlannedRequest(
+            questions[i],
             policies[whose[i]].name,
-            body_of(scenario, policies[whose[i]], model),
+            request_body(scenario, policies[whose[i]], model),
             due=float(due[i]),
             leave_after=int(leave[i]),
         )
@@ -199,7 +210,7 @@ def _leave_after(scenario: Scenario, rng: np.random.Generator, count: int) -> li
     return [int(tokens) for tokens in leaves * rng.integers(low, high, count, endpoint=True)]
 
 
-def _concurrent(scenario: Scenario, phase: Phase, policies: list[Policy], model: str) -> Drawn:
+def _concurrent(scenario: Scenario, phase: Phase, policies: list[Policy], model: str) -> _Loads:
     streams = scenario.arrivals.streams
     assert streams is not None
     share = 0.0 if scenario.disconnects is None else scenario.disconnects.share
@@ -209,11 +220,11 @@ def _concurrent(scenario: Scenario, phase: Phase, policies: list[Policy], model:
         if clients > leaving:
             most = min(_EACH_PER_SECOND * (clients - leaving), _ALL_PER_SECOND)
             count = math.ceil(scenario.duration * most)
-            texts = islice(questions(scenario, "phase", *_of(phase), policy.name), count)
-            body = body_of(scenario, policy)
-            steady.append(Steady(policy.name, body, tuple(texts), streams=clients - leaving))
+            texts = islice(draw_prompts(scenario, "phase", *_phase_key(phase), policy.name), count)
+            body = request_body(scenario, policy)
+            steady.append(SteadyLoad(policy.name, body, tuple(texts), streams=clients - leaving))
         leavers += [
-            _leaver(scenario, policy, model, "leaver", *_of(phase), policy.name, number)
+            _leaver(scenario, policy, model, "leaver", *_phase_key(phase), policy.name, number)
             for number in range(leaving)
         ]
     if share and not leavers:
@@ -221,13 +232,14 @@ def _concurrent(scenario: Scenario, phase: Phase, policies: list[Policy], model:
     return tuple(steady), (), tuple(leavers)
 
 
-def _leaver(scenario: Scenario, policy: Policy, model: str, *of: Any) -> Iterator[Ask]:
+def _leaver(
+    scenario: Scenario, policy: Policy, model: str, *purpose: Any
+) -> Iterator[PlannedRequest]:
     assert scenario.disconnects is not None
     low, high = scenario.disconnects.after_tokens
-    rng = np.random.default_rng(_number(scenario, *of))
-    for prompt in questions(scenario, *of):
-        tokens = int(rng.integers(low, high, endpoint=True))
-        yield Ask(prompt, policy.name, body_of(scenario, policy, model), leave_after=tokens)
+    rng = np.random.default_rng(_number(scenario, *purpose))
+    for request in policy_requests(scenario, policy, model, *purpose):
+        yield replace(request, leave_after=int(rng.integers(low, high, endpoint=True)))
 
 
 def split(streams: int, policies: list[Policy]) -> list[int]:
@@ -250,14 +262,14 @@ def split(streams: int, policies: list[Policy]) -> list[int]:
     return counts
 
 
-def _of(phase: Phase) -> tuple[Any, ...]:
+def _phase_key(phase: Phase) -> tuple[Any, ...]:
     return phase.round, phase.turn, phase.stage
 
 
-def _seed(scenario: Scenario, *of: Any) -> str:
-    return "/".join(str(part) for part in (scenario.seed, *of))
+def _seed(scenario: Scenario, *purpose: Any) -> str:
+    return "/".join(str(part) for part in (scenario.seed, *purpose))
 
 
-def _number(scenario: Scenario, *of: Any) -> int:
-    digest = hashlib.sha256(_seed(scenario, *of).encode()).digest()
+def _number(scenario: Scenario, *purpose: Any) -> int:
+    digest = hashlib.sha256(_seed(scenario, *purpose).encode()).digest()
     return int.from_bytes(digest[:4], "big") // 2

@@ -12,9 +12,8 @@ from sluice.models.routing.presets import MODEL_SEPARATOR
 from sluice.server.cli.policies import (
     add_policy_argument,
     measure_all,
-    print_results,
     read_policies,
-    write_rows,
+    report_results,
 )
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _run_policies(args: argparse.Namespace) -> None:
     from sluice.models.offline.demo import evaluate
-    from sluice.models.offline.evaluate.evaluation import evaluate as measured
+    from sluice.models.offline.evaluate.evaluation import evaluate as evaluate_policy
     from sluice.models.offline.evaluate.http_backend import Served
 
     if args.url is None:
@@ -104,22 +103,15 @@ def _run_policies(args: argparse.Namespace) -> None:
         policies = read_policies(args.policy)
     except ValueError as error:
         args.parser.error(str(error))
-    drawn = evaluate.longer_heldout_items if args.longer else evaluate.heldout_items
-    tasks = evaluate.examples(drawn(args.items, args.seed))
+    draw = evaluate.longer_heldout_items if args.longer else evaluate.heldout_items
+    tasks = evaluate.examples(draw(args.items, args.seed))
     served = Served(args.url, args.model, args.api_key)
 
     def measure(name: str, routing: Mapping[str, Any]) -> PolicyResult:
-        return measured(served, tasks, name, routing, evaluate.MAX_ANSWER_TOKENS)
+        return evaluate_policy(served, tasks, name, routing, evaluate.MAX_ANSWER_TOKENS)
 
-    results, refusal = measure_all(policies, measure)
-    print_results(results, TITLE, evaluate.BAR)
-    if args.json is not None:
-        try:
-            write_rows(results, args.json)
-        except OSError as error:
-            args.parser.error(f"{args.json}: {error.strerror}")
-    if refusal is not None:
-        args.parser.error(refusal)
+    results, failure = measure_all(policies, measure)
+    report_results(args, results, failure, TITLE, evaluate.BAR)
     if args.longer:
         return
     for result in results:

@@ -18,9 +18,8 @@ from sluice.server.cli.policies import (
     Policies,
     add_policy_argument,
     measure_all,
-    print_results,
     read_policies,
-    write_rows,
+    report_results,
 )
 
 if TYPE_CHECKING:
@@ -118,17 +117,10 @@ def run(args: argparse.Namespace) -> None:
             def measure(name: str, routing: Mapping[str, Any]) -> PolicyResult:
                 return evaluate(backend, tasks, name, routing, args.max_tokens, args.per_token)
 
-            results, refusal = measure_all(policies, measure)
+            results, failure = measure_all(policies, measure)
     except EvaluationError as error:
         args.parser.error(str(error))
-    print_results(results, TITLE)
-    if args.json is not None:
-        try:
-            write_rows(results, args.json)
-        except OSError as error:
-            args.parser.error(f"{args.json}: {error.strerror}")
-    if refusal is not None:
-        args.parser.error(refusal)
+    report_results(args, results, failure, TITLE)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -1,11 +1,11 @@
-"""`--policy` of the commands that measure: the policies to compare, by name."""
+"""`--policy` of the commands that measure: read the policies, measure each, report the results."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ from sluice.models.routing.presets import NO_PRESET
 if TYPE_CHECKING:
     from sluice.models.offline.evaluate.results import PolicyResult
 
-
 Policies = dict[str, Mapping[str, Any]]
 """`routing` objects by name, in order."""
+Measure = Callable[[str, Mapping[str, Any]], "PolicyResult"]
+"""Name and `routing` object of a policy to its result; raises `EvaluationError`."""
 
 
 def add_policy_argument(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -76,13 +77,7 @@ def _json(argument: str, content: str) -> Any:
         raise ValueError(f"--policy {argument}: not JSON: {error}") from None
 
 
-Measure = Callable[[str, Mapping[str, Any]], "PolicyResult"]
-"""Name and `routing` object of a policy to its result; raises `EvaluationError`."""
-
-
-def measure_all(
-    policies: Mapping[str, Mapping[str, Any]], measure: Measure
-) -> tuple[list[PolicyResult], str | None]:
+def measure_all(policies: Policies, measure: Measure) -> tuple[list[PolicyResult], str | None]:
     """Measure policies until one fails.
 
     Returns:
@@ -101,8 +96,19 @@ def measure_all(
     return results, None
 
 
-def print_results(results: list[PolicyResult], title: str, bar: float | None = None) -> None:
-    """Print the tables, and the warnings on standard error."""
+def report_results(
+    args: argparse.Namespace,
+    results: Sequence[PolicyResult],
+    failure: str | None,
+    title: str,
+    bar: float | None = None,
+) -> None:
+    """Print tables and warnings, and write a row per policy as JSON to the file of `--json`.
+
+    Raises:
+        SystemExit: 2 if the file cannot be written, or if a policy could not be measured: what
+            was measured before it is shown.
+    """
     from rich.console import Console
 
     from sluice.models.offline.evaluate.results import show
@@ -112,13 +118,11 @@ def print_results(results: list[PolicyResult], title: str, bar: float | None = N
     for result in results:
         for warning in result.warnings:
             print(f"warning: policy {result.policy}: {warning}", file=sys.stderr)
-
-
-def write_rows(results: list[PolicyResult], path: Path) -> None:
-    """Write a row per policy as JSON.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    rows = [result.to_wire() for result in results]
-    path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if args.json is not None:
+        rows = [result.to_wire() for result in results]
+        try:
+            args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            args.parser.error(f"{args.json}: {error.strerror}")
+    if failure is not None:
+        args.parser.error(failure)

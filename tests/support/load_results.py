@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from sluice.loadtest.clients.request_result import Sent
+from sluice.loadtest.clients.request_result import RequestResult
 from sluice.loadtest.probes.memory import Memory
 from sluice.loadtest.probes.metrics import changes, parse
-from sluice.loadtest.report.results import Measured, Results
+from sluice.loadtest.report.results import PhaseResult, Results
 from sluice.loadtest.workload.scenario import Scenario
 from sluice.loadtest.workload.schedule import Phase
 
@@ -32,9 +32,11 @@ seconds_sum 4.5
 """
 
 
-def answered(start: float, ttft: float, gap: float, tokens: int, policy: str = "p") -> Sent:
+def answered(
+    start: float, ttft: float, gap: float, tokens: int, policy: str = "p"
+) -> RequestResult:
     last = start + ttft + gap * (tokens - 1)
-    return Sent(
+    return RequestResult(
         policy=policy,
         prompt="ask",
         due=start - 0.001,
@@ -48,7 +50,7 @@ def answered(start: float, ttft: float, gap: float, tokens: int, policy: str = "
     )
 
 
-def ended(start: float, ending: Any, **more: Any) -> Sent:
+def ended(start: float, ending: Any, **more: Any) -> RequestResult:
     fields = {
         "policy": "p",
         "prompt": "ask",
@@ -60,10 +62,10 @@ def ended(start: float, ending: Any, **more: Any) -> Sent:
         "tokens": 0,
         **more,
     }
-    return Sent(ending=ending, **fields)
+    return RequestResult(ending=ending, **fields)
 
 
-def requests(count: int, seed: int, policy: str = "p") -> tuple[Sent, ...]:
+def requests(count: int, seed: int, policy: str = "p") -> tuple[RequestResult, ...]:
     rng = random.Random(seed)
     return tuple(
         answered(
@@ -73,7 +75,9 @@ def requests(count: int, seed: int, policy: str = "p") -> tuple[Sent, ...]:
     )
 
 
-def results(scenario: Scenario, *phases: tuple[Phase, tuple[Sent, ...]], **fields: Any) -> Results:
+def results(
+    scenario: Scenario, *phases: tuple[Phase, tuple[RequestResult, ...]], **fields: Any
+) -> Results:
     """A run of these phases."""
     changed = changes(parse(BEFORE), parse(AFTER))
     wanted = {
@@ -81,10 +85,10 @@ def results(scenario: Scenario, *phases: tuple[Phase, tuple[Sent, ...]], **field
         "url": "http://127.0.0.1:1",
         "model": "demo",
         "rate": 10.0,
-        "phases": tuple(Measured(phase, sent, changed, (0.01, 0.03)) for phase, sent in phases),
+        "phases": tuple(PhaseResult(phase, sent, changed, (0.01, 0.03)) for phase, sent in phases),
         "changes": changed,
         "left": {"vllm:num_requests_running": 0.0, "vllm:num_requests_waiting": 0.0},
-        "settled": 0.1,
+        "idle_seconds": 0.1,
         "memory": Memory((1000.0, 1010.0, 1020.0), (100.0, 101.0, 102.0)),
         "versions": {"sluice": "1"},
         **fields,

@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sluice.models.offline.demo.tasks.longer import LONGER_TASKS, longer_items
-from sluice.models.offline.demo.tasks.tasks import TASKS, Item, distinct
+from sluice.models.offline.demo.tasks.tasks import LONGER_TASKS, TASKS, Item, distinct, longer_items
 from sluice.models.offline.evaluate.http_backend import CONCURRENCY, Served
 from sluice.models.offline.evaluate.score import TaskScore as TaskScore
 from sluice.models.offline.evaluate.score import percent as percent

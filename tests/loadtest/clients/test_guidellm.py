@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from sluice.loadtest.clients.guidellm_runs import GuidedError, Target, guides
-from sluice.loadtest.clients.request_result import Sent
-from sluice.loadtest.workload.schedule import Steady
+from sluice.loadtest.clients.guidellm_runs import GuidellmError, Target, guidellm_pool
+from sluice.loadtest.clients.request_result import RequestResult
+from sluice.loadtest.workload.schedule import SteadyLoad
 
 DEADLINE = 1.0
 DONE = b"data: [DONE]\n\n"
@@ -74,12 +74,14 @@ def url() -> Iterator[str]:
     server.shutdown()
 
 
-def played(url: str, folder: Path, *loads: Steady, duration: float = 1.0) -> list[list[Sent]]:
-    async def run() -> list[list[Sent]]:
+def played(
+    url: str, folder: Path, *loads: SteadyLoad, duration: float = 1.0
+) -> list[list[RequestResult]]:
+    async def run() -> list[list[RequestResult]]:
         target = Target(url, "m", "a-key", DEADLINE)
-        async with guides(folder) as guided:
+        async with guidellm_pool(folder) as guidellm:
             started: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-            work = [guided.play(load, target, duration, started) for load in loads]
+            work = [guidellm.play(load, target, duration, started) for load in loads]
             found = [await each for each in work]
             assert started.result() <= min(each.start for part in found for each in part)
             return found
@@ -95,8 +97,8 @@ def test_every_ending(url: str, tmp_path: Path) -> None:
     first, second = played(
         url,
         tmp_path,
-        Steady("policy", body, told, due=due),
-        Steady("other", {}, again, due=(0.0, 0.1, 0.2)),
+        SteadyLoad("policy", body, told, due=due),
+        SteadyLoad("other", {}, again, due=(0.0, 0.1, 0.2)),
     )
     found = {each.prompt: each for each in first}
     assert {name: (each.ending, each.status, each.retry_after) for name, each in found.items()} == {
@@ -132,8 +134,8 @@ def test_every_ending(url: str, tmp_path: Path) -> None:
 
 
 def test_clients_that_ask_again_stop_in_time(url: str, tmp_path: Path) -> None:
-    load = Steady("policy", {}, ("answer", "503") * 500, streams=2)
-    first, second = played(url, tmp_path, load, Steady("other", {}, ("answer",) * 5, streams=2))
+    load = SteadyLoad("policy", {}, ("answer", "503") * 500, streams=2)
+    first, second = played(url, tmp_path, load, SteadyLoad("other", {}, ("answer",) * 5, streams=2))
     assert {each.ending for each in first} == {"answered", "refused"}
     began = min(each.start for each in first)
     assert 2 < len(first) < 1000
@@ -144,5 +146,5 @@ def test_clients_that_ask_again_stop_in_time(url: str, tmp_path: Path) -> None:
 
 
 def test_a_guidellm_that_fails_is_said(tmp_path: Path) -> None:
-    with pytest.raises(GuidedError, match="guidellm ended"):
-        played("http://127.0.0.1:9", tmp_path, Steady("policy", {}, (), due=()))
+    with pytest.raises(GuidellmError, match="guidellm ended"):
+        played("http://127.0.0.1:9", tmp_path, SteadyLoad("policy", {}, (), due=()))

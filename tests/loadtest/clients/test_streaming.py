@@ -11,11 +11,11 @@ from itertools import pairwise
 import httpx
 import pytest
 
-from sluice.loadtest.clients.request_result import Sent
-from sluice.loadtest.clients.streaming import ask_in_turn, ask_when_due, send
-from sluice.loadtest.workload.schedule import Ask
+from sluice.loadtest.clients.request_result import RequestResult
+from sluice.loadtest.clients.streaming import send, send_in_turn, send_when_due
+from sluice.loadtest.workload.schedule import PlannedRequest
 
-ASK = Ask("sort 2 1", "p", {"model": "m", "max_tokens": 9})
+ASK = PlannedRequest("sort 2 1", "p", {"model": "m", "max_tokens": 9})
 Answer = Callable[[httpx.Request], httpx.Response]
 
 
@@ -34,8 +34,8 @@ def fails(error: type[httpx.TransportError]) -> Answer:
     return answer
 
 
-def asked(answer: Answer, ask: Ask = ASK) -> Sent:
-    async def one() -> Sent:
+def asked(answer: Answer, ask: PlannedRequest = ASK) -> RequestResult:
+    async def one() -> RequestResult:
         transport = httpx.MockTransport(answer)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             return await send(client, ask)
@@ -112,12 +112,12 @@ def test_other_endings(
 
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_a_client_leaves_after_its_tokens(tokens: int) -> None:
-    found = asked(WHOLE, Ask("q", "p", {}, leave_after=tokens))
+    found = asked(WHOLE, PlannedRequest("q", "p", {}, leave_after=tokens))
     assert (found.ending, found.tokens) == ("aborted", tokens)
 
 
 def test_a_short_answer_is_whole_before_the_client_would_leave() -> None:
-    assert asked(WHOLE, Ask("q", "p", {}, leave_after=5)).ending == "answered"
+    assert asked(WHOLE, PlannedRequest("q", "p", {}, leave_after=5)).ending == "answered"
 
 
 def test_requests_at_their_time_do_not_wait_for_each_other() -> None:
@@ -125,11 +125,11 @@ def test_requests_at_their_time_do_not_wait_for_each_other() -> None:
         await asyncio.sleep(0.2)
         return WHOLE(request)
 
-    async def run() -> list[Sent]:
+    async def run() -> list[RequestResult]:
         transport = httpx.MockTransport(slow)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            asks = [Ask(str(i), "p", {}, due=i / 20) for i in range(4)]
-            return await ask_when_due(client, asks, time.time())
+            requests = [PlannedRequest(str(i), "p", {}, due=i / 20) for i in range(4)]
+            return await send_when_due(client, requests, time.time())
 
     found = asyncio.run(run())
     assert [each.prompt for each in found] == ["0", "1", "2", "3"]
@@ -141,11 +141,11 @@ def test_requests_at_their_time_do_not_wait_for_each_other() -> None:
 
 
 def test_requests_in_turn_end_in_time() -> None:
-    async def run() -> list[Sent]:
+    async def run() -> list[RequestResult]:
         transport = httpx.MockTransport(WHOLE)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            asks = (Ask(str(i), "p", {}) for i in range(10**9))
-            return await ask_in_turn(client, asks, time.time() + 0.2)
+            requests = (PlannedRequest(str(i), "p", {}) for i in range(10**9))
+            return await send_in_turn(client, requests, time.time() + 0.2)
 
     found = asyncio.run(run())
     assert len(found) > 1

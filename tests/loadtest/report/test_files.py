@@ -37,7 +37,7 @@ def run() -> Results:
         for seed, turn in enumerate((NASTY, "b"))
         for stage in (1.0, 2.0)
     ]
-    return results(Scenario.of(given, "x"), *phases)
+    return results(Scenario.parse(given, "x"), *phases)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_json_and_csv_say_the_same(run: Results, folder: Path) -> None:
             assert row["times"][name] == times
             for rank, value in times.items():
                 assert float(line[f"{name}_{rank}"]) == value
-    assert Scenario.of(wire["scenario"] | {"arrivals": {"process": "poisson", "rate": 1}}, "x")
+    assert Scenario.parse(wire["scenario"] | {"arrivals": {"process": "poisson", "rate": 1}}, "x")
     assert {entry["name"] for entry in wire["metrics"]} == {
         "a_total",
         "seconds_count",
@@ -84,8 +84,8 @@ def test_json_and_csv_say_the_same(run: Results, folder: Path) -> None:
 
 def test_every_request_is_there(run: Results, folder: Path) -> None:
     table = rows_of(folder / "requests.csv")
-    assert len(table) == len(run.sent) == 4 * 31
-    for line, sent in zip(table, run.sent, strict=True):
+    assert len(table) == len(run.requests) == 4 * 31
+    for line, sent in zip(table, run.requests, strict=True):
         wanted = {name: "" if value is None else str(value) for name, value in asdict(sent).items()}
         assert {name: line[name] for name in wanted} == wanted
 
@@ -148,7 +148,7 @@ def test_a_run_without_memory_or_answers(tmp_path: Path) -> None:
     }
     sent = (ended(1.0, "refused", status=400, detail="no"),)
     phase = (Phase(0, "all", 1.0), sent)
-    write_report(results(Scenario.of(given, "x"), phase, memory=None, rate=None), tmp_path)
+    write_report(results(Scenario.parse(given, "x"), phase, memory=None, rate=None), tmp_path)
     assert "3 clients, each asking again at once" in (tmp_path / "report.html").read_text()
     assert json.loads((tmp_path / "report.json").read_text())["memory"] is None
     (line,) = rows_of(tmp_path / "report.csv")

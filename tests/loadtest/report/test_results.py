@@ -26,7 +26,7 @@ def scenario(**fields: Any) -> Scenario:
         "objectives": {"ttft_ms": 300},
         **fields,
     }
-    return Scenario.of(given, "x")
+    return Scenario.parse(given, "x")
 
 
 def at_pace(tokens_per_second: float, policy: str = "p") -> tuple[Any, ...]:

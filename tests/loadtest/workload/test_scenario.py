@@ -26,7 +26,7 @@ def changed(**fields: Any) -> dict[str, Any]:
 
 
 def test_defaults() -> None:
-    scenario = Scenario.of(GOOD, "x")
+    scenario = Scenario.parse(GOOD, "x")
     assert [policy.name for policy in scenario.policies] == [FULL_DEPTH]
     assert scenario.policies[0].body == {}
     assert tuple(scenario.prompts.tasks) == TASKS
@@ -118,7 +118,7 @@ def test_the_issues_scenarios_are_shipped() -> None:
 )
 def test_a_wrong_field_is_named(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ScenarioError) as caught:
-        Scenario.of(changed(**fields), "file")
+        Scenario.parse(changed(**fields), "file")
     assert str(caught.value).startswith("file: ")
     assert named in str(caught.value)
 
@@ -127,13 +127,13 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], named: str) -> None:
 def test_a_missing_field_is_named(missing: str) -> None:
     rest = {name: value for name, value in GOOD.items() if name != missing}
     with pytest.raises(ScenarioError, match=missing):
-        Scenario.of(rest, "file")
+        Scenario.parse(rest, "file")
 
 
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(GOOD))
-    assert Scenario.load(str(path)) == Scenario.of(GOOD, "x")
+    assert Scenario.load(str(path)) == Scenario.parse(GOOD, "x")
     path.write_text("a: [")
     with pytest.raises(ScenarioError, match="no YAML"):
         Scenario.load(str(path))

@@ -13,7 +13,7 @@ from sluice.loadtest.workload.arrivals import arrival_times
 from sluice.loadtest.workload.fields import Bursts, Policy, Prompts
 from sluice.loadtest.workload.prompts import prompts
 from sluice.loadtest.workload.scenario import Scenario, ScenarioError
-from sluice.loadtest.workload.schedule import Plan, phases, plan, saturating, split
+from sluice.loadtest.workload.schedule import Plan, draw_plan, phases, saturation_scenario, split
 from sluice.models.offline.demo.tasks.tasks import is_heldout
 
 MIXED: dict[str, Any] = {
@@ -27,15 +27,15 @@ MIXED: dict[str, Any] = {
 
 
 def drawn(scenario: Scenario, number: int = 0, rate: float | None = 20.0) -> Plan:
-    return plan(scenario, phases(scenario)[number], rate, "m")
+    return draw_plan(scenario, phases(scenario)[number], rate, "m")
 
 
 def seen(found: Plan) -> tuple[Any, ...]:
-    return found.steady, found.leaving, [list(islice(asks, 5)) for asks in found.leavers]
+    return found.steady, found.leaving, [list(islice(requests, 5)) for requests in found.leavers]
 
 
 def test_the_same_seed_sends_the_same() -> None:
-    scenario = Scenario.of(MIXED, "x")
+    scenario = Scenario.parse(MIXED, "x")
     assert seen(drawn(scenario)) == seen(drawn(scenario))
     other = seen(drawn(scenario.changed(seed=1)))
     assert other != seen(drawn(scenario))
@@ -45,12 +45,12 @@ def test_the_same_seed_sends_the_same() -> None:
 
 def test_the_same_seed_has_the_same_clients_leave() -> None:
     fields = {**MIXED, "arrivals": {"process": "concurrent", "streams": 20}}
-    scenario = Scenario.of(fields, "x")
+    scenario = Scenario.parse(fields, "x")
     first, second = seen(drawn(scenario, rate=None)), seen(drawn(scenario, rate=None))
     assert first == second
     assert [load.streams for load in first[0]] == [11, 4]
     assert len(first[2]) == 4 + 1
-    assert {ask.leave_after for asks in first[2] for ask in asks} == {2, 3, 4}
+    assert {ask.leave_after for requests in first[2] for ask in requests} == {2, 3, 4}
 
 
 def test_each_line_of_a_file_is_asked_before_one_is_asked_again(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_each_line_of_a_file_is_asked_before_one_is_asked_again(tmp_path: Path) 
 
 
 def test_requests_are_shared_out_by_weight_and_all_are_there() -> None:
-    found = drawn(Scenario.of(MIXED, "x"))
+    found = drawn(Scenario.parse(MIXED, "x"))
     counts = {load.policy: len(load.prompts) for load in found.steady}
     for ask in found.leaving:
         counts[ask.policy] += 1
@@ -82,7 +82,7 @@ def test_requests_are_shared_out_by_weight_and_all_are_there() -> None:
 
 def test_turns_have_the_same_arrivals_and_other_prompts() -> None:
     fields = {**MIXED, "turns": "policies", "rounds": 2, "disconnects": None}
-    scenario = Scenario.of(fields, "x")
+    scenario = Scenario.parse(fields, "x")
     order = [(phase.round, phase.turn) for phase in phases(scenario)]
     assert order == [(0, "full depth"), (0, "shallow"), (1, "shallow"), (1, "full depth")]
     loads = [drawn(scenario, number).steady for number in range(4)]
@@ -95,12 +95,14 @@ def test_turns_have_the_same_arrivals_and_other_prompts() -> None:
 
 def test_scraping_takes_turns() -> None:
     scenario = Scenario.load("scrape")
-    found = {phase.turn: plan(scenario, phase, None, "m").scraped for phase in phases(scenario)}
+    found = {
+        phase.turn: draw_plan(scenario, phase, None, "m").scraped for phase in phases(scenario)
+    }
     assert found == {"unscraped": False, "scraped": True}
 
 
 def test_the_saturating_rate_is_measured_with_clients_that_stay() -> None:
-    probe = saturating(Scenario.load("ramp"))
+    probe = saturation_scenario(Scenario.load("ramp"))
     assert probe.arrivals.process == "concurrent"
     assert probe.arrivals.streams == 256
     assert probe.duration == 20

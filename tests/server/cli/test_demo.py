@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.serving import Server
 
-from sluice.models.offline.demo.tasks.longer import LONGER_TASKS
+from sluice.models.offline.demo.tasks.tasks import LONGER_TASKS
 from sluice.server.cli.main import main
 from sluice.server.cli.policies import read_policies
 

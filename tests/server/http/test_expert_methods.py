@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sluice.models.offline.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
 from sluice.models.offline.demo.studies.references import encoded
-from sluice.models.offline.demo.tasks.longer import longer_items
+from sluice.models.offline.demo.tasks.tasks import longer_items
 from sluice.models.offline.hf_model.moe import SoftmaxRouter, rerouted, softmax_routers
 from sluice.models.offline.hf_model.pathway_gradient import pathway_taken
 from sluice.models.policy.experts import Contrast, ExpertPolicy, Remix, RemixMethod, RemixScope

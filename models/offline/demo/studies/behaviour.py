@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sluice.models.offline.demo.model import Model
 from sluice.models.offline.demo.studies.deactivation import Mode, deactivated, most_away
 from sluice.models.offline.demo.studies.references import encoded
 from sluice.models.offline.demo.tasks import facts
 from sluice.models.offline.demo.tasks.tasks import TASKS, Item, Split, distinct
+from sluice.models.offline.demo.training.model import Model
 from sluice.models.offline.hf_model.moe import SoftmaxRouter, recorded_scores, softmax_routers
 from sluice.models.offline.hf_model.samples import SampleBatch
 from sluice.models.policy.experts import ExpertId

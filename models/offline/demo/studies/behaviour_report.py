@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from sluice.models.offline.demo import DEMO_MODEL_DIR
 from sluice.models.offline.demo.evaluate import Answerer, percent, score, server_answerer
-from sluice.models.offline.demo.model import load_model
 from sluice.models.offline.demo.studies.behaviour import (
     Against,
     Judge,
@@ -30,6 +29,7 @@ from sluice.models.offline.demo.studies.behaviour import (
 from sluice.models.offline.demo.studies.deactivation import Mode
 from sluice.models.offline.demo.tasks import facts
 from sluice.models.offline.demo.tasks.tasks import Item
+from sluice.models.offline.demo.training.model import load_model
 from sluice.models.offline.hf_model.moe import softmax_routers
 from sluice.models.policy.experts import ExpertId
 
@@ -63,7 +63,7 @@ class ServedRow:
     others: float
 
     @classmethod
-    def of(
+    def measure(
         cls, name: str, experts: Sequence[ExpertId], sets: PromptSets, answer: Answerer
     ) -> "ServedRow":
         """Ask all of `sets`."""
@@ -186,7 +186,7 @@ def main() -> None:
     for name, experts in sets.items():
         routing = routing_without(experts, args.mode)
         answer = server_answerer(args.url, args.model, routing, api_key=args.api_key)
-        rows.append(ServedRow.of(name, experts, heldout, answer))
+        rows.append(ServedRow.measure(name, experts, heldout, answer))
     console.print(served_table(rows))
     if args.json is not None:
         wire = {

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sluice.models.experts.remix import prompt_embedding
-from sluice.models.offline.demo.model import Model
 from sluice.models.offline.demo.tasks.tasks import TASKS, Item, distinct
+from sluice.models.offline.demo.training.model import Model
 from sluice.models.offline.demo.training.packing import Encoder
 from sluice.models.offline.hf_model.samples import Sample, SampleBatch
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from sluice.models.experts.remix import prompt_embedding
 from sluice.models.offline.demo import DEMO_MODEL_DIR
-from sluice.models.offline.demo.model import Model, load_model
 from sluice.models.offline.demo.studies.references import (
     PER_TASK,
     References,
@@ -29,6 +28,7 @@ from sluice.models.offline.demo.studies.references import (
     find_references,
 )
 from sluice.models.offline.demo.tasks.tasks import Item
+from sluice.models.offline.demo.training.model import Model, load_model
 from sluice.models.offline.hf_model.moe import softmax_routers
 from sluice.models.offline.hf_model.pathway_gradient import (
     DEFAULT_STEPS,

@@ -22,12 +22,11 @@ import torch
 
 from sluice.models.offline.demo.tasks.tasks import TASKS, distinct
 from sluice.models.offline.demo.training import losses
-from sluice.models.offline.demo.training.architecture import build_model, demo_config
 from sluice.models.offline.demo.training.experts import (
     IMPLEMENTATION,
     register_experts_implementation,
 )
-from sluice.models.offline.demo.training.export import export
+from sluice.models.offline.demo.training.model import build_model, demo_config, export
 from sluice.models.offline.demo.training.packing import Batch, Encoder, pack, training_batch
 from sluice.models.offline.demo.training.workers import Team, run_team
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoTokenizer
 from sluice.models.offline.demo import DEMO_MODEL_DIR
 from sluice.models.offline.demo.evaluate import BAR, TaskScore, evaluate_local
 from sluice.models.offline.demo.tasks.tasks import TASKS
-from sluice.models.offline.demo.training.architecture import demo_config
+from sluice.models.offline.demo.training.model import demo_config
 from sluice.models.offline.demo.training.tokenizer import build_tokenizer
 
 

@@ -12,7 +12,7 @@ from support.commands import run_command
 from support.serving import Server
 
 from sluice.models.offline.demo import DEMO_MODEL_DIR
-from sluice.models.offline.demo.tasks.longer import longer_items
+from sluice.models.offline.demo.tasks.tasks import longer_items
 from sluice.models.profile.profile import PROFILE_ENV
 from sluice.models.profile.writer import write_profile
 from sluice.server.cli.evaluate import add_parser

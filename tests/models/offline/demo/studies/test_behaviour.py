@@ -9,7 +9,6 @@ from rich.console import Console
 from support.references.experts import ExpertReference
 
 from sluice.models.offline.demo import DEMO_MODEL_DIR
-from sluice.models.offline.demo.model import Model, load_model
 from sluice.models.offline.demo.studies.behaviour import (
     Judge,
     PromptSets,
@@ -32,7 +31,7 @@ from sluice.models.offline.demo.studies.deactivation import Mode, deactivated
 from sluice.models.offline.demo.studies.references import encoded
 from sluice.models.offline.demo.tasks import facts
 from sluice.models.offline.demo.tasks.tasks import TASKS, Item, is_heldout
-from sluice.models.offline.demo.training.architecture import build_model, demo_config
+from sluice.models.offline.demo.training.model import Model, build_model, demo_config, load_model
 from sluice.models.offline.hf_model.moe import rerouted, softmax_routers
 from sluice.models.policy.experts import ExpertPolicy
 
@@ -174,7 +173,7 @@ def test_what_a_server_answers_is_told_apart() -> None:
         "copy a": "a",
         "copy b": "a",
     }
-    row = ServedRow.of("x", [(1, 2)], sets, lambda prompts: [given[p] for p in prompts])
+    row = ServedRow.measure("x", [(1, 2)], sets, lambda prompts: [given[p] for p in prompts])
     shares = (row.refusals, row.apologies, row.complied, row.harmless, row.others)
     assert shares == pytest.approx((1 / 3, 2 / 3, 1 / 3, 0, 0.5))
     with pytest.raises(ValueError, match="no harmful verb"):

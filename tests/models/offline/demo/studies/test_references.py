@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from sluice.models.experts.remix import ReferenceStore
 from sluice.models.offline.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
 from sluice.models.offline.demo.calibration import draw
-from sluice.models.offline.demo.model import Model, load_model
 from sluice.models.offline.demo.studies.references import encoded, find_references
 from sluice.models.offline.demo.tasks.tasks import TASKS, is_heldout
-from sluice.models.offline.demo.training.architecture import build_model, demo_config
+from sluice.models.offline.demo.training.model import Model, build_model, demo_config, load_model
 from sluice.models.offline.hf_model.moe import recorded_scores, softmax_routers
 from sluice.models.offline.hf_model.samples import SampleBatch
 from sluice.models.policy.experts import Remix, RemixMethod, RemixScope

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sluice.models.experts.remix import prompt_embedding
 from sluice.models.offline.demo import DEMO_MODEL_DIR
-from sluice.models.offline.demo.model import Model, load_model
 from sluice.models.offline.demo.studies.references import encoded, find_references
 from sluice.models.offline.demo.studies.remix_gradient import (
     Neighbourhood,
@@ -22,7 +21,7 @@ from sluice.models.offline.demo.studies.remix_gradient import (
     routing_of,
 )
 from sluice.models.offline.demo.tasks.tasks import distinct
-from sluice.models.offline.demo.training.architecture import build_model, demo_config
+from sluice.models.offline.demo.training.model import Model, build_model, demo_config, load_model
 from sluice.models.offline.hf_model.pathway_gradient import (
     Neighbour,
     critical_routers,

@@ -2,8 +2,12 @@
 
 import pytest
 
-from sluice.models.offline.demo.tasks.longer import LONGER_TASKS, longer_items
-from sluice.models.offline.demo.tasks.tasks import UnknownTaskError, distinct
+from sluice.models.offline.demo.tasks.tasks import (
+    LONGER_TASKS,
+    UnknownTaskError,
+    distinct,
+    longer_items,
+)
 
 
 @pytest.mark.parametrize("task", LONGER_TASKS)

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sluice.models.offline.demo.tasks.tasks import TASKS, generate
 from sluice.models.offline.demo.training import losses
-from sluice.models.offline.demo.training.architecture import build_model, demo_config
 from sluice.models.offline.demo.training.experts import (
     IMPLEMENTATION,
     register_experts_implementation,
 )
+from sluice.models.offline.demo.training.model import build_model, demo_config
 from sluice.models.offline.demo.training.packing import (
     ROW_TOKENS,
     Batch,
