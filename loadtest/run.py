@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -44,6 +45,15 @@ _WARM_UP_CLIENTS = 4
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Clients:
+    """Everything that sends requests to the server: guidellm, and our own client."""
+
+    target: Target
+    guidellm: GuidellmPool
+    http: httpx.AsyncClient
+
+
 class ServerRefusesError(Exception):
     """The server is not there, or does not do what the scenario asks for."""
 
@@ -72,16 +82,15 @@ async def run_scenario(scenario: Scenario, url: str, api_key: str | None, say: S
             model = await _first_model(client)
             before = await _metrics(client, scenario)
             await _try_policies(client, scenario, model)
-            target = Target(url, model, api_key, scenario.deadline)
             await _warm_up(client, scenario, model)
-            rate = await _rate(client, scenario, target, guidellm, say)
+            target = Target(url, model, api_key, scenario.deadline)
+            clients = _Clients(target, guidellm, client)
+            rate = await _rate(clients, scenario, say)
             phase_results = []
             for phase in phases(scenario):
                 say(_describe(scenario, phase, rate))
                 plan = draw_plan(scenario, phase, rate, model)
-                phase_results.append(
-                    await _measure(client, scenario, phase, plan, target, guidellm)
-                )
+                phase_results.append(await _measure(clients, scenario, phase, plan))
             left, seconds = await wait_until_idle(client) if scenario.metrics else ({}, 0.0)
             after = await _metrics(client, scenario)
     return Results(
@@ -177,17 +186,15 @@ async def _warm_up(client: httpx.AsyncClient, scenario: Scenario, model: str) ->
     )
 
 
-async def _rate(
-    client: httpx.AsyncClient, scenario: Scenario, target: Target, guidellm: GuidellmPool, say: Say
-) -> float | None:
+async def _rate(clients: _Clients, scenario: Scenario, say: Say) -> float | None:
     """Requests per second at stage 1; None of concurrent clients."""
     if scenario.arrivals.process == "concurrent" or scenario.arrivals.rate is not None:
         return scenario.arrivals.rate
     probe = saturation_scenario(scenario)
     say(f"measuring the saturating rate with {probe.arrivals.streams} clients")
     phase = Phase(0, scenario.turn_names[0], 1.0)
-    plan = draw_plan(probe, phase, None, target.model)
-    requests = (await _measure(client, probe, phase, plan, target, guidellm)).requests
+    plan = draw_plan(probe, phase, None, clients.target.model)
+    requests = (await _measure(clients, probe, phase, plan)).requests
     answered = [each.tokens for each in requests if each.ending == "answered"]
     if not any(answered):
         raise ServerRefusesError("nothing was answered while the saturating rate was measured")
@@ -203,36 +210,23 @@ def _describe(scenario: Scenario, phase: Phase, rate: float | None) -> str:
     return f"round {phase.round + 1} of {scenario.rounds}, {phase.turn}: {what}"
 
 
-async def _measure(
-    client: httpx.AsyncClient,
-    scenario: Scenario,
-    phase: Phase,
-    plan: Plan,
-    target: Target,
-    guidellm: GuidellmPool,
-) -> PhaseResult:
+async def _measure(clients: _Clients, scenario: Scenario, phase: Phase, plan: Plan) -> PhaseResult:
     """Play one phase to the last end."""
-    before = await _metrics(client, scenario)
+    before = await _metrics(clients.http, scenario)
     taken: list[float] = []
 
     async def scraping() -> None:
         if plan.scraped and scenario.scrape_every is not None:
-            await scrape_every(client, scenario.scrape_every, taken)
+            await scrape_every(clients.http, scenario.scrape_every, taken)
 
     async with _in_background(scraping()):
-        by_client = await _send_all(client, scenario, plan, target, guidellm)
-    after = await _metrics(client, scenario)
+        by_client = await _send_all(clients, scenario, plan)
+    after = await _metrics(clients.http, scenario)
     requests = sorted((each for part in by_client for each in part), key=lambda each: each.start)
     return PhaseResult(phase, tuple(requests), changes(before, after), tuple(taken))
 
 
-async def _send_all(
-    client: httpx.AsyncClient,
-    scenario: Scenario,
-    plan: Plan,
-    target: Target,
-    guidellm: GuidellmPool,
-) -> list[list[RequestResult]]:
+async def _send_all(clients: _Clients, scenario: Scenario, plan: Plan) -> list[list[RequestResult]]:
     """guidellm and the clients that leave, side by side, from one start on."""
     started: asyncio.Future[float] = asyncio.get_running_loop().create_future()
     if not plan.steady:
@@ -240,15 +234,18 @@ async def _send_all(
 
     async def leaving() -> list[RequestResult]:
         began = await started
-        return await send_when_due(client, plan.leaving, began)
+        return await send_when_due(clients.http, plan.leaving, began)
 
     async def leaver(requests: Iterator[PlannedRequest]) -> list[RequestResult]:
         began = await started
-        return await send_in_turn(client, requests, began + scenario.duration)
+        return await send_in_turn(clients.http, requests, began + scenario.duration)
 
     try:
         async with asyncio.TaskGroup() as group:
-            work = [guidellm.play(load, target, scenario.duration, started) for load in plan.steady]
+            work = [
+                clients.guidellm.play(load, clients.target, scenario.duration, started)
+                for load in plan.steady
+            ]
             work += [leaving(), *(leaver(requests) for requests in plan.leavers)]
             tasks = [group.create_task(each) for each in work]
     except ExceptionGroup as failed:
