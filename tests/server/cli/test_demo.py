@@ -31,7 +31,7 @@ def test_policies_keep_their_order_and_names(tmp_path: Path) -> None:
     ("content", "complaint"),
     [
         ("{", "not JSON"),
-        ("[]", "not an object"),
+        ("[]", "not a JSON object"),
         ("{}", "no policies"),
         ('{"a": []}', "a is not a routing object"),
         ('{"none": {}}', "none was given before"),
