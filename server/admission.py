@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from sluice.models.depth.prefix_sharing import cache_salt
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.routing.capabilities import Capabilities
@@ -174,7 +175,7 @@ def _engine_body(body: dict[str, Any], model: Any, extra: RoutingExtraArgs) -> d
         engine_body["vllm_xargs"] = {**xargs, EXTRA_ARGS_KEY: extra.encode()}
     salt = body.get("cache_salt")
     if salt is None or isinstance(salt, str):
-        policy_salt = extra.cache_salt(salt)
+        policy_salt = cache_salt(extra, salt)
         if policy_salt is not None:
             engine_body["cache_salt"] = policy_salt
     if body.get("stream") and extra.policy.report:

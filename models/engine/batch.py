@@ -8,14 +8,15 @@ which stores what they decided in the requests' states.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import assert_never
 
 import numpy as np
 import torch
 
-from sluice.models.depth.adaptive import mod
 from sluice.models.depth.masks import FULL_DEPTH, MaskTable, Segment
+from sluice.models.depth.method import PromptMethod, PromptTokenMethod, TokenMethod
 from sluice.models.depth.recompute import PendingToken
-from sluice.models.depth.registry import PROMPT_METHODS, exit_method
+from sluice.models.depth.registry import adaptive_method, exit_method
 from sluice.models.engine.observers import (
     ExitObserver,
     LayerObserver,
@@ -91,24 +92,32 @@ class ObserverFactory:
     def _mask_observers(self, step: RoutedStep) -> Iterator[LayerObserver]:
         for index, state in step.states.items():
             rule = state.extra.policy.adaptive
-            if rule is None or rule.method == mod.NAME:
+            if rule is None:
                 continue
+            tensors = self._tensors_of(rule.method)
             start = int(step.requests.computed[index])
             end = start + int(step.requests.scheduled[index])
             first_row = int(step.first_rows[index]) - start
-            if rule.mode in ("readout", "replace"):
-                fresh = np.arange(start, min(end, state.prompt_tokens))
-                if step.new_token_row(index) is not None:
-                    fresh = np.append(fresh, end - 1)
-                if len(fresh):
-                    yield VoidLayerObserver(rule, first_row + fresh, self._num_layers)
-                continue
-            method = PROMPT_METHODS[rule.method]
-            first = state.prompt_tokens - 1 if method.pool == "last" else state.counted
-            fresh = np.arange(max(first, start), min(end, state.prompt_tokens))
-            if not state.decided and len(fresh):
-                tensors = self._tensors_of(rule.method)
-                yield PromptObserver(state, method, tensors, first_row + fresh, self._num_layers)
+            match adaptive_method(rule):
+                case PromptTokenMethod():
+                    continue  # Its masks were there before the prompt ran.
+                case TokenMethod() as method:
+                    fresh = np.arange(start, min(end, state.prompt_tokens))
+                    if step.new_token_row(index) is not None:
+                        fresh = np.append(fresh, end - 1)
+                    if len(fresh):
+                        yield VoidLayerObserver(
+                            rule, method, tensors, first_row + fresh, self._num_layers
+                        )
+                case PromptMethod() as method:
+                    first = state.prompt_tokens - 1 if method.pool == "last" else state.counted
+                    fresh = np.arange(max(first, start), min(end, state.prompt_tokens))
+                    if not state.decided and len(fresh):
+                        yield PromptObserver(
+                            state, method, tensors, first_row + fresh, self._num_layers
+                        )
+                case method:
+                    assert_never(method)
 
     def _tensors_of(self, method: str) -> dict[str, torch.Tensor]:
         if method not in self._tensors:
@@ -179,9 +188,9 @@ class Batch:
             return torch.cat([embed(part) for part in torch.split(ids, _EMBEDDED_AT_ONCE)])
 
         rule = extra.policy.adaptive
-        if rule is not None and rule.method == mod.NAME:
-            retention = rule.retention or mod.cosine_retention(self._num_layers)
-            state.keep_prompt_tokens(mod.kept_tokens(mod.importance(embedded()), retention))
+        method = None if rule is None else adaptive_method(rule)
+        if rule is not None and isinstance(method, PromptTokenMethod):
+            state.keep_prompt_tokens(method.kept_tokens(embedded(), rule, self._num_layers))
         experts = extra.policy.experts
         if self.experts is not None and not experts.empty:
             self.experts.add(request_id, experts, len(prompt), lambda: prompt_embedding(embedded()))

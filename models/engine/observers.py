@@ -16,8 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sluice.models.depth.adaptive.lac import VoidRange, norm_change
-from sluice.models.depth.method import ExitMethod, ExitPoint, PromptMethod, Tensors
+from sluice.models.depth.method import (
+    ExitMethod,
+    ExitPoint,
+    PromptMethod,
+    Tensors,
+    TokenMethod,
+)
 from sluice.models.engine.request_state import RequestState
 from sluice.models.policy.axes import BoolArray, IntArray
 from sluice.models.policy.policy import AdaptiveRule
@@ -180,7 +185,7 @@ class PromptObserver(LayerObserver):
         super().__init__(tokens, frozenset(range(num_layers)))
         rule = state.extra.policy.adaptive
         assert rule is not None
-        self.looks_ahead = rule.masked_prefill
+        self.looks_ahead = method.masks_prompt(rule)
         self._rule: AdaptiveRule = rule
         self._request = state
         self._method = method
@@ -230,16 +235,24 @@ class PromptObserver(LayerObserver):
 
 
 class VoidLayerObserver(LayerObserver):
-    """Tokens under LAC's `readout` or `replace`, whose layers all run."""
+    """Tokens of one request under a method that says which of their layers were void."""
 
     needs_before = True
 
-    def __init__(self, rule: AdaptiveRule, tokens: IntArray, num_layers: int) -> None:
+    def __init__(
+        self,
+        rule: AdaptiveRule,
+        method: TokenMethod,
+        tensors: Tensors,
+        tokens: IntArray,
+        num_layers: int,
+    ) -> None:
         super().__init__(tokens, frozenset(range(num_layers)))
-        assert rule.threshold is not None
         self._void = np.zeros((len(tokens), num_layers), dtype=np.bool_)
-        self._replaces = rule.mode == "replace"
-        self._range = VoidRange(rule.threshold)
+        self._rule = rule
+        self._method = method
+        self._tensors = tensors
+        self._state: dict[str, torch.Tensor] = {}
         self._latest: torch.Tensor | None = None
 
     def after_layer(
@@ -250,11 +263,13 @@ class VoidLayerObserver(LayerObserver):
         logits: torch.Tensor | None,  # noqa: ARG002
         control: LoopControl,
     ) -> None:
-        """Test the layer, and in `replace` undo it where it is void."""
+        """Test the layer, and undo it where it is void if the method replaces."""
         assert before is not None
-        void = agreed_between_ranks(self._range.void(norm_change(before, after)))
+        void = agreed_between_ranks(
+            self._method.void(layer, before, after, self._rule, self._state, self._tensors)
+        )
         self._void[:, layer] = void.cpu().numpy()
-        if self._replaces:
+        if self._method.replaces:
             if self._void[:, layer].any():
                 control.assign(self.tokens, torch.where(void[:, None], before, after))
             return
@@ -262,8 +277,8 @@ class VoidLayerObserver(LayerObserver):
         self._latest = torch.where(void[:, None], latest, after)
 
     def finish(self, control: LoopControl) -> None:
-        """In `readout`, hand the last non-void layer's output to the final norm."""
-        if not self._replaces and self._latest is not None:
+        """Unless the method replaces, hand the last non-void layer's output to the final norm."""
+        if not self._method.replaces and self._latest is not None:
             control.assign(self.tokens, self._latest)
 
     def commit(self, decisions: StepDecisions) -> None:

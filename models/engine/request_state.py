@@ -13,7 +13,9 @@ from itertools import groupby
 import numpy as np
 
 from sluice.models.depth.masks import DepthMask, MaskTable, Segment, phase_masks
+from sluice.models.depth.method import TokenMethod
 from sluice.models.depth.recompute import PendingTokens
+from sluice.models.depth.registry import adaptive_method
 from sluice.models.policy.axes import DECODE, PREFILL, BoolArray, IntArray
 from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.policy.policy import MissingKV
@@ -57,7 +59,8 @@ class RequestState:
     def records_tokens(self) -> bool:
         """Whether masks of generated tokens are decided one by one."""
         policy = self.extra.policy
-        replaces = policy.adaptive is not None and policy.adaptive.mode == "replace"
+        method = None if policy.adaptive is None else adaptive_method(policy.adaptive)
+        replaces = isinstance(method, TokenMethod) and method.replaces
         return policy.exit is not None or replaces or policy.skip.elastic
 
     def segments(self, request: int, computed: int, scheduled: int) -> Iterator[Segment]:

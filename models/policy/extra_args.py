@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sluice.models.policy.policy import RoutingPolicy, canonical_json, short_digest
+from sluice.models.policy.policy import RoutingPolicy, canonical_json
 
 EXTRA_ARGS_KEY = "sluice"
 """The one key of `SamplingParams.extra_args` that is ours."""
@@ -28,16 +28,6 @@ class RoutingExtraArgs:
         """Inverse of `encode`."""
         wire = json.loads(text)
         return cls(policy=RoutingPolicy.from_dict(wire["policy"]), request_key=wire["request_key"])
-
-    def cache_salt(self, client_salt: str | None) -> str | None:
-        """Prefix-cache salt of the request: its policy's part joined with the client's own."""
-        digest = self.policy.prompt_kv_digest
-        if digest is not None and self.policy.private_prompt:
-            # Samples of one request have one prompt and one record: they may share.
-            digest = f"{digest}-{self.request_key}"
-        if digest is None:
-            return client_salt
-        return f"sluice-{digest}-{short_digest(client_salt)}" if client_salt else f"sluice-{digest}"
 
     @classmethod
     def from_extra_args(cls, extra_args: dict[str, Any] | None) -> Self | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self
 
@@ -88,50 +88,110 @@ class SkipSet:
         return not self.attention and not self.mlp
 
 
-@dataclass(frozen=True, slots=True)
-class ExitRule:
-    """When a generated token leaves the layer loop (`sluice.models.depth.method`).
+ParameterValue = bool | int | float | str | tuple[float, ...]
+
+
+class _MethodParameters:
+    """What a rule's method takes, read by name.
+
+    Attributes:
+        parameters: names and values that are given, ascending by name.
+    """
+
+    __slots__ = ()
+    parameters: tuple[tuple[str, ParameterValue], ...]
+
+    def get(self, name: str) -> ParameterValue | None:
+        """A parameter, or None if the rule has none of this name."""
+        return dict(self.parameters).get(name)
+
+    def number(self, name: str) -> float:
+        """A number that the rule must have.
+
+        Raises:
+            KeyError: it has not.
+        """
+        value = dict(self.parameters)[name]
+        assert isinstance(value, int | float), name
+        return value
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of numbers, empty if the rule has none of this name."""
+        values = dict(self.parameters).get(name, ())
+        assert isinstance(values, tuple), name
+        return values
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class ExitRule(_MethodParameters):
+    """When a generated token leaves the layer loop (`sluice.models.depth.method.ExitMethod`).
 
     Attributes:
         method: name of the exit method.
         layers: 0-based layers after which a token is tested and may leave, ascending, unique,
             without the last layer.
-        threshold: the method's threshold, or None if it has none.
-        patience: agreeing exits in a row (`patience` only).
         decay: CALM's temperature of the threshold's decay over the output, or None.
-        script: exit layer of each generated token (`replay` only, which HTTP does not offer).
         kv: what becomes of the K/V that the token did not compute.
+        parameters: names and values of what the method takes.
     """
 
     method: str
     layers: tuple[int, ...]
-    threshold: float | None = None
-    patience: int | None = None
-    decay: float | None = None
-    script: tuple[int, ...] | None = None
-    kv: MissingKV = MissingKV.PROPAGATE
+    decay: float | None
+    kv: MissingKV
+    parameters: tuple[tuple[str, ParameterValue], ...]
+
+    def __init__(
+        self,
+        method: str,
+        layers: tuple[int, ...],
+        *,
+        decay: float | None = None,
+        kv: MissingKV = MissingKV.PROPAGATE,
+        **parameters: ParameterValue | None,
+    ) -> None:
+        """A rule; of the method's `parameters`, those that are None or False are not given."""
+        for name, value in {"method": method, "layers": layers, "decay": decay, "kv": kv}.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "parameters", _given(parameters))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is set, as JSON values."""
+        wire = {"method": self.method, "layers": list(self.layers), "kv": self.kv.value}
+        decay = {} if self.decay is None else {"decay": self.decay}
+        return {**wire, **decay, **_listed(self.parameters)}
+
+    @classmethod
+    def from_dict(cls, wire: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        return cls(**_tupled({**wire, "kv": MissingKV(wire["kv"])}))
 
 
-@dataclass(frozen=True, slots=True)
-class AdaptiveRule:
-    """How the model itself chooses what a request runs (`sluice.models.depth`).
+@dataclass(frozen=True, slots=True, init=False)
+class AdaptiveRule(_MethodParameters):
+    """How the model itself chooses what a request runs (`sluice.models.depth.method`).
 
     Attributes:
-        method: name of the method.
-        mode: `readout`, `replace` or `predict` (`lac` only).
-        threshold: the method's threshold, or None.
-        budget: share of blocks to keep, or None (`similarity` only).
-        retention: share of prompt tokens that each layer runs, one number a layer, or None for
-            the cosine schedule (`mod` only).
-        masked_prefill: the prompt runs under the mask too (`first` only).
+        method: name of the adaptive method.
+        parameters: names and values of what the method takes.
     """
 
     method: str
-    mode: str | None = None
-    threshold: float | None = None
-    budget: float | None = None
-    retention: tuple[float, ...] | None = None
-    masked_prefill: bool = False
+    parameters: tuple[tuple[str, ParameterValue], ...]
+
+    def __init__(self, method: str, **parameters: ParameterValue | None) -> None:
+        """A rule; of the method's `parameters`, those that are None or False are not given."""
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "parameters", _given(parameters))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is set, as JSON values."""
+        return {"method": self.method, **_listed(self.parameters)}
+
+    @classmethod
+    def from_dict(cls, wire: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`."""
+        return cls(**_tupled(wire))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +213,7 @@ class RoutingPolicy:
     report: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """The effective policy in wire form (design section 7), blocks resolved."""
+        """The effective policy in the form of a request's `routing`, blocks resolved."""
         depth: dict[str, Any] = {}
         if not self.skip.empty:
             depth["skip"] = {"attention": list(self.skip.attention), "mlp": list(self.skip.mlp)}
@@ -161,9 +221,9 @@ class RoutingPolicy:
             if self.skip.elastic:
                 depth["elastic"] = True
         if self.exit is not None:
-            depth["exit"] = _fields(self.exit)
+            depth["exit"] = self.exit.to_dict()
         if self.adaptive is not None:
-            depth["adaptive"] = _fields(self.adaptive)
+            depth["adaptive"] = self.adaptive.to_dict()
         wire: dict[str, Any] = {"depth": depth} if depth else {}
         if not self.experts.empty:
             wire["experts"] = self.experts.to_dict()
@@ -183,8 +243,8 @@ class RoutingPolicy:
             )
             if skip
             else SkipSet(),
-            exit=ExitRule(**_tuples({**rule, "kv": MissingKV(rule["kv"])})) if rule else None,
-            adaptive=AdaptiveRule(**_tuples(adaptive)) if adaptive else None,
+            exit=ExitRule.from_dict(rule) if rule else None,
+            adaptive=AdaptiveRule.from_dict(adaptive) if adaptive else None,
             experts=ExpertPolicy.from_dict(wire.get("experts", {})),
             report=report,
         )
@@ -200,57 +260,17 @@ class RoutingPolicy:
         """16 hex characters naming the effective policy; equal policies have equal digests."""
         return short_digest(canonical_json(self.to_dict()))
 
-    @property
-    def prompt_kv_digest(self) -> str | None:
-        """Digest of the part that changes K/V of prompt tokens; None if prompts stay stock."""
-        skips = not self.skip.empty and self.skip.phase is not Phase.DECODE
-        replaces = self.adaptive is not None and self.adaptive.mode == "replace"
-        changed = skips or replaces or self.private_prompt or self.experts.changes_prompt
-        return self.digest if changed else None
 
-    @property
-    def private_prompt(self) -> bool:
-        """A prompt token's K/V depend on later prompt tokens: no other request may share them."""
-        rule = self.adaptive
-        return rule is not None and (rule.method == "mod" or rule.masked_prefill)
-
-    @property
-    def private_generated(self) -> bool:
-        """A generated token leaves other K/V than a prompt token would at its position.
-
-        With a phase split, exits or decided masks, blocks with generated tokens must never serve
-        as somebody's prompt. Exits that recompute leave full depth's K/V by the time a block is
-        published.
-        """
-        splits = not self.skip.empty and (self.skip.phase is not Phase.BOTH or self.skip.elastic)
-        exits = self.exit is not None and self.exit.kv is MissingKV.PROPAGATE
-        rule = self.adaptive
-        adapts = rule is not None and rule.mode not in ("readout", "replace")
-        return splits or exits or adapts or self.experts.changes_generated
-
-    @property
-    def private_last_prompt(self) -> bool:
-        """The last prompt token leaves other K/V than it would as an earlier one of a prompt."""
-        return self.experts.remix is not None
-
-    @property
-    def reads_whole_prompt(self) -> bool:
-        """Every prompt token must run, so none may come from the prefix cache.
-
-        A pooled mask needs their hidden states, and a contrast's weak pass has K/V of its own.
-        """
-        pools = self.adaptive is not None and self.adaptive.method in ("first", "similarity")
-        return pools or self.experts.contrast is not None
+def _given(
+    parameters: dict[str, ParameterValue | None],
+) -> tuple[tuple[str, ParameterValue], ...]:
+    given = sorted(parameters.items())
+    return tuple((name, value) for name, value in given if value is not None and value is not False)
 
 
-def _fields(rule: ExitRule | AdaptiveRule) -> dict[str, Any]:
-    """What is set, as JSON values."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(rule).items()
-        if value is not None and value is not False
-    }
+def _listed(parameters: tuple[tuple[str, ParameterValue], ...]) -> dict[str, Any]:
+    return {n: list(value) if isinstance(value, tuple) else value for n, value in parameters}
 
 
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+def _tupled(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}

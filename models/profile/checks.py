@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sluice.models.depth.registry import EXIT_METHODS
+from sluice.models.depth.parameters import Number
+from sluice.models.depth.registry import offered_exits
 from sluice.models.profile.fields import (
     ExpertMap,
     FrontierFields,
@@ -84,9 +85,9 @@ def _wrong_layers(path: str, named: Sequence[int], layers: int) -> Iterator[str]
 def _wrong_exits(fields: ProfileFields) -> Iterator[str]:
     for number, entry in enumerate(fields.exits):
         path = f"exits.{number}"
-        method = EXIT_METHODS.get(entry.method)
+        method = offered_exits().get(entry.method)
         threshold = None if method is None else method.parameters.get("threshold")
-        if threshold is None:
+        if not isinstance(threshold, Number):
             yield f"{path}.method: {entry.method!r} is no exit method with a threshold"
         elif not threshold.low <= entry.threshold <= threshold.high:
             yield (

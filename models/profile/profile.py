@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from sluice.models.depth.method import ExitMethod, PromptMethod
-from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
+from sluice.models.depth.method import DepthMethod
+from sluice.models.depth.registry import methods
 from sluice.models.depth.skip_order import Importance, Unit
 from sluice.models.profile.checks import problems
 from sluice.models.profile.fields import (
@@ -235,10 +235,10 @@ def _trained_methods(path: Path) -> frozenset[str]:
             names = set(file.keys())
     except (OSError, SafetensorError) as error:
         raise ProfileError(f"profile {path}: {error}") from error
-    methods: dict[str, ExitMethod | PromptMethod] = {**EXIT_METHODS, **PROMPT_METHODS}
+    known: dict[str, DepthMethod] = {**methods().exits, **methods().adaptive}
     return frozenset(
         name
-        for name, method in methods.items()
+        for name, method in known.items()
         if method.profile_tensors
         and names.issuperset(f"{name}.{tensor}" for tensor in method.profile_tensors)
     )

@@ -6,76 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sluice.models.depth.adaptive import mod
-from sluice.models.depth.adaptive.first import First
-from sluice.models.depth.adaptive.lac import LAC, MODES
-from sluice.models.depth.exits import fixed
-from sluice.models.depth.method import ExitMethod, PromptMethod
-from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
-from sluice.models.depth.skip_order import Importance, Unit
+from sluice.models.depth.method import DepthMethod
+from sluice.models.depth.registry import methods
+from sluice.models.depth.skip_order import Importance
 from sluice.models.policy.expert_shape import ExpertShape
-from sluice.models.policy.policy import MissingKV, Phase
 from sluice.models.profile.fields import OWN_ENCODER, EffortLevel, ExitThreshold, ReferenceSet
 from sluice.models.profile.profile import Profile, ProfileError
-from sluice.models.vllm_adapter.families import depth_refusal, family_of
-from sluice.server.http.listing import (
-    effort_listing,
-    expert_listing,
-    listed,
-    number,
-    numbers,
-    skip_set_listing,
-)
-
-
-def check_profile_experts(profile: Profile, shape: ExpertShape | None) -> None:
-    """Experts and layers with experts that a profile names exist in the model.
-
-    Args:
-        profile: fits the model's layers and hidden size.
-        shape: of the model's experts; None for a dense model.
-
-    Raises:
-        ProfileError: names the first entry that does not.
-    """
-    lists = {"super_experts": profile.super_experts}
-    for name, behaviour in profile.fields.behaviours.items():
-        lists[f"behaviours.{name}.experts"] = behaviour.experts
-    for path, named in lists.items():
-        for position, (layer, expert) in enumerate(named):
-            if not _has_layer(shape, layer) or not 0 <= expert < (shape.experts if shape else 0):
-                raise _error(
-                    profile,
-                    f"{path}.{position}: the model has no expert {expert} in layer {layer}",
-                )
-    for name, held in profile.references.items():
-        _check_references(profile, name, held, shape)
-
-
-def _check_references(
-    profile: Profile, name: str, held: ReferenceSet, shape: ExpertShape | None
-) -> None:
-    for layer in held.layers:
-        if not _has_layer(shape, layer):
-            raise _error(
-                profile, f"references.{name}: layer {layer} of the model has no routed experts"
-            )
-    if not held.layers or [*held.layers] != sorted({*held.layers}):
-        raise _error(profile, f"references.{name}: layers must be ascending, each named once")
-    if held.encoder == OWN_ENCODER and held.width != profile.hidden:
-        raise _error(
-            profile,
-            f"references.{name}: the model's embeddings are {profile.hidden} wide, "
-            f"and these {held.width}",
-        )
-
-
-def _has_layer(shape: ExpertShape | None, layer: int) -> bool:
-    return shape is not None and layer in shape.layers
-
-
-def _error(profile: Profile, problem: str) -> ProfileError:
-    return ProfileError(f"profile {profile.folder}: {problem}")
+from sluice.models.vllm_adapter.families import depth_refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +67,11 @@ class Capabilities:
             expert_routing: whether the server lets requests control experts.
 
         Raises:
+            MethodDefinitionError: a depth method is not fit to run.
             ProfileError: the profile was made for another model.
             FingerprintError: there is a profile, and the model's files cannot be read.
         """
+        methods()  # One that is defined wrongly stops the start and not a request.
         model = vllm_config.model_config
         layers, hidden = model.get_total_num_hidden_layers(), model.get_hidden_size()
         if profile is not None:
@@ -179,7 +118,7 @@ class Capabilities:
         """Thresholds of an exit method that the profile has; the first is its default."""
         return self.profile.exits(method) if self.profile else ()
 
-    def missing_for(self, method: ExitMethod | PromptMethod) -> str | None:
+    def missing_for(self, method: DepthMethod) -> str | None:
         """Why a method cannot run for want of trained tensors, or None if it can."""
         if not method.profile_tensors:
             return None
@@ -189,75 +128,55 @@ class Capabilities:
             return f"the profile has nothing trained for method {method.name!r}"
         return None
 
-    def to_wire(self) -> dict[str, Any]:
-        """Body of `GET /v1/routing/capabilities`."""
-        family = family_of(self.architecture)
-        supported = self.refusal is None
-        return {
-            "object": "routing.capabilities",
-            "model": self.models[0],
-            "architecture": self.architecture,
-            "family": family.name if family else None,
-            "supported": supported,
-            "reason": self.refusal,
-            "layers": self.layers,
-            "hidden_size": self.hidden,
-            "experts": self.experts,
-            "depth": self._depth() if supported else {},
-            "effort": effort_listing(self.profile, self.layers) if supported else {},
-            "report": supported,
-            "experts_routing": expert_listing(
-                self.expert_shape,
-                self.refusal or self.expert_refusal,
-                self.contrast_refusal,
-                self.profile,
-                enabled=self.expert_routing,
-            ),
-        }
 
-    def _depth(self) -> dict[str, Any]:
-        return {
-            "skip": {
-                "units": ["blocks", "attention", "mlp"],
-                "by": [unit.value for unit in Unit],
-                "order": "default" if self.importance is None else "profile",
-                "sets": skip_set_listing(self.profile),
-            },
-            "exit": {
-                **{name: self._exit(method) for name, method in EXIT_METHODS.items()},
-                fixed.NAME: listed({}, fixed.SOURCE, decay=False, kv=[], calibrated=[]),
-            },
-            "adaptive": {
-                **{name: self._adaptive(method) for name, method in PROMPT_METHODS.items()},
-                mod.NAME: listed(
-                    {"retention": number(0.0, 1.0, list(mod.cosine_retention(self.layers)))},
-                    mod.SOURCE,
-                ),
-            },
-            "phase": [phase.value for phase in Phase],
-        }
+def check_profile_experts(profile: Profile, shape: ExpertShape | None) -> None:
+    """Experts and layers with experts that a profile names exist in the model.
 
-    def _exit(self, method: ExitMethod) -> dict[str, Any]:
-        calibrated = self.calibrated_exits(method.name)
-        parameters = numbers(method.parameters)
-        if calibrated:
-            parameters["threshold"]["default"] = calibrated[0].threshold
-        return listed(
-            parameters,
-            method.source,
-            self.missing_for(method),
-            decay=method.decays,
-            kv=[kv.value for kv in MissingKV],
-            calibrated=[entry.model_dump(mode="json", exclude={"method"}) for entry in calibrated],
+    Args:
+        profile: fits the model's layers and hidden size.
+        shape: of the model's experts; None for a dense model.
+
+    Raises:
+        ProfileError: names the first entry that does not.
+    """
+    lists = {"super_experts": profile.super_experts}
+    for name, behaviour in profile.fields.behaviours.items():
+        lists[f"behaviours.{name}.experts"] = behaviour.experts
+    for path, named in lists.items():
+        for position, (layer, expert) in enumerate(named):
+            if not _has_layer(shape, layer) or not 0 <= expert < (shape.experts if shape else 0):
+                raise _error(
+                    profile,
+                    f"{path}.{position}: the model has no expert {expert} in layer {layer}",
+                )
+    for name, references in profile.references.items():
+        _check_references(profile, name, references, shape)
+
+
+def _check_references(
+    profile: Profile, name: str, references: ReferenceSet, shape: ExpertShape | None
+) -> None:
+    for layer in references.layers:
+        if not _has_layer(shape, layer):
+            raise _error(
+                profile, f"references.{name}: layer {layer} of the model has no routed experts"
+            )
+    if not references.layers or [*references.layers] != sorted({*references.layers}):
+        raise _error(profile, f"references.{name}: layers must be ascending, each named once")
+    if references.encoder == OWN_ENCODER and references.width != profile.hidden:
+        raise _error(
+            profile,
+            f"references.{name}: the model's embeddings are {profile.hidden} wide, "
+            f"and these {references.width}",
         )
 
-    def _adaptive(self, method: PromptMethod) -> dict[str, Any]:
-        more: dict[str, Any] = {}
-        if method.name == LAC.name:
-            more["modes"] = list(MODES)
-        if method.name == First.name:
-            more["masked_prefill"] = not self.chunked_prefill
-        return listed(numbers(method.parameters), method.source, self.missing_for(method), **more)
+
+def _has_layer(shape: ExpertShape | None, layer: int) -> bool:
+    return shape is not None and layer in shape.layers
+
+
+def _error(profile: Profile, problem: str) -> ProfileError:
+    return ProfileError(f"profile {profile.folder}: {problem}")
 
 
 def _contrast_refusal(vllm_config: Any) -> str | None:

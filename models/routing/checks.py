@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sluice.models.depth.method import ExitMethod, Parameter, PromptMethod
+from sluice.models.depth.method import DepthMethod
+from sluice.models.depth.parameters import Choice, Flag, LayerShares, Number, Parameter
+from sluice.models.policy.policy import ParameterValue
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.errors import RoutingError
-from sluice.models.routing.schema import StrictFields
+from sluice.models.routing.schema import MethodFields, StrictFields
 
 Real = TypeVar("Real", int, float)
 
@@ -38,7 +40,7 @@ def check_layers(layers: Sequence[int], num_layers: int, param: str) -> None:
             )
 
 
-def check_trained(method: ExitMethod | PromptMethod, capabilities: Capabilities, root: str) -> None:
+def check_trained(method: DepthMethod, capabilities: Capabilities, root: str) -> None:
     """The profile has what was trained for a method.
 
     Raises:
@@ -66,7 +68,65 @@ def check_fields(fields: StrictFields, taken: Collection[str], method: str, root
             raise invalid(f"{name} means nothing to method {method!r}", f"{root}.{name}")
 
 
-def number(value: float | None, parameter: Parameter, method: str, param: str) -> float:
+def parameter_values(
+    fields: MethodFields, method: DepthMethod, capabilities: Capabilities, root: str
+) -> dict[str, ParameterValue | None]:
+    """What a method takes: what was given, or defaults; None where the method has its own.
+
+    Args:
+        fields: what the client wrote.
+        method: that they name.
+        capabilities: of the engine.
+        root: dotted path of `fields`.
+
+    Raises:
+        RoutingError: a parameter is missing, or its method, the model or the engine refuse it.
+    """
+    given = fields.parameters
+    return {
+        name: _parameter_value(given.get(name), parameter, method.name, capabilities, root, name)
+        for name, parameter in method.parameters.items()
+    }
+
+
+def _parameter_value(
+    given: Any,
+    parameter: Parameter,
+    method: str,
+    capabilities: Capabilities,
+    root: str,
+    name: str,
+) -> ParameterValue | None:
+    param = f"{root}.{name}"
+    match parameter:
+        case Number():
+            if given is None and parameter.optional:
+                return None
+            value = number(given, parameter, method, param)
+            return int(value) if parameter.integer else value
+        case Choice():
+            word: str = parameter.default if given is None else given
+            if word not in parameter.values:
+                raise invalid(f"{name} {word!r} is none of {', '.join(parameter.values)}", param)
+            return word
+        case Flag():
+            if given and parameter.needs_whole_prompt and capabilities.chunked_prefill:
+                raise combination(
+                    f"{name} needs the whole prompt in one step: "
+                    "start the server with --no-enable-chunked-prefill",
+                    param,
+                )
+            return bool(given)
+        case LayerShares():
+            if given is not None and len(given) != capabilities.layers:
+                raise invalid(
+                    f"{name} has {len(given)} numbers, and the model {capabilities.layers} layers",
+                    param,
+                )
+            return None if given is None else tuple(given)
+
+
+def number(value: float | None, parameter: Number, method: str, param: str) -> float:
     """A method's number: what was given, or its default.
 
     Raises:
@@ -80,7 +140,7 @@ def number(value: float | None, parameter: Parameter, method: str, param: str) -
     return in_range(value, parameter, param)
 
 
-def in_range(value: Real, parameter: Parameter, param: str) -> Real:
+def in_range(value: Real, parameter: Number, param: str) -> Real:
     """A number that its parameter allows.
 
     Raises:

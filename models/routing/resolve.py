@@ -1,20 +1,21 @@
 """From the fields of `routing` to a policy: presets merged, controls combined.
 
-Every control has a module of its own: `skip_set`, `exit_rule`, `adaptive_rule`, `effort`,
-`expert_rule`.
+The controls are in modules of their own: `depth.skip` and effort, `depth.exit`, `depth.adaptive`,
+and those of the experts behind `experts.controls`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sluice.models.depth.exits.fixed import NAME as FIXED
-from sluice.models.policy.policy import MissingKV, Phase, RoutingPolicy, SkipSet
+from sluice.models.depth.method import StaticExit
+from sluice.models.depth.registry import offered_exits
+from sluice.models.policy.policy import Phase, RoutingPolicy, SkipSet
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.checks import combination, invalid
 from sluice.models.routing.depth.adaptive import ADAPTIVE, adaptive_rule
-from sluice.models.routing.depth.exit import EXIT, exit_rule
-from sluice.models.routing.depth.skip import EFFORT, effort_set, fixed_exit, skip_set
+from sluice.models.routing.depth.exit import exit_control, is_static
+from sluice.models.routing.depth.skip import EFFORT, effort_set, skip_set
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.experts.controls import CONTRAST, expert_rule, merge_experts
 from sluice.models.routing.schema import DepthFields, PresetFields, RoutingFields
@@ -48,12 +49,12 @@ def merge_preset(
             param=preset_param,
             reason="unknown_preset",
         )
-    own, base = fields.depth, preset.depth
+    given, base = fields.depth, preset.depth
     depth = DepthFields(
-        skip=own.skip or base.skip,
-        exit=own.exit or base.exit,
-        adaptive=own.adaptive or base.adaptive,
-        phase=own.phase or base.phase,
+        skip=given.skip or base.skip,
+        exit=given.exit or base.exit,
+        adaptive=given.adaptive or base.adaptive,
+        phase=given.phase or base.phase,
     )
     effort = preset.effort if fields.effort is None else fields.effort
     experts = merge_experts(fields.experts, preset.experts)
@@ -79,15 +80,8 @@ def resolve(fields: RoutingFields, capabilities: Capabilities) -> RoutingPolicy:
     if depth.skip is not None:
         skip = skip_set(depth.skip, depth.phase or Phase.BOTH, capabilities)
     rule = None
-    if depth.exit is not None and depth.exit.method == FIXED:
-        skip = fixed_exit(depth.exit, skip, depth.phase or Phase.BOTH, capabilities)
-    elif depth.exit is not None:
-        rule = exit_rule(depth.exit, capabilities)
-        if rule.kv is MissingKV.RECOMPUTE and not skip.empty:
-            raise combination(
-                "kv recompute leaves full depth behind: it does not go together with depth.skip",
-                f"{EXIT}.kv",
-            )
+    if depth.exit is not None:
+        skip, rule = exit_control(depth.exit, skip, depth.phase or Phase.BOTH, capabilities)
     adaptive = None
     if depth.adaptive is not None:
         adaptive = adaptive_rule(depth.adaptive, capabilities)
@@ -118,10 +112,10 @@ def _check_phase(fields: RoutingFields) -> None:
         return
     if depth.adaptive is not None:
         raise combination("an adaptive method has its own phases", _PHASE)
-    fixed = depth.exit is not None and depth.exit.method == FIXED
-    if depth.skip is None and fields.effort is None and not fixed:
+    if depth.skip is None and fields.effort is None and not is_static(depth.exit):
+        static = [name for name, m in offered_exits().items() if isinstance(m, StaticExit)]
         raise invalid(
             "depth.phase has nothing to act on without depth.skip, depth.exit of method "
-            f"{FIXED!r} or effort",
+            f"{' or '.join(map(repr, static))} or effort",
             _PHASE,
         )

@@ -1,12 +1,15 @@
-"""The wire form of `routing` (design section 7): strict, unknown keys are errors.
+"""The wire form of `routing`: strict, unknown keys are errors.
 
 Checked here: types, and ranges that hold for every model. What depends on the model or the method
-is checked in `sluice.models.routing.resolve`.
+is checked in `sluice.models.routing.resolve`. The fields of an exit and of an adaptive control are
+those named here and the parameters of the methods (`sluice.models.depth.registry`).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -18,8 +21,16 @@ from pydantic import (
     StrictStr,
     TypeAdapter,
     ValidationError,
+    create_model,
 )
 
+from sluice.models.depth.parameters import Choice, Flag, LayerShares, Number, Parameter
+from sluice.models.depth.registry import (
+    RESERVED,
+    adaptive_methods,
+    offered_exits,
+    parameter_kinds,
+)
 from sluice.models.depth.skip_order import Unit
 from sluice.models.policy.experts import BudgetMethod, RemixMethod, RemixScope
 from sluice.models.policy.policy import MissingKV, Phase
@@ -31,9 +42,9 @@ _MOST_ENTRIES = 65536
 
 LayerList = Annotated[list[StrictInt], Field(max_length=_MOST_LAYERS)]
 ExpertList = Annotated[list[StrictInt], Field(max_length=_MOST_EXPERTS)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1)]
-Vector = Annotated[list[Number], Field(max_length=_MOST_ENTRIES)]
+Vector = Annotated[list[Real], Field(max_length=_MOST_ENTRIES)]
 
 
 def _one_or_per_layer(item: Any) -> PlainValidator:
@@ -50,7 +61,7 @@ def _one_or_per_layer(item: Any) -> PlainValidator:
 
 
 WholePerLayer = Annotated[int | list[int], _one_or_per_layer(StrictInt)]
-NumberPerLayer = Annotated[float | list[float], _one_or_per_layer(Number)]
+NumberPerLayer = Annotated[float | list[float], _one_or_per_layer(Real)]
 
 
 class StrictFields(BaseModel):
@@ -65,39 +76,86 @@ class SkipFields(StrictFields):
     blocks: LayerList = []
     attention: LayerList = []
     mlp: LayerList = []
-    fraction: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    fraction: Annotated[Real, Field(gt=0, lt=1)] | None = None
     by: Unit | None = None
 
 
-class ExitFields(StrictFields):
-    """`routing.depth.exit`: where and when a generated token leaves the layers."""
+class MethodFields(StrictFields):
+    """A method and its parameters; a parameter that is not given is None."""
 
     method: StrictStr
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What is given of the methods' parameters, by name."""
+        names = type(self).model_fields.keys() - RESERVED
+        given = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class ExitFields(MethodFields):
+    """`routing.depth.exit`: where and when a generated token leaves the layers."""
+
     layers: LayerList | None = None
     min_layer: StrictInt | None = None
-    threshold: Number | None = None
-    patience: StrictInt | None = None
-    decay: Annotated[Number, Field(gt=0)] | None = None
+    decay: Annotated[Real, Field(gt=0)] | None = None
     kv: MissingKV | None = None
 
 
-class AdaptiveFields(StrictFields):
+class AdaptiveFields(MethodFields):
     """`routing.depth.adaptive`: the model chooses what the request runs."""
 
-    method: StrictStr
-    mode: StrictStr | None = None
-    threshold: Number | None = None
-    budget: Number | None = None
-    retention: Annotated[list[Share], Field(max_length=_MOST_LAYERS)] | None = None
-    masked_prefill: StrictBool | None = None
+
+_Fields = TypeVar("_Fields", bound=MethodFields)
+
+
+def _field_type(parameter: Parameter) -> Any:
+    match parameter:
+        case Number():
+            return StrictInt if parameter.integer else Real
+        case Choice():
+            return StrictStr
+        case Flag():
+            return StrictBool
+        case LayerShares():
+            return Annotated[list[Share], Field(max_length=_MOST_LAYERS)]
+
+
+@cache
+def _with_parameters(
+    base: type[_Fields], parameters: tuple[tuple[str, Parameter], ...]
+) -> type[_Fields]:
+    """The fields with one more for every parameter."""
+    more: dict[str, Any] = {name: (_field_type(p) | None, None) for name, p in parameters}
+    return create_model(base.__name__, __base__=base, **more)
+
+
+def _of_methods(
+    base: type[_Fields], parameters: Callable[[], Mapping[str, Parameter]]
+) -> PlainValidator:
+    """Reads the fields of the methods that are there when a request comes."""
+
+    def validate(value: Any) -> _Fields | None:
+        if value is None or isinstance(value, base):
+            fields: _Fields | None = value
+            return fields
+        given: _Fields = _with_parameters(base, tuple(parameters().items())).model_validate(value)
+        return given
+
+    return PlainValidator(validate)
 
 
 class DepthFields(StrictFields):
     """`routing.depth`."""
 
     skip: SkipFields | None = None
-    exit: ExitFields | None = None
-    adaptive: AdaptiveFields | None = None
+    exit: Annotated[
+        ExitFields | None, _of_methods(ExitFields, lambda: parameter_kinds(offered_exits()))
+    ] = None
+    adaptive: Annotated[
+        AdaptiveFields | None,
+        _of_methods(AdaptiveFields, lambda: parameter_kinds(adaptive_methods())),
+    ] = None
     phase: Phase | None = None
 
 
@@ -111,7 +169,7 @@ class NamedExperts(StrictFields):
 class ActivateFields(NamedExperts):
     """An entry of `routing.experts.activate`: experts that always serve, with a weight."""
 
-    weight: Number | None = None
+    weight: Real | None = None
 
 
 class BiasFields(StrictFields):
@@ -119,7 +177,7 @@ class BiasFields(StrictFields):
 
     layer: StrictInt
     expert: StrictInt
-    value: Number
+    value: Real
 
 
 class BudgetFields(StrictFields):
@@ -135,13 +193,13 @@ class RemixFields(StrictFields):
 
     method: RemixMethod
     scope: RemixScope | None = None
-    alpha: Number | None = None
+    alpha: Real | None = None
     layers: LayerList | None = None
     top: StrictInt | None = None
     references: StrictStr | None = None
     neighbors: StrictInt | None = None
     kernel: Literal["gaussian", "cosine"] | None = None
-    bandwidth: Number | None = None
+    bandwidth: Real | None = None
     max_similarity: Share | None = None
     embedding: Vector | None = None
     pathway: Annotated[list[Vector], Field(max_length=_MOST_LAYERS)] | None = None
@@ -151,7 +209,7 @@ class ContrastFields(StrictFields):
     """`routing.experts.contrast`: logits against those of a weak pass."""
 
     weak_rank: StrictInt
-    beta: Number | None = None
+    beta: Real | None = None
     alpha: Share | None = None
 
 

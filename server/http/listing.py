@@ -1,43 +1,110 @@
-"""`experts_routing` of `/v1/routing/capabilities`: the expert controls this engine runs."""
+"""Body of `GET /v1/routing/capabilities`: what this engine can be asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sluice.models.depth.method import Parameter
+from sluice.models.depth.method import AdaptiveMethod, DepthMethod, ExitMethod, StaticExit
+from sluice.models.depth.parameters import Choice, Flag, LayerShares, Number
+from sluice.models.depth.registry import adaptive_methods, offered_exits
+from sluice.models.depth.skip_order import Unit
 from sluice.models.policy.expert_shape import ExpertShape
 from sluice.models.policy.experts import RemixMethod, RemixScope
+from sluice.models.policy.policy import MissingKV, Phase
 from sluice.models.profile.profile import Profile
+from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.experts import parameters as controls
+from sluice.models.vllm_adapter.families import family_of
 
 
-def listed(
-    parameters: dict[str, Any], source: str, reason: str | None = None, **more: Any
-) -> dict[str, Any]:
-    """A control: what it takes, the paper it is from, and why it is not available, or None."""
+def capabilities_listing(capabilities: Capabilities) -> dict[str, Any]:
+    """The whole body."""
+    family = family_of(capabilities.architecture)
+    supported = capabilities.refusal is None
+    profile = capabilities.profile
     return {
-        "parameters": parameters,
-        "source": source,
-        "available": reason is None,
-        "reason": reason,
-        **more,
+        "object": "routing.capabilities",
+        "model": capabilities.models[0],
+        "architecture": capabilities.architecture,
+        "family": family.name if family else None,
+        "supported": supported,
+        "reason": capabilities.refusal,
+        "layers": capabilities.layers,
+        "hidden_size": capabilities.hidden,
+        "experts": capabilities.experts,
+        "depth": depth_listing(capabilities) if supported else {},
+        "effort": effort_listing(profile, capabilities.layers) if supported else {},
+        "report": supported,
+        "experts_routing": expert_listing(
+            capabilities.expert_shape,
+            capabilities.refusal or capabilities.expert_refusal,
+            capabilities.contrast_refusal,
+            profile,
+            enabled=capabilities.expert_routing,
+        ),
     }
 
 
-def numbers(parameters: Mapping[str, Parameter]) -> dict[str, Any]:
-    """Ranges and defaults by name."""
-    return {name: number(p.low, p.high, p.default) for name, p in parameters.items()}
+def depth_listing(capabilities: Capabilities) -> dict[str, Any]:
+    """The depth controls, with every method that a request may name."""
+    return {
+        "skip": {
+            "units": ["blocks", "attention", "mlp"],
+            "by": [unit.value for unit in Unit],
+            "order": "default" if capabilities.importance is None else "profile",
+            "sets": skip_set_listing(capabilities.profile),
+        },
+        "exit": {name: _exit(method, capabilities) for name, method in offered_exits().items()},
+        "adaptive": {
+            name: _adaptive(method, capabilities) for name, method in adaptive_methods().items()
+        },
+        "phase": [phase.value for phase in Phase],
+    }
 
 
-def number(low: float, high: float, default: Any) -> dict[str, Any]:
-    """Range and default of one number."""
-    return {"low": low, "high": high, "default": default}
+def _exit(method: ExitMethod | StaticExit, capabilities: Capabilities) -> dict[str, Any]:
+    per_token = isinstance(method, ExitMethod)
+    calibrated = capabilities.calibrated_exits(method.name)
+    parameters, more = _parameters(method, capabilities)
+    if calibrated:
+        parameters["threshold"]["default"] = calibrated[0].threshold
+    return listed(
+        parameters,
+        method.source,
+        capabilities.missing_for(method),
+        decay=isinstance(method, ExitMethod) and method.decays,
+        kv=[kv.value for kv in MissingKV] if per_token else [],
+        calibrated=[entry.model_dump(mode="json", exclude={"method"}) for entry in calibrated],
+        **more,
+    )
 
 
-def choice(values: Sequence[Any], default: Any) -> dict[str, Any]:
-    """What a field may be, and what it is if it is not given."""
-    return {"choices": [*values], "default": default}
+def _adaptive(method: AdaptiveMethod, capabilities: Capabilities) -> dict[str, Any]:
+    parameters, more = _parameters(method, capabilities)
+    return listed(parameters, method.source, capabilities.missing_for(method), **more)
+
+
+def _parameters(
+    method: DepthMethod, capabilities: Capabilities
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The numbers that a method takes, and what stands beside `parameters`.
+
+    A choice is listed under its plural, with its values; a flag says whether this engine can.
+    """
+    ranges: dict[str, Any] = {}
+    more: dict[str, Any] = {}
+    for name, parameter in method.parameters.items():
+        match parameter:
+            case Number():
+                ranges[name] = number(parameter.low, parameter.high, parameter.default)
+            case LayerShares():
+                ranges[name] = number(0.0, 1.0, [*method.default_shares(capabilities.layers)])
+            case Choice():
+                more[f"{name}s"] = [*parameter.values]
+            case Flag():
+                more[name] = not (parameter.needs_whole_prompt and capabilities.chunked_prefill)
+    return ranges, more
 
 
 def effort_listing(profile: Profile | None, layers: int) -> dict[str, Any]:
@@ -70,8 +137,8 @@ def effort_listing(profile: Profile | None, layers: int) -> dict[str, Any]:
 
 def skip_set_listing(profile: Profile | None) -> dict[str, Any]:
     """Skip sets by name; `attention` and `mlp` go into `depth.skip` with phase `decode`."""
-    found = profile.fields.skip_sets if profile is not None else {}
-    return {name: held.model_dump(mode="json") for name, held in found.items()}
+    sets = profile.fields.skip_sets if profile is not None else {}
+    return {name: skip_set.model_dump(mode="json") for name, skip_set in sets.items()}
 
 
 def profile_experts_listing(profile: Profile | None) -> dict[str, Any]:
@@ -82,8 +149,8 @@ def profile_experts_listing(profile: Profile | None) -> dict[str, Any]:
     ratios = fields.skip_ratios if fields is not None else None
     return {
         "behaviours": {
-            name: held.model_dump(mode="json", exclude_none=True)
-            for name, held in behaviours.items()
+            name: each.model_dump(mode="json", exclude_none=True)
+            for name, each in behaviours.items()
         },
         "expert_k": [level.model_dump(mode="json", exclude_none=True) for level in levels],
         "skip_ratios": None if ratios is None else [*ratios],
@@ -126,8 +193,8 @@ def expert_listing(
         else {},
         "super_experts": [[*named] for named in supers],
         "references": {
-            name: {"layers": [*held.layers], "width": held.width, "encoder": held.encoder}
-            for name, held in references.items()
+            name: {"layers": [*each.layers], "width": each.width, "encoder": each.encoder}
+            for name, each in references.items()
         },
         **profile_experts_listing(profile),
     }
@@ -174,17 +241,17 @@ def _controls(shape: ExpertShape, contrast_refusal: str | None, references: bool
 
 
 def _remix(method: RemixMethod, shape: ExpertShape, references: bool) -> dict[str, Any]:
-    own: dict[str, Parameter] = {
+    ranges: dict[str, Number] = {
         "alpha": controls.ALPHA,
         "top": controls.remix_top(shape, shape.top_k),
     }
     if method is not RemixMethod.SUPPLIED:
-        own |= {"neighbors": controls.NEIGHBORS, "bandwidth": controls.BANDWIDTH}
+        ranges |= {"neighbors": controls.NEIGHBORS, "bandwidth": controls.BANDWIDTH}
     if method is RemixMethod.KERNEL:
-        own["max_similarity"] = controls.MAX_SIMILARITY
+        ranges["max_similarity"] = controls.MAX_SIMILARITY
     parameters = {
         "scope": choice([scope.value for scope in RemixScope], RemixScope.LAST.value),
-        **numbers(own),
+        **numbers(ranges),
     }
     if method is RemixMethod.SUPPLIED:
         parameters["layers"] = choice(shape.layers, [*controls.remix_layers(shape)])
@@ -192,3 +259,31 @@ def _remix(method: RemixMethod, shape: ExpertShape, references: bool) -> dict[st
     parameters["kernel"] = choice(controls.REMIX_KERNELS, controls.REMIX_KERNELS[0])
     reason = None if references else "the server has no profile with re-mix references"
     return listed(parameters, controls.C3PO, reason)
+
+
+def listed(
+    parameters: dict[str, Any], source: str, reason: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """A control: what it takes, the paper it is from, and why it is not available, or None."""
+    return {
+        "parameters": parameters,
+        "source": source,
+        "available": reason is None,
+        "reason": reason,
+        **more,
+    }
+
+
+def numbers(parameters: Mapping[str, Number]) -> dict[str, Any]:
+    """Ranges and defaults by name."""
+    return {name: number(p.low, p.high, p.default) for name, p in parameters.items()}
+
+
+def number(low: float, high: float, default: Any) -> dict[str, Any]:
+    """Range and default of one number."""
+    return {"low": low, "high": high, "default": default}
+
+
+def choice(values: Sequence[Any], default: Any) -> dict[str, Any]:
+    """What a field may be, and what it is if it is not given."""
+    return {"choices": [*values], "default": default}

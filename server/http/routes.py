@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.presets import MODEL_SEPARATOR, measured_preset, preset_policy
 from sluice.server.admission import Admission
+from sluice.server.http.listing import capabilities_listing
 from sluice.server.http.state import Edge
 from sluice.server.telemetry.utilization import utilization
 
@@ -26,7 +27,7 @@ def build_router(registry: CollectorRegistry, folder: Path) -> APIRouter:
 
     @router.get("/v1/routing/capabilities")
     async def capabilities(request: Request) -> dict[str, Any]:
-        return _edge(request).admission.capabilities.to_wire()
+        return capabilities_listing(_edge(request).admission.capabilities)
 
     @router.get("/v1/routing/presets")
     async def presets(request: Request) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from sluice.models.depth.prefix_sharing import cache_salt
 from sluice.models.engine.workers import CPU_WORKER
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy, SkipSet
@@ -122,7 +123,7 @@ class Engine:
                 record = records[index] if records else uuid.uuid4().hex
                 extra = RoutingExtraArgs(policy, record)
                 extra_args = {EXTRA_ARGS_KEY: extra.encode()}
-                salt = extra.cache_salt(None)
+                salt = cache_salt(extra, None)
                 if salt:
                     request["cache_salt"] = salt
             requests.append(request)

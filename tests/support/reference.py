@@ -217,7 +217,7 @@ class Reference:
             return Watch()
         assert policy.exit is None
         assert policy.skip.empty
-        match (rule.method, rule.mode):
+        match (rule.method, rule.get("mode")):
             case ("first", _):
                 return FirstWatch(rule, heads)
             case ("similarity", _) | ("lac", "predict"):
@@ -239,7 +239,7 @@ class Reference:
         if policy.exit is not None and not full:
             test = ExitTest(policy.exit, self._head, heads, index, limit)
             return ExitWatch(policy.exit, test)
-        if policy.adaptive is not None and policy.adaptive.mode in ("readout", "replace"):
+        if policy.adaptive is not None and policy.adaptive.get("mode") in ("readout", "replace"):
             return VoidWatch(policy.adaptive, self._layers)
         return Watch()
 

@@ -114,7 +114,7 @@ def test_decay_follows_the_requests_own_limit(
     reference: Reference, heads: dict[str, Tensor], method: str
 ) -> None:
     rule = exit_rule(reference, heads, method, "propagate")
-    rule = ExitRule(method, EXITS, rule.threshold, decay=8.0)
+    rule = ExitRule(method, EXITS, decay=8.0, threshold=rule.number("threshold"))
     policy = RoutingPolicy(exit=rule)
     short = reference.run(PROMPT, policy, TOKENS, heads, max_tokens=TOKENS)
     long = reference.run(PROMPT, policy, TOKENS, heads, max_tokens=1000)
@@ -146,7 +146,7 @@ def test_a_prompts_mask_is_a_skip_set_of_generated_tokens(
 ) -> None:
     scores = reference.prompt_scores(PROMPT, method, heads)
     threshold = threshold_between(scores, 0.5)
-    rule = AdaptiveRule(method, mode, threshold)
+    rule = AdaptiveRule(method, mode=mode, threshold=threshold)
     run = reference.run(PROMPT, RoutingPolicy(adaptive=rule), TOKENS, heads)
     lower = {layer for layer, score in enumerate(scores) if score < threshold}
     assert run.mask == (set(range(LAYERS)) - lower if method == "similarity" else lower)
@@ -181,7 +181,7 @@ def test_masked_prefill_decides_on_what_has_run(
 
 def test_replace_goes_on_from_the_input_of_void_layers(reference: Reference) -> None:
     alpha = 0.8
-    policy = RoutingPolicy(adaptive=AdaptiveRule("lac", "replace", alpha))
+    policy = RoutingPolicy(adaptive=AdaptiveRule("lac", mode="replace", threshold=alpha))
     run = reference.run(PROMPT, policy, TOKENS)
     changes: list[Tensor] = []
     found: list[Tensor] = []
@@ -212,7 +212,7 @@ def test_replace_goes_on_from_the_input_of_void_layers(reference: Reference) -> 
 
 def test_readout_reads_the_last_layer_that_is_not_void(reference: Reference) -> None:
     threshold = 0.9
-    policy = RoutingPolicy(adaptive=AdaptiveRule("lac", "readout", threshold))
+    policy = RoutingPolicy(adaptive=AdaptiveRule("lac", mode="readout", threshold=threshold))
     run = reference.run(PROMPT, policy, TOKENS)
     read = set()
     for i, token in enumerate(run.tokens):

@@ -31,7 +31,7 @@ def exit_decision(
     heads: dict[str, Tensor] | None = None,
 ) -> ExitTest:
     """The residual stream is the logits."""
-    rule = ExitRule(method, (0, 1, 2), threshold, patience)
+    rule = ExitRule(method, (0, 1, 2), threshold=threshold, patience=patience)
     return ExitTest(rule, lambda state: state, heads or {}, 0, 10)
 
 
@@ -111,13 +111,13 @@ class TestExits:
         assert test.margin == 0.0
 
     def test_decay_of_the_threshold(self) -> None:
-        rule = ExitRule("confidence", (0,), 0.8, decay=4.0)
+        rule = ExitRule("confidence", (0,), threshold=0.8, decay=4.0)
         assert decayed(rule, 0, 10) == pytest.approx(0.82)
         assert decayed(rule, 5, 10) == pytest.approx(0.72 + 0.1 * math.exp(-2.0))
-        assert decayed(ExitRule("saturation", (0,), -1.0, decay=4.0), 3, 10) == 0.0
-        assert decayed(ExitRule("confidence", (0,), 0.8), 5, 10) == 0.8
+        assert decayed(ExitRule("saturation", (0,), threshold=-1.0, decay=4.0), 3, 10) == 0.0
+        assert decayed(ExitRule("confidence", (0,), threshold=0.8), 5, 10) == 0.8
         with pytest.raises(ValueError, match="entropy"):
-            decayed(ExitRule("entropy", (0,), 0.8, decay=4.0), 5, 10)
+            decayed(ExitRule("entropy", (0,), threshold=0.8, decay=4.0), 5, 10)
 
 
 def norms(*values: float) -> Tensor:
@@ -157,13 +157,13 @@ class TestPromptMethods:
         ranges = [(4.0, 0.0), (1.0, 0.0), (2.0, 3.0), (2.5, 3.0), (-1.0, 3.0)]
         for found, expected in zip(lac_ranges(states), ranges, strict=True):
             assert found == pytest.approx(expected, abs=1e-5)
-        mask, margin = void_blocks(states, AdaptiveRule("lac", "predict", 0.8))
+        mask, margin = void_blocks(states, AdaptiveRule("lac", mode="predict", threshold=0.8))
         assert mask == {2, 4}
         assert margin == pytest.approx(0.1, abs=1e-5)
-        assert void_blocks(states, AdaptiveRule("lac", "predict", 0.5))[0] == {4}
+        assert void_blocks(states, AdaptiveRule("lac", mode="predict", threshold=0.5))[0] == {4}
 
     def test_the_first_two_layers_are_void_only_if_the_norm_falls(self) -> None:
-        rule = AdaptiveRule("lac", "predict", 1.0)
+        rule = AdaptiveRule("lac", mode="predict", threshold=1.0)
         assert void_blocks(norms(5.0, 4.0, 3.5), rule)[0] == {0, 1}
         assert void_blocks(norms(5.0, 5.5, 5.75), rule)[0] == set()
 

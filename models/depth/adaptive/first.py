@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice.models.depth.method import Parameter, PromptMethod, Tensors
+from sluice.models.depth.method import PromptMethod, Tensors
+from sluice.models.depth.parameters import Flag, Number
 from sluice.models.policy.policy import AdaptiveRule
 
 if TYPE_CHECKING:
@@ -24,10 +25,17 @@ class First(PromptMethod):
 
     name = "first"
     source = "FiRST (arXiv 2410.12513)"
-    parameters = {"threshold": Parameter(0.0, 1.0, default=0.5)}
+    parameters = {
+        "threshold": Number(0.0, 1.0, default=0.5),
+        "masked_prefill": Flag(needs_whole_prompt=True),
+    }
     pool = "mean"
     profile_tensors = ("weight", "bias")
     """(layers, hidden) and (layers,); fp32."""
+
+    def masks_prompt(self, rule: AdaptiveRule) -> bool:
+        """See `PromptMethod.masks_prompt`: a router reads its layer's input."""
+        return rule.get("masked_prefill") is True
 
     def statistic(self, layer: int, before: Tensor, after: Tensor, tensors: Tensors) -> Tensor:  # noqa: ARG002
         """Router logit of each token."""
@@ -35,5 +43,4 @@ class First(PromptMethod):
 
     def skipped_blocks(self, pooled: NDArray[np.float64], rule: AdaptiveRule) -> NDArray[np.bool_]:
         """See `PromptMethod.skipped_blocks`."""
-        assert rule.threshold is not None
-        return 1.0 / (1.0 + np.exp(-pooled)) < rule.threshold
+        return 1.0 / (1.0 + np.exp(-pooled)) < rule.number("threshold")

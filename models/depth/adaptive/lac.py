@@ -14,27 +14,42 @@ that layer; the three modes differ in what they do with the answer:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice.models.depth.method import Parameter, PromptMethod, Tensors
+from sluice.models.depth.method import AdaptiveMethod, PromptMethod, Tensors, TokenMethod
+from sluice.models.depth.parameters import Choice, Number, Parameter
 from sluice.models.policy.policy import AdaptiveRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MODES = ("readout", "replace", "predict")
+_SOURCE = "Void in Language Models (arXiv 2505.14467)"
+_PARAMETERS: Mapping[str, Parameter] = {
+    "mode": Choice(("readout", "replace", "predict"), default="predict"),
+    "threshold": Number(0.0, 1.0, default=0.8),
+}
 
 
 class LAC(PromptMethod):
-    """Mode `predict`, and the parameters of all three."""
+    """Mode `predict`; the other two are methods of another kind."""
 
     name = "lac"
-    source = "Void in Language Models (arXiv 2505.14467)"
-    parameters = {"threshold": Parameter(0.0, 1.0, default=0.8)}
+    source = _SOURCE
+    parameters = _PARAMETERS
     pool = "last"
+
+    def in_mode(self, rule: AdaptiveRule) -> AdaptiveMethod:
+        """See `AdaptiveMethod.in_mode`."""
+        match rule.get("mode"):
+            case "readout":
+                return _Readout()
+            case "replace":
+                return _Replace()
+        return self
 
     def statistic(self, layer: int, before: Tensor, after: Tensor, tensors: Tensors) -> Tensor:  # noqa: ARG002
         """Change of the norm."""
@@ -42,11 +57,43 @@ class LAC(PromptMethod):
 
     def skipped_blocks(self, pooled: NDArray[np.float64], rule: AdaptiveRule) -> NDArray[np.bool_]:
         """See `PromptMethod.skipped_blocks`."""
-        assert rule.threshold is not None
         highest = np.maximum.accumulate(np.concatenate([pooled[:1], pooled[:-1]]))
         lowest = np.minimum.accumulate(np.concatenate([pooled[:1], pooled[:-1]]))
-        void: NDArray[np.bool_] = pooled < rule.threshold * (highest - lowest)
+        void: NDArray[np.bool_] = pooled < rule.number("threshold") * (highest - lowest)
         return void
+
+
+class _Readout(TokenMethod):
+    """Mode `readout`."""
+
+    name = LAC.name
+    source = _SOURCE
+    parameters = _PARAMETERS
+    replaces = False
+
+    def void(
+        self,
+        layer: int,  # noqa: ARG002
+        before: Tensor,
+        after: Tensor,
+        rule: AdaptiveRule,
+        state: dict[str, Tensor],
+        tensors: Tensors,  # noqa: ARG002
+    ) -> Tensor:
+        """See `TokenMethod.void`."""
+        change = norm_change(before, after)
+        if not state:
+            state.update(highest=change, lowest=change)
+            return change < 0.0
+        highest, lowest = state["highest"], state["lowest"]
+        state.update(highest=highest.maximum(change), lowest=lowest.minimum(change))
+        return change < rule.number("threshold") * (highest - lowest)
+
+
+class _Replace(_Readout):
+    """Mode `replace`."""
+
+    replaces = True
 
 
 def norm_change(before: Tensor, after: Tensor) -> Tensor:
@@ -54,22 +101,3 @@ def norm_change(before: Tensor, after: Tensor) -> Tensor:
     from sluice.kernels.ops.layer_stats import CHANGE, layer_stats
 
     return layer_stats(after, after.new_empty(0), before)[:, CHANGE]
-
-
-class VoidRange:
-    """The running range of one layer after the other, for the modes that act per token."""
-
-    def __init__(self, alpha: float) -> None:
-        self._alpha = alpha
-        self._highest: Tensor | None = None
-        self._lowest: Tensor | None = None
-
-    def void(self, change: Tensor) -> Tensor:
-        """Whether the layer with this change, (rows,), is void: bool, (rows,)."""
-        if self._highest is None or self._lowest is None:
-            self._highest = self._lowest = change
-            return change < 0.0
-        void = change < self._alpha * (self._highest - self._lowest)
-        self._highest = self._highest.maximum(change)
-        self._lowest = self._lowest.minimum(change)
-        return void

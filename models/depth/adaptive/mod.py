@@ -18,16 +18,43 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice.models.depth.method import row_cosine
+from sluice.models.depth.method import ParameterError, PromptTokenMethod, row_cosine
+from sluice.models.depth.parameters import LayerShares
+from sluice.models.policy.policy import AdaptiveRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NAME = "mod"
-SOURCE = "Mixture-of-Depths (arXiv 2404.02258), schedule of p-MoD (arXiv 2412.04449)"
-
 _DENSE_ABOVE = 0.85
 _FLOOR = 0.15
+
+
+class MixtureOfDepths(PromptTokenMethod):
+    """Each layer keeps a share of the prompt's tokens, the most important ones."""
+
+    name = "mod"
+    source = "Mixture-of-Depths (arXiv 2404.02258), schedule of p-MoD (arXiv 2412.04449)"
+    parameters = {"retention": LayerShares()}
+
+    def default_shares(self, num_layers: int) -> tuple[float, ...]:
+        """See `DepthMethod.default_shares`."""
+        return cosine_retention(num_layers)
+
+    def check(self, rule: AdaptiveRule, num_layers: int) -> None:
+        """Some layer must pass over some token."""
+        if all(share == 1.0 for share in self._retention(rule, num_layers)):
+            raise ParameterError(
+                "retention", "every layer would keep every token: there is nothing to do"
+            )
+
+    def kept_tokens(
+        self, embeddings: Tensor, rule: AdaptiveRule, num_layers: int
+    ) -> NDArray[np.bool_]:
+        """See `PromptTokenMethod.kept_tokens`."""
+        return kept_tokens(importance(embeddings), self._retention(rule, num_layers))
+
+    def _retention(self, rule: AdaptiveRule, num_layers: int) -> tuple[float, ...]:
+        return rule.numbers("retention") or cosine_retention(num_layers)
 
 
 def cosine_retention(num_layers: int) -> tuple[float, ...]:

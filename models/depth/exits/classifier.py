@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sluice.models.depth.method import ExitMethod, ExitPoint, Parameter
+from sluice.models.depth.method import ExitMethod, ExitPoint
+from sluice.models.depth.parameters import Number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +20,7 @@ class Classifier(ExitMethod):
 
     name = "classifier"
     source = "CALM (arXiv 2207.07061)"
-    parameters = {"threshold": Parameter(0.0, 1.0)}
+    parameters = {"threshold": Number(0.0, 1.0)}
     decays = True
     profile_tensors = ("weight", "bias")
     """(hidden,) and (); fp32."""

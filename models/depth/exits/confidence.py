@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sluice.models.depth.method import ExitMethod, ExitPoint, Parameter
+from sluice.models.depth.method import ExitMethod, ExitPoint
+from sluice.models.depth.parameters import Number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ class Confidence(ExitMethod):
 
     name = "confidence"
     source = "CALM (arXiv 2207.07061)"
-    parameters = {"threshold": Parameter(0.0, 1.0)}
+    parameters = {"threshold": Number(0.0, 1.0)}
     needs_logits = True
     decays = True
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sluice.models.depth.method import ExitMethod, ExitPoint, Parameter
+from sluice.models.depth.method import ExitMethod, ExitPoint
+from sluice.models.depth.parameters import Number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +20,7 @@ class Entropy(ExitMethod):
 
     name = "entropy"
     source = "BranchyNet (arXiv 1709.01686), DeeBERT (arXiv 2004.12993)"
-    parameters = {"threshold": Parameter(0.0, 20.0)}
+    parameters = {"threshold": Number(0.0, 20.0)}
     needs_logits = True
     leaves_below = True
 

@@ -7,10 +7,16 @@ model runs, so it is a skip set of every block behind the exit layer, and needs 
 
 from __future__ import annotations
 
-NAME = "fixed"
-SOURCE = "SortedNet (arXiv 2309.00255), LayerSkip (arXiv 2404.16710)"
+from sluice.models.depth.method import StaticExit
 
 
-def blocks_behind(layer: int, num_layers: int) -> tuple[int, ...]:
-    """Blocks (0-based) that do not run when everything ends after `layer`."""
-    return tuple(range(layer + 1, num_layers))
+class Fixed(StaticExit):
+    """Every token leaves after one layer."""
+
+    name = "fixed"
+    source = "SortedNet (arXiv 2309.00255), LayerSkip (arXiv 2404.16710)"
+    parameters = {}
+
+    def skipped_blocks(self, layer: int, num_layers: int) -> tuple[int, ...]:
+        """Every block behind the layer."""
+        return tuple(range(layer + 1, num_layers))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sluice.models.depth.method import ExitMethod, ExitPoint, Parameter
+from sluice.models.depth.method import ExitMethod, ExitPoint
+from sluice.models.depth.parameters import Number
 from sluice.models.policy.policy import ExitRule
 
 if TYPE_CHECKING:
@@ -20,13 +21,12 @@ class Patience(ExitMethod):
 
     name = "patience"
     source = "PABEE (NeurIPS 2020)"
-    parameters = {"patience": Parameter(1, 1000, integer=True)}
+    parameters = {"patience": Number(1, 1000, integer=True)}
     needs_logits = True
 
     def threshold(self, rule: ExitRule, index: int, max_tokens: int) -> float:  # noqa: ARG002
         """Exits that must have agreed."""
-        assert rule.patience is not None
-        return rule.patience
+        return rule.number("patience")
 
     def leaves(self, at: ExitPoint) -> Tensor:
         """See `ExitMethod.leaves`."""

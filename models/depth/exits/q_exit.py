@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sluice.models.depth.method import ExitMethod, ExitPoint, Parameter
+from sluice.models.depth.method import ExitMethod, ExitPoint
+from sluice.models.depth.parameters import Number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +20,7 @@ class QExit(ExitMethod):
 
     name = "q_exit"
     source = "PALBERT (NeurIPS 2022)"
-    parameters = {"threshold": Parameter(0.0, 1.0, default=0.5)}
+    parameters = {"threshold": Number(0.0, 1.0, default=0.5)}
     needs_previous = True
     profile_tensors = ("0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias")
     """(inner, 2 hidden), (inner,), (inner, inner), (inner,), (1, inner), (1,); fp32."""

@@ -24,11 +24,12 @@ class Replay(Confidence):
     source = "recorded exits"
     parameters = {}
     decays = False
+    offered = False
 
     def threshold(self, rule: ExitRule, index: int, max_tokens: int) -> float:  # noqa: ARG002
         """The scripted layer."""
-        assert rule.script is not None
-        return rule.script[index % len(rule.script)]
+        script = rule.numbers("script")
+        return script[index % len(script)]
 
     def leaves(self, at: ExitPoint) -> Tensor:
         """See `ExitMethod.leaves`."""

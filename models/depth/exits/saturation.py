@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sluice.models.depth.method import ExitMethod, ExitPoint, Parameter, row_cosine
+from sluice.models.depth.method import ExitMethod, ExitPoint, row_cosine
+from sluice.models.depth.parameters import Number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +20,7 @@ class Saturation(ExitMethod):
 
     name = "saturation"
     source = "CALM (arXiv 2207.07061), MuE (arXiv 2211.11152)"
-    parameters = {"threshold": Parameter(-1.0, 1.0)}
+    parameters = {"threshold": Number(-1.0, 1.0)}
     needs_previous = True
     decays = True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sluice.models.depth.prefix_sharing import prompt_effects
 from sluice.models.policy.policy import Phase, RoutingPolicy
 
 
@@ -50,14 +51,11 @@ def idle_controls(policy: dict[str, Any]) -> tuple[str, ...]:
         policy: as `RoutingPolicy.to_dict` gives it, and a report under `policy`.
     """
     asked = RoutingPolicy.from_dict(policy)
-    rule, experts = asked.adaptive, asked.experts
-    reads = rule is not None and (
-        rule.method == "mod" or rule.masked_prefill or rule.mode in ("readout", "replace")
-    )
+    experts, on_prompt = asked.experts, prompt_effects(asked).acts_on_prompt
     idle = {
         "depth.skip": not asked.skip.empty and asked.skip.phase is Phase.DECODE,
         "depth.exit": asked.exit is not None,
-        "depth.adaptive": rule is not None and not reads,
+        "depth.adaptive": asked.adaptive is not None and not on_prompt,
         "experts.budget": experts.budget is not None,
         "experts.remix": experts.remix is not None,
         "experts.contrast": experts.contrast is not None,

@@ -1,53 +1,107 @@
-"""`routing.depth.exit` of a method that decides per token: from its wire form to an `ExitRule`."""
+"""`routing.depth.exit`: from its wire form to an `ExitRule`, or to a skip set if it is static."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sluice.models.depth.exits.fixed import NAME as FIXED
-from sluice.models.depth.registry import EXIT_METHODS
-from sluice.models.policy.policy import ExitRule, MissingKV
+from sluice.models.depth.method import ExitMethod, StaticExit
+from sluice.models.depth.registry import offered_exits
+from sluice.models.policy.policy import ExitRule, MissingKV, Phase, SkipSet
 from sluice.models.profile.fields import ExitThreshold
 from sluice.models.routing.capabilities import Capabilities
-from sluice.models.routing.checks import check_fields, check_layers, check_trained, invalid, number
+from sluice.models.routing.checks import (
+    check_fields,
+    check_layers,
+    check_trained,
+    combination,
+    invalid,
+    parameter_values,
+)
+from sluice.models.routing.depth.skip import check_something_runs
 from sluice.models.routing.schema import ExitFields
 
 EXIT = "routing.depth.exit"
 _ALWAYS_TAKEN = ("layers", "min_layer", "kv")
 
 
-def exit_rule(fields: ExitFields, capabilities: Capabilities) -> ExitRule:
-    """Check a per-token exit against its method and the model.
+def is_static(fields: ExitFields | None) -> bool:
+    """Whether these are fields of an exit that decides nothing while the model runs."""
+    return fields is not None and isinstance(offered_exits().get(fields.method), StaticExit)
+
+
+def exit_control(
+    fields: ExitFields, skip: SkipSet, phase: Phase, capabilities: Capabilities
+) -> tuple[SkipSet, ExitRule | None]:
+    """Check an exit against its method and the model.
+
+    Args:
+        fields: what the client wrote.
+        skip: what `depth.skip` leaves out.
+        phase: of the tokens that a static exit acts on.
+        capabilities: of the engine.
+
+    Returns:
+        What is left out with a static exit beside `skip`, and the rule of an exit that is not.
+
+    Raises:
+        RoutingError: unknown or untrained method, a parameter that the method does not take,
+            misses or refuses, layers where no token can leave, or an exit that does not go together
+            with `skip`.
+    """
+    method = offered_exits().get(fields.method)
+    if method is None:
+        known = ", ".join(offered_exits())
+        raise invalid(f"exit method {fields.method!r} does not exist ({known})", f"{EXIT}.method")
+    check_trained(method, capabilities, EXIT)
+    if isinstance(method, StaticExit):
+        return _static_exit(fields, method, skip, phase, capabilities), None
+    rule = _exit_rule(fields, method, capabilities)
+    if rule.kv is MissingKV.RECOMPUTE and not skip.empty:
+        raise combination(
+            "kv recompute leaves full depth behind: it does not go together with depth.skip",
+            f"{EXIT}.kv",
+        )
+    return skip, rule
+
+
+def _static_exit(
+    fields: ExitFields,
+    method: StaticExit,
+    skip: SkipSet,
+    phase: Phase,
+    capabilities: Capabilities,
+) -> SkipSet:
+    """`skip`, and what the method leaves out."""
+    check_fields(fields, ("layers",), method.name, EXIT)
+    layers, param = fields.layers or [], f"{EXIT}.layers"
+    if len(layers) != 1:
+        raise invalid(f"method {method.name!r} needs exactly one layer, not {len(layers)}", param)
+    check_layers(layers, capabilities.layers, param)
+    blocks = method.skipped_blocks(layers[0], capabilities.layers)
+    if not blocks:
+        raise invalid(f"layer {layers[0]} is the last: leaving there is no exit", f"{param}.0")
+    merged = SkipSet.of(blocks=blocks, attention=skip.attention, mlp=skip.mlp, phase=phase)
+    check_something_runs(merged, capabilities, param)
+    return merged
+
+
+def _exit_rule(fields: ExitFields, method: ExitMethod, capabilities: Capabilities) -> ExitRule:
+    """The rule of a method that decides per token.
 
     Without a threshold, that of the profile is taken if one was calibrated for the method: with
     its layers, or with those that are given if they are the same.
-
-    Raises:
-        RoutingError: unknown or untrained method, a number that the method does not take, misses
-            or refuses, layers where no token can leave, or others than a threshold's own.
     """
-    method = EXIT_METHODS.get(fields.method)
-    if method is None:
-        known = ", ".join([*EXIT_METHODS, FIXED])
-        raise invalid(f"exit method {fields.method!r} does not exist ({known})", f"{EXIT}.method")
-    check_trained(method, capabilities, EXIT)
     taken = (*_ALWAYS_TAKEN, *method.parameters, *(["decay"] if method.decays else []))
     check_fields(fields, taken, method.name, EXIT)
     calibrated = capabilities.calibrated_exits(method.name)
-    if calibrated and fields.threshold is None:
+    if calibrated and "threshold" not in fields.parameters:
         fields = _with_calibrated(fields, calibrated, capabilities.layers)
-    numbers = {
-        name: number(getattr(fields, name), parameter, method.name, f"{EXIT}.{name}")
-        for name, parameter in method.parameters.items()
-    }
-    patience = numbers.get("patience")
     return ExitRule(
-        method=method.name,
-        layers=_exit_layers(fields, capabilities.layers),
-        threshold=numbers.get("threshold"),
-        patience=None if patience is None else int(patience),
+        method.name,
+        _exit_layers(fields, capabilities.layers),
         decay=fields.decay,
         kv=fields.kv or MissingKV.PROPAGATE,
+        **parameter_values(fields, method, capabilities, EXIT),
     )
 
 
@@ -62,16 +116,16 @@ def _with_calibrated(
     param = f"{EXIT}.threshold"
     if fields.decay is not None:
         raise invalid("the calibrated threshold holds without decay: name one beside decay", param)
-    asked = calibrated[0].layers
+    layers = calibrated[0].layers
     if fields.layers is not None or fields.min_layer is not None:
-        asked = _exit_layers(fields, num_layers)
+        layers = _exit_layers(fields, num_layers)
     for entry in calibrated:
-        if entry.layers == asked:
-            return fields.model_copy(update={"threshold": entry.threshold, "layers": [*asked]})
+        if entry.layers == layers:
+            return fields.model_copy(update={"threshold": entry.threshold, "layers": [*layers]})
     sets = " or ".join(_enumerated(entry.layers) for entry in calibrated)
     raise invalid(
         f"the threshold of {fields.method!r} was calibrated for exits after layers {sets}, "
-        f"and these are {_enumerated(asked)}: name a threshold, or leave the layers out",
+        f"and these are {_enumerated(layers)}: name a threshold, or leave the layers out",
         param,
     )
 

@@ -1,23 +1,22 @@
-"""Skip sets from their wire forms: named layers, a fraction, a fixed exit."""
+"""`routing.depth.skip` and `routing.effort`: from their wire forms to a `SkipSet`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from sluice.models.depth.exits.fixed import NAME as FIXED
-from sluice.models.depth.exits.fixed import blocks_behind
 from sluice.models.depth.skip_order import Unit, drop_order, skip_first
 from sluice.models.policy.policy import Phase, SkipSet
 from sluice.models.profile.fields import EffortLevel
 from sluice.models.routing.capabilities import Capabilities
-from sluice.models.routing.checks import check_fields, check_layers, invalid
+from sluice.models.routing.checks import check_layers, invalid
 from sluice.models.routing.errors import RoutingError
-from sluice.models.routing.schema import ExitFields, SkipFields
+from sluice.models.routing.schema import SkipFields
 
 SKIP = "routing.depth.skip"
-_EXIT = "routing.depth.exit"
+EFFORT = "routing.effort"
 _LISTS = ("blocks", "attention", "mlp")
+_SubLayer = tuple[Unit, int]
 
 
 def skip_set(fields: SkipFields, phase: Phase, capabilities: Capabilities) -> SkipSet:
@@ -65,28 +64,6 @@ def _fraction(fields: SkipFields, phase: Phase, capabilities: Capabilities) -> S
     return skip
 
 
-def fixed_exit(
-    fields: ExitFields, skip: SkipSet, phase: Phase, capabilities: Capabilities
-) -> SkipSet:
-    """`routing.depth.exit` with method `fixed`: `skip`, and every block behind the exit layer.
-
-    Raises:
-        RoutingError: not exactly one layer, the last one, one that does not exist, a field of the
-            other methods, or a layer before which `skip` leaves nothing to run.
-    """
-    check_fields(fields, ("layers",), FIXED, _EXIT)
-    layers, param = fields.layers or [], f"{_EXIT}.layers"
-    if len(layers) != 1:
-        raise invalid(f"method {FIXED!r} needs exactly one layer, not {len(layers)}", param)
-    check_layers(layers, capabilities.layers, param)
-    blocks = blocks_behind(layers[0], capabilities.layers)
-    if not blocks:
-        raise invalid(f"layer {layers[0]} is the last: leaving there is no exit", f"{param}.0")
-    merged = SkipSet.of(blocks=blocks, attention=skip.attention, mlp=skip.mlp, phase=phase)
-    check_something_runs(merged, capabilities, param)
-    return merged
-
-
 def check_something_runs(skip: SkipSet, capabilities: Capabilities, param: str) -> None:
     """At least one sub-layer is left.
 
@@ -99,10 +76,6 @@ def check_something_runs(skip: SkipSet, capabilities: Capabilities, param: str) 
             param=param,
             reason="nothing_left_to_run",
         )
-
-
-EFFORT = "routing.effort"
-_SubLayer = tuple[Unit, int]
 
 
 def effort_set(effort: float, phase: Phase, capabilities: Capabilities) -> SkipSet:
@@ -145,12 +118,12 @@ def _between(
     fuller: frozenset[_SubLayer] = frozenset()
     above = 1.0
     for level in levels:
-        own = _sub_layers(level)
+        skipped = _sub_layers(level)
         if effort >= level.effort:
-            further = [unit for unit in order if unit in own - fuller]
+            further = [unit for unit in order if unit in skipped - fuller]
             way = (above - effort) / (above - level.effort)
             return [*fuller, *further[: math.floor(len(further) * way + 0.5)]]
-        fuller, above = own, level.effort
+        fuller, above = skipped, level.effort
     raise invalid(f"{effort:g} is below {above:g}, the lowest effort that was measured", EFFORT)
 
 

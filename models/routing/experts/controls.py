@@ -1,7 +1,7 @@
 """`routing.experts`: from its wire form to an `ExpertPolicy`.
 
-Every control has a module of its own: `expert_ids`, `expert_cuts`, `expert_budget`, `remix_rule`,
-`contrast_rule`; `expert_floor` sees to it that enough experts stay.
+Here are the cuts (`top_k`, `top_p`, `skip_ratio`), the budget and the contrast. Experts by number
+are in `named`, the re-mix in `remix`; `floor` sees to it that enough experts stay.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from sluice.models.depth.method import Parameter
+from sluice.models.depth.parameters import Number
 from sluice.models.policy.expert_shape import ExpertShape
 from sluice.models.policy.experts import (
     STOCK_EXPERTS,
@@ -35,140 +35,25 @@ from sluice.models.routing.experts.remix import remix_rule
 from sluice.models.routing.schema import BudgetFields, ContrastFields, ExpertFields
 
 CONTRAST = f"{EXPERTS}.contrast"
-_NAME = "contrast"
-
-
-def contrast_rule(fields: ContrastFields, refusal: str | None, limits: ExpertLimits) -> Contrast:
-    """Check a contrast against the model and the engine.
-
-    Args:
-        fields: what the client wrote.
-        refusal: why the engine cannot run a second pass, or None.
-        limits: of the request.
-
-    Raises:
-        RoutingError: the engine cannot, or a number out of range.
-    """
-    if refusal is not None:
-        raise RoutingError(
-            f"contrast is not available: {refusal}", param=CONTRAST, reason="unsupported_model"
-        )
-    rank = in_range(fields.weak_rank, controls.weak_rank(limits.shape), f"{CONTRAST}.weak_rank")
-    return Contrast(
-        weak_rank=rank,
-        beta=number(fields.beta, controls.BETA, _NAME, f"{CONTRAST}.beta"),
-        alpha=number(fields.alpha, controls.CONTRAST_ALPHA, _NAME, f"{CONTRAST}.alpha"),
-    )
-
-
 _BUDGET = f"{EXPERTS}.budget"
-
-
-def budget_rule(fields: BudgetFields, least: int, shape: ExpertShape) -> ExpertBudget:
-    """Check a budget against its method and the model.
-
-    Args:
-        fields: what the client wrote.
-        least: experts per token, of the layer where they are fewest.
-        shape: of the model's experts.
-
-    Raises:
-        RoutingError: the method's number is missing or out of range, or the other's was given.
-    """
-    oea = fields.method is BudgetMethod.OEA
-    name = "k0" if oea else "experts"
-    check_fields(fields, (name,), fields.method.value, _BUDGET)
-    value = fields.k0 if oea else fields.experts
-    if value is None:
-        raise invalid(f"method {fields.method.value!r} needs {name}", f"{_BUDGET}.{name}")
-    parameter = controls.oea_k0(least) if oea else controls.budget_experts(shape)
-    in_range(value, parameter, f"{_BUDGET}.{name}")
-    return ExpertBudget(fields.method, k0=fields.k0, experts=fields.experts)
-
-
-_Number = TypeVar("_Number", int, float)
-
-
-def top_k_rule(given: int | list[int] | None, limits: ExpertLimits) -> int | tuple[int, ...] | None:
-    """Experts per token: one number, one per decoder layer, or None for the model's own.
-
-    Raises:
-        RoutingError: a number under 1 or over what a token can reach, or a list of another length
-            than the model.
-    """
-    parameter = controls.top_k(limits.shape)
-    return _per_layer(given, parameter, limits.shape.top_k, limits, f"{EXPERTS}.top_k")
-
-
-def skip_ratio_rule(
-    given: float | list[float] | None, limits: ExpertLimits
-) -> float | tuple[float, ...] | None:
-    """Least share of the first rank's score: one number, one per decoder layer, or None.
-
-    Raises:
-        RoutingError: a number outside [0, 1], or a list of another length than the model.
-    """
-    return _per_layer(given, controls.SKIP_RATIO, 0.0, limits, f"{EXPERTS}.skip_ratio")
-
-
-def top_p_rule(given: float | None) -> float | None:
-    """Share of the score after which ranks leave; None where all of it is kept."""
-    return None if given == 1.0 else given
-
-
-def experts_per_token(
-    top_k: int | tuple[int, ...] | None, limits: ExpertLimits
-) -> Mapping[int, int]:
-    """Experts per token of every layer that has them, under `top_k_rule`'s answer."""
-    if isinstance(top_k, tuple):
-        return {layer: top_k[layer] for layer in limits.shape.layers}
-    return dict.fromkeys(limits.shape.layers, limits.shape.top_k if top_k is None else top_k)
-
-
-def _per_layer(
-    given: _Number | list[_Number] | None,
-    parameter: Parameter,
-    neutral: _Number,
-    limits: ExpertLimits,
-    param: str,
-) -> _Number | tuple[_Number, ...] | None:
-    """A list of equals is one number; the neutral number is None. Dense layers do not count."""
-    if given is None:
-        return None
-    if isinstance(given, list):
-        if len(given) != limits.layers:
-            raise invalid(
-                f"a list needs one entry per decoder layer: it has {len(given)}, and the model "
-                f"{limits.layers} layers",
-                param,
-            )
-        for layer, value in enumerate(given):
-            in_range(value, parameter, f"{param}.{layer}")
-        values = {given[layer] for layer in limits.shape.layers}
-        if len(values) > 1:
-            return tuple(given)
-        given = values.pop()
-    in_range(given, parameter, param)
-    return None if given == neutral else given
-
-
 _DROP = "drop"
 _TOGETHER = {"deactivate", "mode"}
 _PERMISSION = "protect_super_experts"
+_Number = TypeVar("_Number", int, float)
 
 
-def merge_experts(own: ExpertFields | None, base: ExpertFields | None) -> ExpertFields | None:
+def merge_experts(request: ExpertFields | None, preset: ExpertFields | None) -> ExpertFields | None:
     """The fields of a request over those of its preset.
 
     Each field that is given replaces the preset's; `deactivate` and `mode` replace both of the
     preset's if either is given.
     """
-    if own is None or base is None:
-        return base if own is None else own
-    given = {name for name in own.model_fields_set if getattr(own, name) is not None}
+    if request is None or preset is None:
+        return preset if request is None else request
+    given = {name for name in request.model_fields_set if getattr(request, name) is not None}
     if given & _TOGETHER:
         given |= _TOGETHER
-    return base.model_copy(update={name: getattr(own, name) for name in given})
+    return preset.model_copy(update={name: getattr(request, name) for name in given})
 
 
 def expert_rule(fields: ExpertFields | None, capabilities: Capabilities) -> ExpertPolicy:
@@ -221,3 +106,111 @@ def _asks(fields: ExpertFields) -> bool:
         for name in ExpertFields.model_fields
         if name not in (_PERMISSION, "deactivate", "activate", "bias")
     ) or any((fields.deactivate, fields.activate, fields.bias))
+
+
+def top_k_rule(given: int | list[int] | None, limits: ExpertLimits) -> int | tuple[int, ...] | None:
+    """Experts per token: one number, one per decoder layer, or None for the model's own.
+
+    Raises:
+        RoutingError: a number under 1 or over what a token can reach, or a list of another length
+            than the model.
+    """
+    parameter = controls.top_k(limits.shape)
+    return _per_layer(given, parameter, limits.shape.top_k, limits, f"{EXPERTS}.top_k")
+
+
+def skip_ratio_rule(
+    given: float | list[float] | None, limits: ExpertLimits
+) -> float | tuple[float, ...] | None:
+    """Least share of the first rank's score: one number, one per decoder layer, or None.
+
+    Raises:
+        RoutingError: a number outside [0, 1], or a list of another length than the model.
+    """
+    return _per_layer(given, controls.SKIP_RATIO, 0.0, limits, f"{EXPERTS}.skip_ratio")
+
+
+def top_p_rule(given: float | None) -> float | None:
+    """Share of the score after which ranks leave; None where all of it is kept."""
+    return None if given == 1.0 else given
+
+
+def experts_per_token(
+    top_k: int | tuple[int, ...] | None, limits: ExpertLimits
+) -> Mapping[int, int]:
+    """Experts per token of every layer that has them, under `top_k_rule`'s answer."""
+    if isinstance(top_k, tuple):
+        return {layer: top_k[layer] for layer in limits.shape.layers}
+    return dict.fromkeys(limits.shape.layers, limits.shape.top_k if top_k is None else top_k)
+
+
+def _per_layer(
+    given: _Number | list[_Number] | None,
+    parameter: Number,
+    neutral: _Number,
+    limits: ExpertLimits,
+    param: str,
+) -> _Number | tuple[_Number, ...] | None:
+    """A list of equals is one number; the neutral number is None. Dense layers do not count."""
+    if given is None:
+        return None
+    if isinstance(given, list):
+        if len(given) != limits.layers:
+            raise invalid(
+                f"a list needs one entry per decoder layer: it has {len(given)}, and the model "
+                f"{limits.layers} layers",
+                param,
+            )
+        for layer, value in enumerate(given):
+            in_range(value, parameter, f"{param}.{layer}")
+        values = {given[layer] for layer in limits.shape.layers}
+        if len(values) > 1:
+            return tuple(given)
+        given = values.pop()
+    in_range(given, parameter, param)
+    return None if given == neutral else given
+
+
+def budget_rule(fields: BudgetFields, least: int, shape: ExpertShape) -> ExpertBudget:
+    """Check a budget against its method and the model.
+
+    Args:
+        fields: what the client wrote.
+        least: experts per token, of the layer where they are fewest.
+        shape: of the model's experts.
+
+    Raises:
+        RoutingError: the method's number is missing or out of range, or the other's was given.
+    """
+    oea = fields.method is BudgetMethod.OEA
+    name = "k0" if oea else "experts"
+    check_fields(fields, (name,), fields.method.value, _BUDGET)
+    value = fields.k0 if oea else fields.experts
+    if value is None:
+        raise invalid(f"method {fields.method.value!r} needs {name}", f"{_BUDGET}.{name}")
+    parameter = controls.oea_k0(least) if oea else controls.budget_experts(shape)
+    in_range(value, parameter, f"{_BUDGET}.{name}")
+    return ExpertBudget(fields.method, k0=fields.k0, experts=fields.experts)
+
+
+def contrast_rule(fields: ContrastFields, refusal: str | None, limits: ExpertLimits) -> Contrast:
+    """Check a contrast against the model and the engine.
+
+    Args:
+        fields: what the client wrote.
+        refusal: why the engine cannot run a second pass, or None.
+        limits: of the request.
+
+    Raises:
+        RoutingError: the engine cannot, or a number out of range.
+    """
+    if refusal is not None:
+        raise RoutingError(
+            f"contrast is not available: {refusal}", param=CONTRAST, reason="unsupported_model"
+        )
+    rank = in_range(fields.weak_rank, controls.weak_rank(limits.shape), f"{CONTRAST}.weak_rank")
+    return Contrast(
+        weak_rank=rank,
+        beta=number(fields.beta, controls.BETA, "contrast", f"{CONTRAST}.beta"),
+        alpha=number(fields.alpha, controls.CONTRAST_ALPHA, "contrast", f"{CONTRAST}.alpha"),
+    )

@@ -67,8 +67,8 @@ def mask_problem(
     """Why a token may not find `wanted` experts in a layer, or None if it always does.
 
     Where selection is limited by group, a token takes the groups of the forced experts, then the
-    best of those with a score: one live expert makes one, or two under a correction bias. In the
-    worst case the best groups are those with the fewest live experts.
+    best of those with a score: one expert that is left makes one, or two under a correction bias.
+    In the worst case the best groups are those with the fewest experts left.
 
     Args:
         masked: experts out of the selection.
@@ -77,20 +77,24 @@ def mask_problem(
         shape: of the model's experts.
     """
     size = shape.experts // shape.groups
-    live = [size] * shape.groups
+    left = [size] * shape.groups
     for expert in masked:
-        live[expert // size] -= 1
-    own = _groups(forced, shape)
+        left[expert // size] -= 1
+    forced_groups = _groups(forced, shape)
     least = 2 if shape.groups > 1 and shape.corrected else 1
-    others = sorted(live[g] for g in range(shape.groups) if g not in own and live[g] >= least)
-    if len(own) + len(others) < shape.topk_group:
+    others = sorted(
+        left[g] for g in range(shape.groups) if g not in forced_groups and left[g] >= least
+    )
+    usable = len(forced_groups) + len(others)
+    if usable < shape.topk_group:
         return (
-            f"{len(own) + len(others)} groups are left with {least} experts or more, "
+            f"{usable} groups are left with {least} experts or more, "
             f"and a token needs {shape.topk_group}"
         )
-    found = sum(live[g] for g in own) + sum(others[: shape.topk_group - len(own)])
-    if found < wanted:
-        return f"a token may find only {found} experts, and needs {wanted}"
+    reachable = sum(left[g] for g in forced_groups)
+    reachable += sum(others[: shape.topk_group - len(forced_groups)])
+    if reachable < wanted:
+        return f"a token may find only {reachable} experts, and needs {wanted}"
     return None
 
 

@@ -14,6 +14,7 @@ from sluice.models.routing.experts.parameters import BIAS, WEIGHT
 from sluice.models.routing.schema import ActivateFields, BiasFields, ExpertFields, NamedExperts
 
 EXPERTS = "routing.experts"
+DEACTIVATE, ACTIVATE, _BIAS = (f"{EXPERTS}.{name}" for name in ("deactivate", "activate", "bias"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +95,17 @@ class ExpertLimits:
             )
 
 
-DEACTIVATE, ACTIVATE, _BIAS = (f"{EXPERTS}.{name}" for name in ("deactivate", "activate", "bias"))
-
-
 def deactivated(entries: Sequence[NamedExperts], limits: ExpertLimits) -> tuple[ExpertId, ...]:
     """Experts that do not serve, ascending.
 
     Raises:
         RoutingError: one that does not exist, is named twice or is protected.
     """
-    found = set()
+    experts = set()
     for named, _, param in _named(entries, limits, DEACTIVATE):
         limits.check_unprotected(named, param)
-        found.add(named)
-    return tuple(sorted(found))
+        experts.add(named)
+    return tuple(sorted(experts))
 
 
 def activated(
@@ -177,8 +175,8 @@ def _named(
     seen: set[ExpertId] = set()
     for position, entry in enumerate(entries):
         limits.check_layer(entry.layer, f"{root}.{position}.layer")
-        for place, expert in enumerate(entry.experts):
-            param, named = f"{root}.{position}.experts.{place}", (entry.layer, expert)
+        for number, expert in enumerate(entry.experts):
+            param, named = f"{root}.{position}.experts.{number}", (entry.layer, expert)
             limits.check_expert(expert, param)
             if named in seen:
                 raise _twice(named, param)

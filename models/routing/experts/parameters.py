@@ -5,7 +5,7 @@ Weights, biases and the like end in fp32, so their ranges stop well short of wha
 
 from __future__ import annotations
 
-from sluice.models.depth.method import Parameter
+from sluice.models.depth.parameters import Number
 from sluice.models.policy.expert_shape import ExpertShape
 from sluice.models.policy.experts import (
     REMIX_ALPHA,
@@ -21,33 +21,30 @@ MOTE = "MoTE (arXiv 2502.11096)"
 LEXI = "LExI (arXiv 2509.02753)"
 DYNAMIC_MOE = "Dynamic MoE (arXiv 2403.07652)"
 NAEE = "NAEE (arXiv 2402.14800)"
-
-
+C3PO = "C3PO (arXiv 2504.07964)"
+SCMOE = "SCMoE (arXiv 2405.14507)"
+SUPER_EXPERTS = "Super Experts (arXiv 2507.23279)"
 BUDGETS = {
     BudgetMethod.OEA: "OEA (arXiv 2511.02237)",
     BudgetMethod.XSHARE: "XShare (arXiv 2602.07265)",
     BudgetMethod.LYNX: "Lynx (arXiv 2411.08982)",
 }
 
-
-C3PO = "C3PO (arXiv 2504.07964)"
-SCMOE = "SCMoE (arXiv 2405.14507)"
-SUPER_EXPERTS = "Super Experts (arXiv 2507.23279)"
 LARGEST = 1e6
 SMALLEST = 1e-6
 """Least weight of a forced expert, and least sum of a pathway's row."""
 
-WEIGHT = Parameter(SMALLEST, LARGEST)
-BIAS = Parameter(-LARGEST, LARGEST)
-SKIP_RATIO = Parameter(0.0, 1.0)
-ALPHA = Parameter(0.0, 1.0, REMIX_ALPHA)
-NEIGHBORS = Parameter(1, 4096, REMIX_NEIGHBORS, integer=True)
-BANDWIDTH = Parameter(1e-3, 1e3, REMIX_BANDWIDTH)
-MAX_SIMILARITY = Parameter(0.0, 1.0, REMIX_MAX_SIMILARITY)
-EMBEDDING = Parameter(-LARGEST, LARGEST)
-PATHWAY = Parameter(0.0, LARGEST)
-BETA = Parameter(0.0, LARGEST, 0.5)
-CONTRAST_ALPHA = Parameter(0.0, 1.0, 0.1)
+WEIGHT = Number(SMALLEST, LARGEST)
+BIAS = Number(-LARGEST, LARGEST)
+SKIP_RATIO = Number(0.0, 1.0)
+ALPHA = Number(0.0, 1.0, REMIX_ALPHA)
+NEIGHBORS = Number(1, 4096, REMIX_NEIGHBORS, integer=True)
+BANDWIDTH = Number(1e-3, 1e3, REMIX_BANDWIDTH)
+MAX_SIMILARITY = Number(0.0, 1.0, REMIX_MAX_SIMILARITY)
+EMBEDDING = Number(-LARGEST, LARGEST)
+PATHWAY = Number(0.0, LARGEST)
+BETA = Number(0.0, LARGEST, 0.5)
+CONTRAST_ALPHA = Number(0.0, 1.0, 0.1)
 DEACTIVATE_MODES = ("mask", "drop")
 REMIX_KERNELS = ("gaussian", "cosine")
 
@@ -57,29 +54,29 @@ def reachable(shape: ExpertShape) -> int:
     return shape.topk_group * (shape.experts // shape.groups)
 
 
-def top_k(shape: ExpertShape) -> Parameter:
+def top_k(shape: ExpertShape) -> Number:
     """Range of `top_k`."""
-    return Parameter(1, reachable(shape), shape.top_k, integer=True)
+    return Number(1, reachable(shape), shape.top_k, integer=True)
 
 
-def weak_rank(shape: ExpertShape) -> Parameter:
+def weak_rank(shape: ExpertShape) -> Number:
     """Range of `contrast.weak_rank`."""
-    return Parameter(0, reachable(shape) - 1, integer=True)
+    return Number(0, reachable(shape) - 1, integer=True)
 
 
-def budget_experts(shape: ExpertShape) -> Parameter:
+def budget_experts(shape: ExpertShape) -> Number:
     """Range of `budget.experts`."""
-    return Parameter(1, shape.experts, integer=True)
+    return Number(1, shape.experts, integer=True)
 
 
-def oea_k0(most: int) -> Parameter:
+def oea_k0(most: int) -> Number:
     """Range of `budget.k0` where a token has `most` experts."""
-    return Parameter(1, most, integer=True)
+    return Number(1, most, integer=True)
 
 
-def remix_top(shape: ExpertShape, most: int) -> Parameter:
+def remix_top(shape: ExpertShape, most: int) -> Number:
     """Range of `remix.top` where a token has at most `most` experts."""
-    return Parameter(most, shape.experts, max(most, min(REMIX_TOP, shape.experts)), integer=True)
+    return Number(most, shape.experts, max(most, min(REMIX_TOP, shape.experts)), integer=True)
 
 
 def remix_layers(shape: ExpertShape) -> tuple[int, ...]:

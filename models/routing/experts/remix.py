@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sluice.models.depth.method import Parameter
+from sluice.models.depth.parameters import Number
 from sluice.models.policy.experts import Remix, RemixMethod, RemixScope
 from sluice.models.profile.fields import OWN_ENCODER, ReferenceSet
 from sluice.models.routing.checks import check_fields, in_range, invalid, number
@@ -106,8 +106,8 @@ def _layers(
         if layer in given[:position]:
             raise invalid(f"layer {layer} is named twice", where)
         if chosen is not None and layer not in chosen.layers:
-            held = ", ".join(map(str, chosen.layers))
-            raise invalid(f"the references hold layers {held}, and not {layer}", where)
+            known = ", ".join(map(str, chosen.layers))
+            raise invalid(f"the references hold layers {known}, and not {layer}", where)
     return given
 
 
@@ -175,5 +175,5 @@ def _pathway(
     return tuple(tuple(row) for row in given)
 
 
-def _number(value: float | None, parameter: Parameter, fields: RemixFields, name: str) -> float:
+def _number(value: float | None, parameter: Number, fields: RemixFields, name: str) -> float:
     return number(value, parameter, fields.method.value, f"{_REMIX}.{name}")

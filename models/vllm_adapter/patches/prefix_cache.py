@@ -18,6 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sluice.models.depth.prefix_sharing import (
+    private_generated,
+    private_last_prompt,
+    reads_whole_prompt,
+)
 from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.vllm_adapter.patching import wrap_once
 
@@ -35,8 +40,8 @@ def private_block_key(request: Any, end: int) -> tuple[str, str] | None:
     if extra is None:
         return None
     only_prompt = end == request.num_prompt_tokens
-    policy = extra.policy
-    if not (policy.private_last_prompt if only_prompt else policy.private_generated):
+    is_private = private_last_prompt if only_prompt else private_generated
+    if not is_private(extra.policy):
         return None
     # The tag is vLLM's own for salts, so that its consumers of hash keys understand it.
     return ("cache_salt", f"sluice-generated-{request.request_id}")
@@ -71,6 +76,6 @@ def _with_whole_prompts(stock: Any) -> Callable[[Any], bool]:
     def skips_reading(request: Any) -> bool:
         params = request.sampling_params
         extra = params and RoutingExtraArgs.from_extra_args(params.extra_args)
-        return bool(extra and extra.policy.reads_whole_prompt) or bool(stock(request))
+        return bool(extra and reads_whole_prompt(extra.policy)) or bool(stock(request))
 
     return skips_reading

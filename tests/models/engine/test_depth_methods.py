@@ -7,7 +7,7 @@ and all of them in one batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from support.tiny import LAYERS, VOCABULARY, make_model
 from support.written import assert_same_kv, in_pairs, record_writes
 
 from sluice.kernels.dispatch import AUTO
-from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
+from sluice.models.depth.registry import adaptive_methods, token_exits
 from sluice.models.engine.cost_model import CostModel
 from sluice.models.engine.plan import LayerPlanner, compact
 from sluice.models.policy.policy import (
@@ -78,12 +78,10 @@ class Served:
     ) -> ExitRule:
         """A rule under which some tokens leave and some stay."""
         if method == "patience":
-            return replace(ExitRule(method, layers, patience=1), **changes)
+            return ExitRule(method, layers, patience=1, **changes)
         share = 1.0 - share if method == "entropy" else share
         scores = self.expected.scores(method, layers)
-        return replace(
-            ExitRule(method, layers, threshold=threshold_between(scores, share)), **changes
-        )
+        return ExitRule(method, layers, threshold=threshold_between(scores, share), **changes)
 
     def prompt_threshold(self, method: str) -> float:
         scores = self.expected.reference.prompt_scores(PROMPT, method, self.expected.heads)
@@ -91,7 +89,7 @@ class Served:
 
     def policy(self, case: str) -> RoutingPolicy:
         name, _, variant = case.partition(" ")
-        if name in EXIT_METHODS:
+        if name in token_exits():
             if variant == "decay":
                 return RoutingPolicy(exit=self.rule(name, decay=4.0))
             if variant == "sparse":
@@ -124,7 +122,7 @@ class Served:
 
 
 CASES = [
-    *(f"{name} {kv}" for name in EXIT_METHODS for kv in MissingKV),
+    *(f"{name} {kv}" for name in token_exits() for kv in MissingKV),
     "confidence sparse",
     "saturation skip",
     "saturation decay",
@@ -185,7 +183,7 @@ def served(
 
 def test_every_method_is_tested() -> None:
     tested = {case.split()[0] for case in CASES}
-    assert tested == {*EXIT_METHODS, *PROMPT_METHODS, "mod", "elastic"}
+    assert tested == {*token_exits(), *adaptive_methods(), "elastic"}
 
 
 # What reaches no operation is the same under every choice.

@@ -19,7 +19,7 @@ from support.reference import Reference
 from support.references.choices import random_heads, threshold_between
 from support.tiny import LAYERS, VOCABULARY, make_model
 
-from sluice.models.depth.registry import EXIT_METHODS
+from sluice.models.depth.registry import token_exits
 from sluice.models.policy.policy import (
     AdaptiveRule,
     ExitRule,
@@ -50,7 +50,7 @@ def served(
     heads = random_heads(reference.states(PROMPTS[-1]))
     profile = write_profile(models_folder / f"properties-{request.param}-p", reference, heads)
     thresholds = {"patience": 0.0}
-    for method in EXIT_METHODS:
+    for method in token_exits():
         if method != "patience":
             share = 0.15 if method == "entropy" else 0.85
             scores = reference.scores(PROMPTS[-1], method, ALL_EXITS, TOKENS, heads)
@@ -83,7 +83,7 @@ def policies(draw: st.DrawFn) -> tuple[str, RoutingPolicy]:
             )
         )
         return "", RoutingPolicy(adaptive=rule)
-    method = draw(st.sampled_from(sorted(EXIT_METHODS)))
+    method = draw(st.sampled_from(sorted(token_exits())))
     layers = draw(st.sets(st.sampled_from(ALL_EXITS), min_size=1).map(lambda s: tuple(sorted(s))))
     kv = draw(st.sampled_from(MissingKV))
     patience = 1 if method == "patience" else None

@@ -1,12 +1,13 @@
-"""Policies as values: canonical form, digests, salts, and the table of live ones."""
+"""Policies as values: canonical form and digests."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sluice.models.depth.masks import FULL_DEPTH, DepthMask, MaskTable, phase_masks
 from sluice.models.policy.experts import (
     BudgetMethod,
     Contrast,
@@ -106,117 +107,50 @@ def test_digests_name_expert_policies(first: ExpertPolicy, second: ExpertPolicy)
     assert (digests[0] == digests[1]) == same
 
 
+RULES = [
+    ExitRule("confidence", (1, 2), threshold=0.5),
+    ExitRule("patience", (0,), patience=3, decay=4.0, kv=MissingKV.RECOMPUTE),
+    ExitRule("replay", (1, 2), script=(2, 1)),
+]
+ADAPTIVE_RULES = [
+    AdaptiveRule("mod"),
+    AdaptiveRule("mod", retention=(1.0, 0.5)),
+    AdaptiveRule("lac", mode="replace", threshold=0.0),
+    AdaptiveRule("first", threshold=0.5, masked_prefill=True),
+]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *(RoutingPolicy(exit=rule) for rule in RULES),
+        *(RoutingPolicy(adaptive=rule) for rule in ADAPTIVE_RULES),
+    ],
+)
+def test_rules_round_trip(policy: RoutingPolicy) -> None:
+    wire = json.loads(json.dumps(policy.to_dict()))
+    assert RoutingPolicy.from_dict(wire) == policy
+    assert hash(RoutingPolicy.from_dict(wire)) == hash(policy)
+
+
+def test_what_a_rule_holds() -> None:
+    rule = AdaptiveRule("first", threshold=0.5, masked_prefill=False, budget=None)
+    assert rule == AdaptiveRule("first", threshold=0.5)
+    assert rule.to_dict() == {"method": "first", "threshold": 0.5}
+    assert (rule.number("threshold"), rule.get("budget"), rule.numbers("retention")) == (
+        0.5,
+        None,
+        (),
+    )
+    with pytest.raises(KeyError, match="budget"):
+        rule.number("budget")
+
+
 def test_no_ticket_is_stock() -> None:
     assert RoutingExtraArgs.from_extra_args(None) is None
     assert RoutingExtraArgs.from_extra_args({"other": 1}) is None
 
 
-def exits(kv: MissingKV) -> RoutingPolicy:
-    return RoutingPolicy(exit=ExitRule("confidence", (1, 2), threshold=0.5, kv=kv))
-
-
-def adapts(method: str, **fields: object) -> RoutingPolicy:
-    return RoutingPolicy(adaptive=AdaptiveRule(method, **fields))
-
-
-def chooses(**controls: object) -> RoutingPolicy:
-    return RoutingPolicy(experts=ExpertPolicy(**controls))
-
-
-SUPPLIED = Remix(RemixMethod.SUPPLIED, RemixScope.LAST, 0.5, (0,), 4, pathway=((1.0, 0.0),))
-
-
-@pytest.mark.parametrize(
-    ("policy", "prompt", "generated"),
-    [
-        (RoutingPolicy(), False, False),
-        (RoutingPolicy(SkipSet.of(mlp=(1,))), True, False),
-        (RoutingPolicy(SkipSet.of(mlp=(1,), phase=Phase.PREFILL)), True, True),
-        (RoutingPolicy(SkipSet.of(mlp=(1,), phase=Phase.DECODE)), False, True),
-        (RoutingPolicy(SkipSet.of(mlp=(1,), elastic=True)), True, True),
-        (exits(MissingKV.PROPAGATE), False, True),
-        (exits(MissingKV.RECOMPUTE), False, False),
-        (adapts("first", threshold=0.5), False, True),
-        (adapts("first", threshold=0.5, masked_prefill=True), True, True),
-        (adapts("similarity", budget=0.5), False, True),
-        (adapts("lac", mode="predict", threshold=0.8), False, True),
-        (adapts("lac", mode="readout", threshold=0.8), False, False),
-        (adapts("lac", mode="replace", threshold=0.8), True, False),
-        (adapts("mod"), True, True),
-        (chooses(masked=((0, 1),)), True, False),
-        (chooses(dropped=((0, 1),)), True, False),
-        (chooses(forced=((0, 1, None),)), True, False),
-        (chooses(bias=((0, 1, 0.5),)), True, False),
-        (chooses(top_k=1), True, False),
-        (chooses(top_p=0.5), True, False),
-        (chooses(skip_ratio=0.5), True, False),
-        (chooses(budget=ExpertBudget(BudgetMethod.OEA, k0=1)), False, True),
-        (chooses(remix=SUPPLIED), False, True),
-        (chooses(top_k=1, remix=SUPPLIED), True, True),
-        (chooses(contrast=Contrast(1, 0.5, 0.1)), False, False),
-    ],
-)
-def test_what_changes_keys_and_values(policy: RoutingPolicy, prompt: bool, generated: bool) -> None:
-    assert (policy.prompt_kv_digest is not None) == prompt
-    assert policy.private_generated == generated
-    extra = RoutingExtraArgs(policy, "key")
-    assert RoutingExtraArgs.decode(extra.encode()) == extra
-    assert (extra.cache_salt(None) is not None) == prompt
-
-
-def test_a_remix_keeps_the_last_prompt_token_to_itself() -> None:
-    assert chooses(remix=SUPPLIED).private_last_prompt
-    for policy in (chooses(top_k=1), chooses(contrast=Contrast(1, 0.5, 0.1)), adapts("mod")):
-        assert not policy.private_last_prompt
-
-
-def test_a_contrast_reads_its_whole_prompt() -> None:
-    assert chooses(contrast=Contrast(1, 0.5, 0.1)).reads_whole_prompt
-    assert not chooses(remix=SUPPLIED).reads_whole_prompt
-
-
-def test_prompts_that_no_other_request_may_share() -> None:
-    """Their K/V depend on later prompt tokens: only samples of one request have equal salts."""
-    mod = adapts("mod")
-    assert RoutingExtraArgs(mod, "a").cache_salt(None) == RoutingExtraArgs(mod, "a").cache_salt(
-        None
-    )
-    assert RoutingExtraArgs(mod, "a").cache_salt(None) != RoutingExtraArgs(mod, "b").cache_salt(
-        None
-    )
-    skip = RoutingPolicy(SkipSet.of(mlp=(1,)))
-    assert RoutingExtraArgs(skip, "a").cache_salt(None) == RoutingExtraArgs(skip, "b").cache_salt(
-        None
-    )
-
-
 def test_report_changes_no_digest() -> None:
     skip = SkipSet.of(blocks=(1,))
     assert RoutingPolicy(skip, report=True).digest == RoutingPolicy(skip).digest
-
-
-def test_salts_differ_by_policy_and_by_client() -> None:
-    policies = [RoutingPolicy(), RoutingPolicy(SkipSet.of(mlp=(1,))), adapts("mod")]
-    extras = [RoutingExtraArgs(policy, "key") for policy in policies]
-    salts = {extra.cache_salt(client) for extra in extras for client in (None, "x", "y")}
-    assert len(salts) == 9
-    assert extras[0].cache_salt("x") == "x"
-    assert all(salt is None or len(salt) <= 128 for salt in salts)
-
-
-def test_table_shares_rows_and_reuses_them() -> None:
-    table = MaskTable(8)
-    first, second, third = (phase_masks(SkipSet.of(mlp=(layer,)), 8)[0] for layer in (1, 2, 3))
-    assert table.acquire(DepthMask.full(8)) == FULL_DEPTH
-    row = table.acquire(first)
-    assert table.acquire(first) == row
-    assert table.acquire(second) != row
-    assert not table.release(row)
-    assert table.acquire(first) == row
-    assert not table.release(row)
-    assert table.release(row)
-    assert not table.release(FULL_DEPTH)
-    assert table.acquire(third) == row
-    assert table.mask(row).key == third.key
-    assert table.skip[row].tolist() == third.skip.tolist()
-    assert len(table.skip) == len(table.fill) == 3

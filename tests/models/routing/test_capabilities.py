@@ -1,8 +1,7 @@
-"""What `/v1/routing/capabilities` says, and models that a profile does not fit."""
+"""What an engine can do, and models that a profile does not fit."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,77 +9,17 @@ from typing import Any
 import pytest
 from support.checkpoints import TENSORS, write_checkpoint
 from support.edge import (
-    CAPABILITIES,
     EXPERT_PROFILE,
-    GROUPED,
     HIDDEN,
     LAYERS,
-    MOE,
-    MOE_PROFILED,
     PLAIN_SHAPE,
     PROFILE,
-    PROFILED,
-    UNCHUNKED,
     changed,
 )
 
-from sluice.models.depth.registry import EXIT_METHODS, PROMPT_METHODS
 from sluice.models.profile.fingerprint import FingerprintError, fingerprint
 from sluice.models.profile.profile import Profile, ProfileError
 from sluice.models.routing.capabilities import Capabilities
-from sluice.models.routing.schema import ExpertFields, RemixFields
-
-
-def listed(kind: str, capabilities: Capabilities = CAPABILITIES) -> dict[str, Any]:
-    found: dict[str, Any] = capabilities.to_wire()["depth"][kind]
-    return found
-
-
-@pytest.mark.parametrize(
-    ("kind", "methods", "more"),
-    [("exit", EXIT_METHODS, {"fixed"}), ("adaptive", PROMPT_METHODS, {"mod"})],
-)
-def test_every_method_with_its_parameters_and_source(
-    kind: str, methods: dict[str, Any], more: set[str]
-) -> None:
-    found = listed(kind)
-    assert {*found} == {*methods} | more
-    for name, method in methods.items():
-        entry = found[name]
-        assert entry["source"] == method.source
-        assert entry["parameters"] == {
-            key: {"low": p.low, "high": p.high, "default": p.default}
-            for key, p in method.parameters.items()
-        }
-        assert entry["available"] == (not method.profile_tensors)
-        assert (entry["reason"] is None) == entry["available"]
-    assert all(entry["source"] for entry in found.values())
-
-
-def test_a_profile_makes_its_methods_available() -> None:
-    without, found = listed("exit"), listed("exit", PROFILED)
-    assert "--profile" in without["classifier"]["reason"]
-    assert found["classifier"]["available"]
-    assert not found["q_exit"]["available"]
-    assert "q_exit" in found["q_exit"]["reason"]
-    assert listed("adaptive", PROFILED)["first"]["available"]
-
-
-def test_what_hangs_on_the_engine() -> None:
-    assert not listed("adaptive", PROFILED)["first"]["masked_prefill"]
-    assert listed("adaptive", UNCHUNKED)["first"]["masked_prefill"]
-    assert len(listed("adaptive")["mod"]["parameters"]["retention"]["default"]) == LAYERS
-    assert listed("adaptive")["lac"]["modes"] == ["readout", "replace", "predict"]
-    assert listed("skip")["by"] == ["block", "attention", "mlp", "joint"]
-    assert [listed("skip", each)["order"] for each in (CAPABILITIES, PROFILED)] == [
-        "default",
-        "profile",
-    ]
-
-
-def test_a_refused_engine_lists_nothing() -> None:
-    wire = replace(CAPABILITIES, refusal="it is an OPT").to_wire()
-    assert (wire["depth"], wire["effort"], wire["report"]) == ({}, {}, False)
 
 
 def vllm_config(
@@ -241,57 +180,3 @@ def test_a_profile_with_experts_on_other_engines(folder: Path) -> None:
     # The model has experts, and this engine cannot control them: the profile may still be right.
     fused = {"shape": None, "refusal": "one kernel does it all"}
     assert capabilities_of(profile, fused, folder=folder).profile is profile
-
-
-def routing_of(capabilities: Capabilities) -> dict[str, Any]:
-    found: dict[str, Any] = capabilities.to_wire()["experts_routing"]
-    return found
-
-
-def test_what_can_be_asked_of_the_experts() -> None:
-    found = routing_of(MOE_PROFILED)
-    assert (found["supported"], found["reason"], found["enabled"]) == (True, None, True)
-    assert found["layers"] == [0, 2, 3, 4, 5]
-    assert (found["experts_per_layer"], found["top_k"], found["scoring"]) == (8, 3, "softmax")
-    assert found["super_experts"] == [[0, 1], [3, 7]]
-    assert found["references"]["tales"] == {"layers": [4, 5], "width": 3, "encoder": "sentences"}
-    controls = found["controls"]
-    assert {*controls} | {"mode"} == {*ExpertFields.model_fields}
-    assert controls["top_k"]["parameters"]["top_k"] == {"low": 1, "high": 8, "default": 3}
-    assert controls["budget"]["oea"]["parameters"]["k0"]["high"] == 3
-    assert controls["remix"]["kernel"]["parameters"]["top"] == {"low": 3, "high": 8, "default": 8}
-    entries = [*controls["budget"].values(), *controls["remix"].values()]
-    entries += [entry for name, entry in controls.items() if name not in ("budget", "remix")]
-    assert all(entry["source"] and entry["available"] for entry in entries)
-    for entry in controls["remix"].values():
-        assert {*entry["parameters"]} <= {*RemixFields.model_fields}
-
-
-def test_groups_narrow_the_ranges() -> None:
-    controls = routing_of(GROUPED)["controls"]
-    assert controls["top_k"]["parameters"]["top_k"]["high"] == 8
-    assert controls["contrast"]["parameters"]["weak_rank"]["high"] == 7
-
-
-def test_what_hangs_on_the_profile_and_the_cache() -> None:
-    controls = routing_of(replace(MOE, contrast_refusal="too small"))["controls"]
-    assert [entry["available"] for entry in controls["remix"].values()] == [False, False, True]
-    assert controls["contrast"]["reason"] == "too small"
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "reason"),
-    [
-        (CAPABILITIES, "the model has no routed experts"),
-        (replace(MOE, expert_refusal="one kernel does it all"), "one kernel does it all"),
-        (replace(MOE, refusal="it is an OPT"), "it is an OPT"),
-    ],
-)
-def test_no_controls_where_there_are_none(capabilities: Capabilities, reason: str) -> None:
-    found = routing_of(capabilities)
-    assert (found["supported"], found["reason"], found["controls"]) == (False, reason, {})
-
-
-def test_the_server_may_keep_experts_to_itself() -> None:
-    found = routing_of(replace(MOE, expert_routing=False))
-    assert (found["supported"], found["enabled"]) == (True, False)

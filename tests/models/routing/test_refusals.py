@@ -22,7 +22,7 @@ from support.edge import (
     refused,
 )
 
-from sluice.models.depth.registry import EXIT_METHODS
+from sluice.models.depth.registry import token_exits
 from sluice.models.routing.errors import RoutingError
 
 SKIP = {"blocks": [2]}
@@ -315,18 +315,14 @@ def test_a_model_of_one_layer_has_no_exit() -> None:
     assert refused(schedule, single) == (f"{ADAPTIVE}.retention", "invalid_field")
 
 
-@pytest.mark.parametrize("name", EXIT_METHODS)
+@pytest.mark.parametrize("name", token_exits())
 def test_every_exit_method_takes_its_own_parameters_and_no_others(name: str) -> None:
-    everything = replace(PROFILED, profile=replace(PROFILED.profile, methods={*EXIT_METHODS}))
-    parameters = EXIT_METHODS[name].parameters
+    everything = replace(PROFILED, profile=replace(PROFILED.profile, methods={*token_exits()}))
+    parameters = token_exits()[name].parameters
     given = {key: int(p.high) if p.integer else p.high for key, p in parameters.items()}
     rule = policy(depth(exit={"method": name, **given}), everything).exit
     assert rule is not None
-    assert {key: getattr(rule, key) for key in ("threshold", "patience")} == {
-        "threshold": None,
-        "patience": None,
-        **given,
-    }
+    assert dict(rule.parameters) == given
     for other in {"threshold", "patience"} - {*parameters}:
         routing = depth(exit={"method": name, **given, other: 1})
         assert refused(routing, everything) == (f"{EXIT}.{other}", "invalid_field")

@@ -63,34 +63,39 @@ GOOD: dict[str, tuple[dict[str, Any], RoutingPolicy]] = {
         depth(exit={"method": "fixed", "layers": [3]}, skip={"attention": [0], "mlp": [4]}),
         RoutingPolicy(SkipSet.of(blocks=(4, 5), attention=(0,))),
     ),
-    "exits everywhere": (leaving(), RoutingPolicy(exit=ExitRule("confidence", ALL_EXITS, 0.5))),
+    "exits everywhere": (
+        leaving(),
+        RoutingPolicy(exit=ExitRule("confidence", ALL_EXITS, threshold=0.5)),
+    ),
     "exits from a layer on": (
         leaving(min_layer=3),
-        RoutingPolicy(exit=ExitRule("confidence", (3, 4), 0.5)),
+        RoutingPolicy(exit=ExitRule("confidence", (3, 4), threshold=0.5)),
     ),
     "named exits, in order of depth": (
         leaving(layers=[4, 2], min_layer=2),
-        RoutingPolicy(exit=ExitRule("confidence", (2, 4), 0.5)),
+        RoutingPolicy(exit=ExitRule("confidence", (2, 4), threshold=0.5)),
     ),
     "a whole number for a threshold": (
         leaving(threshold=1),
-        RoutingPolicy(exit=ExitRule("confidence", ALL_EXITS, 1.0)),
+        RoutingPolicy(exit=ExitRule("confidence", ALL_EXITS, threshold=1.0)),
     ),
     "a negative cosine": (
         leaving("saturation", threshold=-0.5),
-        RoutingPolicy(exit=ExitRule("saturation", ALL_EXITS, -0.5)),
+        RoutingPolicy(exit=ExitRule("saturation", ALL_EXITS, threshold=-0.5)),
     ),
     "decay": (
         leaving(decay=4),
-        RoutingPolicy(exit=ExitRule("confidence", ALL_EXITS, 0.5, decay=4.0)),
+        RoutingPolicy(exit=ExitRule("confidence", ALL_EXITS, threshold=0.5, decay=4.0)),
     ),
     "recompute": (
         leaving("entropy", kv="recompute"),
-        RoutingPolicy(exit=ExitRule("entropy", ALL_EXITS, 0.5, kv=MissingKV.RECOMPUTE)),
+        RoutingPolicy(exit=ExitRule("entropy", ALL_EXITS, threshold=0.5, kv=MissingKV.RECOMPUTE)),
     ),
     "recompute beside an empty skip set": (
         depth(exit={**CONFIDENT, "kv": "recompute"}, skip={}),
-        RoutingPolicy(exit=ExitRule("confidence", ALL_EXITS, 0.5, kv=MissingKV.RECOMPUTE)),
+        RoutingPolicy(
+            exit=ExitRule("confidence", ALL_EXITS, threshold=0.5, kv=MissingKV.RECOMPUTE)
+        ),
     ),
     "patience": (
         depth(exit={"method": "patience", "patience": 3}),
@@ -99,16 +104,17 @@ GOOD: dict[str, tuple[dict[str, Any], RoutingPolicy]] = {
     "exits beside a skip set with its phase": (
         depth(exit=CONFIDENT, skip=SKIP, phase="prefill"),
         RoutingPolicy(
-            SkipSet.of(blocks=(2,), phase=Phase.PREFILL), ExitRule("confidence", ALL_EXITS, 0.5)
+            SkipSet.of(blocks=(2,), phase=Phase.PREFILL),
+            ExitRule("confidence", ALL_EXITS, threshold=0.5),
         ),
     ),
     "lac by default": (
         depth(adaptive={"method": "lac"}),
-        RoutingPolicy(adaptive=AdaptiveRule("lac", "predict", 0.8)),
+        RoutingPolicy(adaptive=AdaptiveRule("lac", mode="predict", threshold=0.8)),
     ),
     "lac in another mode": (
         depth(adaptive={"method": "lac", "mode": "readout", "threshold": 0.3}),
-        RoutingPolicy(adaptive=AdaptiveRule("lac", "readout", 0.3)),
+        RoutingPolicy(adaptive=AdaptiveRule("lac", mode="readout", threshold=0.3)),
     ),
     "similarity by threshold": (
         depth(adaptive={"method": "similarity", "threshold": 0.9}),
@@ -163,7 +169,7 @@ PROFILE_GOOD: dict[str, tuple[dict[str, Any], RoutingPolicy]] = {
     ),
     "a trained exit": (
         leaving("classifier"),
-        RoutingPolicy(exit=ExitRule("classifier", ALL_EXITS, 0.5)),
+        RoutingPolicy(exit=ExitRule("classifier", ALL_EXITS, threshold=0.5)),
     ),
     "trained routers": (
         depth(adaptive={"method": "first"}),
@@ -198,10 +204,10 @@ def test_each_control_of_the_request_replaces_the_presets() -> None:
     preset = {"depth": {"skip": {"blocks": [4]}, "exit": CONFIDENT, "phase": "decode"}}
     base = policy({}, preset=preset)
     assert base.skip == SkipSet.of(blocks=(4,), phase=Phase.DECODE)
-    assert base.exit == ExitRule("confidence", ALL_EXITS, 0.5)
+    assert base.exit == ExitRule("confidence", ALL_EXITS, threshold=0.5)
     stricter = {"method": "entropy", "threshold": 0.1, "min_layer": 3}
     assert policy(depth(exit=stricter), preset=preset) == replace(
-        base, exit=ExitRule("entropy", (3, 4), 0.1)
+        base, exit=ExitRule("entropy", (3, 4), threshold=0.1)
     )
     assert policy(depth(skip={"mlp": [1]}), preset=preset) == replace(
         base, skip=SkipSet.of(mlp=(1,), phase=Phase.DECODE)
@@ -220,4 +226,6 @@ def test_a_control_beside_a_preset_that_excludes_it() -> None:
     assert refused(depth(skip=SKIP), preset=adaptive) == (ADAPTIVE, "unsupported_combination")
     skipping = {"depth": {"skip": SKIP}}
     routing = depth(skip={}, adaptive={"method": "lac"})
-    assert policy(routing, preset=skipping).adaptive == AdaptiveRule("lac", "predict", 0.8)
+    assert policy(routing, preset=skipping).adaptive == AdaptiveRule(
+        "lac", mode="predict", threshold=0.8
+    )

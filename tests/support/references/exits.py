@@ -64,8 +64,7 @@ class ExitTest:
     def leaves(self, score: float) -> bool:
         """Whether a token with this score leaves."""
         if self._rule.method == "patience":
-            assert self._rule.patience is not None
-            return score >= self._rule.patience
+            return score >= self._rule.number("patience")
         assert self._threshold is not None
         self.margin = min(self.margin, abs(score - self._threshold))
         if self._rule.method == "entropy":
@@ -80,9 +79,10 @@ class ExitTest:
 
 def decayed(rule: ExitRule, index: int, limit: int) -> float | None:
     """CALM's threshold for generated token `index` of at most `limit`."""
+    threshold = None if rule.get("threshold") is None else rule.number("threshold")
     if rule.decay is None:
-        return rule.threshold
-    if rule.threshold is None or rule.method not in DECAYING:
+        return threshold
+    if threshold is None or rule.method not in DECAYING:
         raise ValueError(f"{rule.method} has no threshold that decays")
-    value = 0.9 * rule.threshold + 0.1 * math.exp(-rule.decay * index / limit)
+    value = 0.9 * threshold + 0.1 * math.exp(-rule.decay * index / limit)
     return min(max(value, 0.0), 1.0)

@@ -33,11 +33,11 @@ def mean_cosines(states: Tensor) -> list[float]:
 
 def similar_blocks(cosines: list[float], rule: AdaptiveRule) -> Mask:
     """Blocks left out by `similarity`."""
-    if rule.threshold is not None:
-        mask = frozenset(i for i, cosine in enumerate(cosines) if cosine >= rule.threshold)
-        return mask, min(abs(cosine - rule.threshold) for cosine in cosines)
-    assert rule.budget is not None
-    count = math.floor(len(cosines) * (1.0 - rule.budget) + 0.5)
+    if rule.get("threshold") is not None:
+        threshold = rule.number("threshold")
+        mask = frozenset(i for i, cosine in enumerate(cosines) if cosine >= threshold)
+        return mask, min(abs(cosine - threshold) for cosine in cosines)
+    count = math.floor(len(cosines) * (1.0 - rule.number("budget")) + 0.5)
     order = sorted(range(len(cosines)), key=lambda i: (cosines[i], i), reverse=True)
     gone, kept = order[:count], order[count:]
     margin = cosines[gone[-1]] - cosines[kept[0]] if gone and kept else math.inf
@@ -54,8 +54,7 @@ def lac_ranges(states: Tensor) -> list[tuple[float, float]]:
 
 def void_blocks(states: Tensor, rule: AdaptiveRule) -> Mask:
     """Blocks left out by `lac` in mode `predict`."""
-    assert rule.threshold is not None
-    gaps = [change - rule.threshold * reach for change, reach in lac_ranges(states)]
+    gaps = [change - rule.number("threshold") * reach for change, reach in lac_ranges(states)]
     return frozenset(i for i, gap in enumerate(gaps) if gap < 0.0), min(map(abs, gaps))
 
 

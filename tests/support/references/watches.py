@@ -85,12 +85,12 @@ class FirstWatch(Watch):
         self.mask: set[int] = set()
 
     def entered(self, layer: int, before: Tensor, ran: Tensor) -> None:
-        assert self._rule.threshold is not None
+        threshold = self._rule.number("threshold")
         keep = first_probability(layer, before, self._heads)
-        self.margin = min(self.margin, abs(keep - self._rule.threshold))
-        if keep < self._rule.threshold:
+        self.margin = min(self.margin, abs(keep - threshold))
+        if keep < threshold:
             self.mask.add(layer)
-            if self._rule.masked_prefill:
+            if self._rule.get("masked_prefill"):
                 ran[:, layer] = False
 
 
@@ -116,8 +116,8 @@ class VoidWatch(Watch):
 
     def __init__(self, rule: AdaptiveRule, layers: int) -> None:
         super().__init__()
-        assert rule.threshold is not None
-        self._alpha, self._replace, self._last = rule.threshold, rule.mode == "replace", layers - 1
+        self._alpha, self._last = rule.number("threshold"), layers - 1
+        self._replace = rule.get("mode") == "replace"
         self.voids: list[Tensor] = []
 
     def entered(self, layer: int, before: Tensor, ran: Tensor) -> None:
@@ -144,6 +144,6 @@ class ModWatch(Watch):
 
     def entered(self, layer: int, before: Tensor, ran: Tensor) -> None:
         if layer == 0:
-            kept = mod_tokens(before, self._layers, self._rule.retention)
+            kept = mod_tokens(before, self._layers, self._rule.numbers("retention"))
             for each, tokens in enumerate(kept):
                 ran[[i for i in range(len(before)) if i not in tokens], each] = False

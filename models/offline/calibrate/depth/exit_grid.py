@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sluice.models.depth.method import ExitMethod, ExitPoint, Tensors
+from sluice.models.depth.parameters import Number
 from sluice.models.offline.calibrate.depth.training_data import row_parts
 from sluice.models.offline.hf_model.model import HFModel
 
@@ -104,6 +105,7 @@ class _Exit:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Turning points, and what the method keeps for the next exit."""
         parameter = method.parameters["threshold"]
+        assert isinstance(parameter, Number)
         loose, strict = parameter.low, parameter.high
         if method.leaves_below:
             loose, strict = strict, loose

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sluice.models.depth.method import row_cosine
-from sluice.models.depth.registry import EXIT_METHODS
+from sluice.models.depth.registry import exit_method
 from sluice.models.offline.calibrate.depth.exit_grid import threshold_grid, turning_points
 from sluice.models.offline.calibrate.depth.exit_simulation import ExitSetting, full_tokens, left
 from sluice.models.offline.calibrate.depth.layer_saturation import (
@@ -102,7 +102,7 @@ class Exits(Step):
         self, calibration: Calibration, name: str, grid: TokenStates, held: _Held
     ) -> dict[str, Any] | None:
         """The entry of a method, or None."""
-        method, tensors = EXIT_METHODS[name], _tensors(calibration, name)
+        method, tensors = exit_method(name), _tensors(calibration, name)
         if any(tensor not in tensors for tensor in method.profile_tensors):
             _LOG.warning("exits: no threshold for %s: its head was not trained", name)
             return None

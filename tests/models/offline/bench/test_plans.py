@@ -29,8 +29,8 @@ def test_exits_go_to_the_same_share_of_the_depth(tmp_path: Path) -> None:
     assert first.exit is not None
     assert second.exit is not None
     assert first.exit.layers == (4, 9)
-    assert first.exit.script == (4, 9, 19, 9)
-    assert second.exit.script == (19, 9, 4, 9)
+    assert first.exit.numbers("script") == (4, 9, 19, 9)
+    assert second.exit.numbers("script") == (19, 9, 4, 9)
     assert first.skip.empty
     assert recorded.ideal("it") == pytest.approx(LAYERS / ((5 + 10 + 20 + 10) / 4))
 

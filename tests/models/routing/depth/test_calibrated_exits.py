@@ -22,6 +22,7 @@ from support.full_profile import EXIT as ENTRY
 
 from sluice.models.policy.policy import ExitRule, MissingKV
 from sluice.models.routing.errors import RoutingError
+from sluice.server.http.listing import capabilities_listing
 
 TWO = {**ENTRY, "layers": (1, 3), "threshold": 0.75}
 DEEP = {**ENTRY, "layers": (3, 4), "threshold": 0.625}
@@ -38,29 +39,38 @@ def leaving(**fields: Any) -> dict[str, Any]:
 
 
 GOOD: dict[str, tuple[dict[str, Any], ExitRule]] = {
-    "neither": (leaving(), ExitRule("confidence", (1, 3), 0.75)),
-    "the calibrated layers": (leaving(layers=[3, 1]), ExitRule("confidence", (1, 3), 0.75)),
-    "those of another entry": (leaving(layers=[3, 4]), ExitRule("confidence", (3, 4), 0.625)),
+    "neither": (leaving(), ExitRule("confidence", (1, 3), threshold=0.75)),
+    "the calibrated layers": (
+        leaving(layers=[3, 1]),
+        ExitRule("confidence", (1, 3), threshold=0.75),
+    ),
+    "those of another entry": (
+        leaving(layers=[3, 4]),
+        ExitRule("confidence", (3, 4), threshold=0.625),
+    ),
     "those of another entry, by the first": (
         leaving(min_layer=3),
-        ExitRule("confidence", (3, 4), 0.625),
+        ExitRule("confidence", (3, 4), threshold=0.625),
     ),
     "a trained head": (
         depth(exit={"method": "q_exit"}),
-        ExitRule("q_exit", ALL_EXITS, 0.25),
+        ExitRule("q_exit", ALL_EXITS, threshold=0.25),
     ),
     "recompute": (
         leaving(kv="recompute"),
-        ExitRule("confidence", (1, 3), 0.75, kv=MissingKV.RECOMPUTE),
+        ExitRule("confidence", (1, 3), threshold=0.75, kv=MissingKV.RECOMPUTE),
     ),
-    "a threshold of its own": (leaving(threshold=0.5), ExitRule("confidence", ALL_EXITS, 0.5)),
+    "a threshold of its own": (
+        leaving(threshold=0.5),
+        ExitRule("confidence", ALL_EXITS, threshold=0.5),
+    ),
     "both of its own": (
         leaving(threshold=0.5, layers=[0]),
-        ExitRule("confidence", (0,), 0.5),
+        ExitRule("confidence", (0,), threshold=0.5),
     ),
     "a threshold of its own with a decay": (
         leaving(threshold=0.5, decay=4),
-        ExitRule("confidence", ALL_EXITS, 0.5, decay=4.0),
+        ExitRule("confidence", ALL_EXITS, threshold=0.5, decay=4.0),
     ),
 }
 
@@ -72,7 +82,7 @@ def test_where_threshold_and_layers_come_from(name: str) -> None:
 
 
 def test_a_preset_may_leave_them_to_the_profile() -> None:
-    assert policy({}, CALIBRATED, leaving()).exit == ExitRule("confidence", (1, 3), 0.75)
+    assert policy({}, CALIBRATED, leaving()).exit == ExitRule("confidence", (1, 3), threshold=0.75)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +105,7 @@ def test_a_default_of_the_method_gives_way_to_what_was_calibrated() -> None:
     trained = {"method": "q_exit", "layers": [2]}
     assert refused(depth(exit=trained), CALIBRATED) == REFUSED
     uncalibrated = replace(CALIBRATED, profile=changed(CALIBRATED.profile, exits=[]))  # type: ignore[arg-type]
-    assert policy(depth(exit=trained), uncalibrated).exit == ExitRule("q_exit", (2,), 0.5)
+    assert policy(depth(exit=trained), uncalibrated).exit == ExitRule("q_exit", (2,), threshold=0.5)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +129,7 @@ def test_without_an_entry_a_threshold_is_needed() -> None:
 
 
 def test_capabilities_list_them_with_their_risk() -> None:
-    exits = CALIBRATED.to_wire()["depth"]["exit"]
+    exits = capabilities_listing(CALIBRATED)["depth"]["exit"]
     assert exits["confidence"]["parameters"]["threshold"] == {
         "low": 0.0,
         "high": 1.0,
@@ -142,4 +152,4 @@ def test_capabilities_list_them_with_their_risk() -> None:
     for listed in (first, second):
         rule = policy(leaving(layers=listed["layers"]), CALIBRATED).exit
         assert rule is not None
-        assert rule.threshold == listed["threshold"]
+        assert rule.number("threshold") == listed["threshold"]

@@ -15,7 +15,7 @@ from support.references.choices import random_heads, threshold_between
 from support.tiny import FAMILIES, LAYERS, make_model
 from torch import Tensor
 
-from sluice.models.depth.registry import EXIT_METHODS
+from sluice.models.depth.registry import token_exits
 from sluice.models.offline.calibrate.depth import training_data as head_rows
 from sluice.models.offline.calibrate.depth.exit_grid import threshold_grid, turning_points
 from sluice.models.offline.calibrate.depth.exit_simulation import ExitSetting, full_tokens, left
@@ -59,7 +59,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
 
 def tensors_of(of: Calibration, method: str) -> dict[str, Tensor]:
     heads = of.parts["heads"].heads
-    return {name: heads[f"{method}.{name}"] for name in EXIT_METHODS[method].profile_tensors}
+    return {name: heads[f"{method}.{name}"] for name in token_exits()[method].profile_tensors}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,7 +75,7 @@ def test_a_pass_leaves_where_decoding_does(tmp_path: Path, family: str) -> None:
             for score in reference.scores(prompt, method, EXITS, NEW_TOKENS, heads)
         ]
         threshold = threshold_between(scores, 0.5)
-        rule = ExitRule(method, EXITS, threshold)
+        rule = ExitRule(method, EXITS, threshold=threshold)
         runs = [
             reference.run(prompt, RoutingPolicy(exit=rule), NEW_TOKENS, heads) for prompt in prompts
         ]
@@ -83,7 +83,7 @@ def test_a_pass_leaves_where_decoding_does(tmp_path: Path, family: str) -> None:
         samples = [
             Sample(prompt, tuple(run.tokens)) for prompt, run in zip(prompts, runs, strict=True)
         ]
-        setting = ExitSetting(EXIT_METHODS[method], tensors_of(of, method), threshold, EXITS)
+        setting = ExitSetting(token_exits()[method], tensors_of(of, method), threshold, EXITS)
         found = left(of.model, SampleBatch.of(samples), setting)
         assert found.tokens.tolist() == [token for run in runs for token in run.tokens[1:]]
         layers = [LAYERS if at is None else at + 1 for run in runs for at in run.left]
@@ -96,7 +96,7 @@ def test_a_large_vocabulary_is_read_in_parts(
 ) -> None:
     batch = SampleBatch.of(llama.samples)
     for method, threshold in (("q_exit", 0.5), ("confidence", 0.01)):
-        setting = ExitSetting(EXIT_METHODS[method], tensors_of(llama, method), threshold, EXITS)
+        setting = ExitSetting(token_exits()[method], tensors_of(llama, method), threshold, EXITS)
         whole = left(llama.model, batch, setting)
         with monkeypatch.context() as patched:
             patched.setattr(head_rows, "LOGITS_AT_ONCE", 7 * 256)
@@ -110,7 +110,7 @@ def test_a_large_vocabulary_is_read_in_parts(
 def test_turning_points_are_what_methods_look_at(llama: Calibration, method: str) -> None:
     states = TokenStates.of(llama, llama.samples[:3], 1000, 0)
     found = turning_points(
-        llama.model, EXIT_METHODS[method], tensors_of(llama, method), EXITS, states.states
+        llama.model, token_exits()[method], tensors_of(llama, method), EXITS, states.states
     )
     reference = Reference(llama.model.folder)
     for place in range(3):
@@ -152,7 +152,7 @@ def test_a_grid_of_few_scores_has_no_repeats() -> None:
 
 def brute(of: Calibration, method: str, threshold: float, layers: tuple[int, ...]) -> Any:
     """Share of each held prompt's tokens that differ, and mean depth, one prompt at a time."""
-    setting = ExitSetting(EXIT_METHODS[method], tensors_of(of, method), threshold, layers)
+    setting = ExitSetting(token_exits()[method], tensors_of(of, method), threshold, layers)
     losses, depths = [], []
     for sample in TrainSplit.of(of).test:
         batch = SampleBatch.of([sample])
@@ -170,7 +170,7 @@ def test_the_loosest_threshold_that_passes_in_order_is_chosen(llama: Calibration
     layers, stopped = (1, 3), 0
     grid = TokenStates.of(llama, TrainSplit.of(llama).train, LOOSE.tokens, llama.seed)
     for method, entry in entries.items():
-        rule = EXIT_METHODS[method]
+        rule = token_exits()[method]
         points = turning_points(llama.model, rule, tensors_of(llama, method), layers, grid.states)
         chosen = None
         for threshold in threshold_grid(points, layers, LAYERS, 6, rule.leaves_below):

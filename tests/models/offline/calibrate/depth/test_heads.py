@@ -14,7 +14,7 @@ from support.tiny import FAMILIES, LAYERS, make_model
 from torch import Tensor
 
 from sluice.models.depth.method import ExitPoint
-from sluice.models.depth.registry import EXIT_METHODS
+from sluice.models.depth.registry import token_exits
 from sluice.models.offline.calibrate.depth import training_data as head_rows
 from sluice.models.offline.calibrate.depth.heads import (
     ExitData,
@@ -217,7 +217,7 @@ def test_methods_take_the_heads(llama: Calibration, data: ExitData) -> None:
         ("classifier", scores(data, heads)[:, 2].sigmoid()),
         ("q_exit", halting(data, heads)[:, 2].sigmoid()),
     ):
-        method = EXIT_METHODS[name]
+        method = token_exits()[name]
         tensors = {part: heads.pop(f"{name}.{part}") for part in method.profile_tensors}
         for threshold in (0.99 * expected, 1.01 * expected):
             point = ExitPoint(

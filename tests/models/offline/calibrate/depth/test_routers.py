@@ -13,7 +13,7 @@ from support.calibration import calibration_of, drawn_prompts, plain_model
 from support.tiny import FAMILIES, LAYERS, make_model
 from torch import Tensor
 
-from sluice.models.depth.registry import PROMPT_METHODS
+from sluice.models.depth.registry import adaptive_methods
 from sluice.models.offline.calibrate.depth import training_data as head_rows
 from sluice.models.offline.calibrate.depth.routers import (
     REACH,
@@ -172,7 +172,7 @@ def test_what_never_varies_is_not_divided_by(llama: Calibration) -> None:
 
 
 def test_the_method_decides_as_the_routers_do(llama: Calibration) -> None:
-    routers, first = drawn_routers(llama), PROMPT_METHODS["first"]
+    routers, first = drawn_routers(llama), adaptive_methods()["first"]
     tensors = routers.tensors()
     assert {name: tuple(each.shape) for name, each in tensors.items()} == {
         "weight": (LAYERS, HIDDEN),
