@@ -34,22 +34,22 @@ class RowsContext:
 
 @contextmanager
 def rows_forward_context() -> Iterator[ForwardContext]:
-    """The step's forward context with its own dictionaries, for the loop to change per layer.
+    """The step's forward context with copied dictionaries, for the loop to change per layer.
 
     `all_moe_layers` is dropped: vLLM's mixture-of-experts op would otherwise take layer names in
     the order of calls, which a skipped layer breaks. `is_padding` covers the whole batch and
     would not fit a subset of its rows.
     """
     step = get_forward_context()
-    own = replace(
+    copied = replace(
         step,
         attn_metadata=dict(step.attn_metadata),
         slot_mapping=dict(step.slot_mapping),
         all_moe_layers=None,
         is_padding=None,
     )
-    with override_forward_context(own):
-        yield own
+    with override_forward_context(copied):
+        yield copied
 
 
 class StepContext:
@@ -88,7 +88,7 @@ class StepContext:
 
     def enter(self, kv_name: str, rows: Rows) -> torch.Tensor:
         """Point the forward context's entry of a layer at `rows`; their positions, (rows,)."""
-        context, positions = self._of(rows)
+        context, positions = self._rows_context(rows)
         self._prepare(context.metadata[kv_name])
         self._context.attn_metadata[kv_name] = context.metadata[kv_name]
         self._context.slot_mapping[kv_name] = context.slots[kv_name]
@@ -106,7 +106,7 @@ class StepContext:
             backend.prepare_metadata(prefill)
             self._prepared[id(backend)] = prefill
 
-    def _of(self, rows: Rows) -> tuple[RowsContext, torch.Tensor]:
+    def _rows_context(self, rows: Rows) -> tuple[RowsContext, torch.Tensor]:
         if rows.everything and self._whole is not None:
             return self._whole, self._positions
         if id(rows) not in self._contexts:
@@ -127,8 +127,10 @@ class StepContext:
             return slots
         blocks = self._block_table(group)
         requests = torch.from_numpy(shape.requests).to(blocks.device)
-        own = blocks[requests, self._positions // table.block_size].long()
-        all_slots: torch.Tensor = own * table.block_size + self._positions % table.block_size
+        block_of_row = blocks[requests, self._positions // table.block_size].long()
+        all_slots: torch.Tensor = (
+            block_of_row * table.block_size + self._positions % table.block_size
+        )
         return all_slots
 
     def _block_table(self, group: int) -> torch.Tensor:
@@ -138,10 +140,10 @@ class StepContext:
         weak = self._step.weak
         if weak is None:
             return blocks
-        own = blocks.new_zeros((len(weak.blocks), blocks.shape[1]))
-        for row, groups in zip(own, weak.blocks, strict=True):
+        weak_table = blocks.new_zeros((len(weak.blocks), blocks.shape[1]))
+        for row, groups in zip(weak_table, weak.blocks, strict=True):
             row[: len(groups[group])] = torch.tensor(groups[group], dtype=row.dtype)
-        return torch.cat([blocks, own])
+        return torch.cat([blocks, weak_table])
 
     def _build(self, rows: Rows) -> RowsContext:
         runner = self._runner

@@ -120,8 +120,8 @@ def _parts(layer: DecoderLayer, rows: torch.Tensor) -> list[Callable[[torch.Tens
         inputs = [(part, rows.new_ones(len(rows), input_width(part))) for part in parts]
 
         def run(_rows: torch.Tensor) -> None:
-            for part, own in inputs:
-                part(own)
+            for part, part_input in inputs:
+                part(part_input)
 
         return run
 
@@ -139,11 +139,11 @@ def _seconds(run: Callable[[torch.Tensor], object], rows: torch.Tensor) -> float
     run(rows.clone())
     times = []
     for _ in range(_REPEATS):
-        own = rows.clone()
+        copy = rows.clone()
         if rows.is_cuda:
             torch.cuda.synchronize()
         began = time.perf_counter()
-        run(own)
+        run(copy)
         if rows.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)

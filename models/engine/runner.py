@@ -79,7 +79,7 @@ class RoutedModelRunner(_Runner):
         before = self._weak_blocks
         self._weak_blocks = {**before, **weak_blocks(scheduler_output)}
         if self._poison:
-            weak = [(own, before.get(name, ())) for name, own in self._weak_blocks.items()]
+            weak = [(now, before.get(name, ())) for name, now in self._weak_blocks.items()]
             poison_new_blocks(self, scheduler_output, weak)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params

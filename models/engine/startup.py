@@ -48,8 +48,8 @@ class RoutedModel:
         batch: the requests that have a policy.
         loop: runs their steps.
         recorder: counts what ran.
-        known_logits: stands before the LM head.
-        router: stands before the model's routers, or None without expert controls.
+        known_logits: gives the LM head logits that are known.
+        router: selects experts in place of the model's routers, or None without expert controls.
         expert_shape: of the routed experts, or None without expert controls.
         expert_refusal: why there are no expert controls, or None.
     """

@@ -23,10 +23,10 @@ _VALUE = 1e4
 
 
 def poison_enabled(device: torch.device) -> bool:
-    """Whether the environment asks for it.
+    """Whether the environment turns the mode on.
 
     Raises:
-        RuntimeError: it does, on a device whose cache layout is not known here.
+        RuntimeError: it does, and the device is not a CPU: its cache has another layout.
     """
     if os.environ.get(POISON_ENV, "0") in ("", "0"):
         return False

@@ -69,12 +69,12 @@ def _runners(stack: DecoderStack) -> dict[int, Any]:
     """vLLM's `MoERunner` of each decoder layer that has one."""
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-    found: dict[int, Any] = {}
+    runners: dict[int, Any] = {}
     for index, layer in enumerate(stack.layers):
-        own = [part for part in layer.mlp.modules() if isinstance(part, MoERunner)]
-        if own:
-            (found[index],) = own
-    return found
+        parts = [part for part in layer.mlp.modules() if isinstance(part, MoERunner)]
+        if parts:
+            (runners[index],) = parts
+    return runners
 
 
 def _spec(runner: Any) -> RouterSpec:

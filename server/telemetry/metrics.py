@@ -1,6 +1,6 @@
 """Names, labels and sources of the `sluice_*` series.
 
-Series about requests are counted here, at the HTTP edge. Series about layers are read from the
+Series about requests are counted here, in the HTTP server. Series about layers are read from the
 workers' counter files at the moment of a scrape.
 """
 
@@ -72,7 +72,7 @@ _SHARE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 
 class RequestMetrics:
-    """Counters of the HTTP edge; label sets are closed and exported from zero."""
+    """Counters of requests; every label set is known and exported from zero."""
 
     def __init__(self, presets: Iterable[str], registry: CollectorRegistry) -> None:
         self._requests = Counter(

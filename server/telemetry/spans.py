@@ -1,4 +1,4 @@
-"""What a routed request's span says beside vLLM's own attributes: a closed set of names."""
+"""Attributes of a routed request's span beside vLLM's: a fixed set of names."""
 
 from __future__ import annotations
 
