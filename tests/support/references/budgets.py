@@ -1,4 +1,6 @@
-"""The experts that decode rows of a step share, written from the papers (methods.md 13).
+"""The experts that decode rows of a step share, written from the papers.
+
+Sources: OEA (arXiv 2511.02237), XShare (arXiv 2602.07265), Lynx (arXiv 2411.08982).
 
 `scores` are what the routers made of the rows, `choices` what the rows select by; both hold a
 row per token and a number per expert. An expert that a row cannot select is minus infinity in

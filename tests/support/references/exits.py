@@ -1,4 +1,8 @@
-"""Exit rules for one generated token, written from the papers (methods.md 4, 5, 6)."""
+"""Exit rules for one generated token, written from the papers.
+
+Sources: CALM (arXiv 2207.07061), DeeBERT (arXiv 2004.12993), PABEE (NeurIPS 2020), PALBERT
+(NeurIPS 2022).
+"""
 
 from __future__ import annotations
 

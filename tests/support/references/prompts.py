@@ -1,4 +1,7 @@
-"""Masks that a prompt decides, written from the papers (methods.md 1, 2, 3, 8).
+"""Masks that a prompt decides, written from the papers.
+
+Sources: FiRST (arXiv 2410.12513), Void in Language Models (arXiv 2505.14467), LLM-Drop (arXiv
+2406.15786), Mixture-of-Depths (arXiv 2404.02258) with p-MoD's schedule (arXiv 2412.04449).
 
 `states` is the residual stream of the prompt: (layers + 1, tokens, hidden), the embeddings first.
 Each function gives what is decided and how close the closest decision was (`margin`).

@@ -1,4 +1,4 @@
-"""C3PO's re-mixing of router scores, written from the paper (methods.md 9)."""
+"""C3PO's re-mixing of router scores, written from the paper (arXiv 2504.07964)."""
 
 from __future__ import annotations
 
