@@ -17,7 +17,7 @@ import torch
 from sluice.kernels.bench.cases.catalogue import OPERATIONS, Entry
 from sluice.kernels.bench.cases.counterparts import missing
 from sluice.kernels.bench.cases.shapes import Shapes
-from sluice.kernels.bench.clock import clock_of
+from sluice.kernels.bench.clock import clock_for
 from sluice.kernels.bench.machine import Machine
 from sluice.kernels.bench.measure import Result, measure, served
 from sluice.kernels.bench.report import report
@@ -36,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parsed(arguments)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     chosen = [entry for entry in OPERATIONS if entry.name in args.ops]
-    shapes = Shapes.of(args.device)
-    clock = clock_of(shapes.device)
-    machine = Machine.of(shapes.device, clock, args.repeats)
+    shapes = Shapes.for_device(args.device)
+    clock = clock_for(shapes.device)
+    machine = Machine.measured(shapes.device, clock, args.repeats)
     results: list[Result] = []
     try:
         for entry, rows in track(_sizes(chosen, shapes, args.max_rows), "measuring"):
@@ -48,27 +48,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         # Whatever ends it, what was measured is not lost.
         if results:
-            found = notes(chosen, shapes, args.max_rows)
-            report(_by_name(results), machine, found, args.out)
+            beside = notes(chosen, shapes, args.max_rows)
+            report(_by_name(results), machine, beside, args.out)
     return 1 if any(result.wrong for result in results) else 0
 
 
 def notes(chosen: Sequence[Entry], shapes: Shapes, max_rows: int | None) -> list[str]:
     """What a reader must know beside the figures."""
-    found = [shapes.setting]
+    lines = [shapes.setting]
     if shapes.device.type == "cpu":
-        found.append(_ON_A_CPU)
+        lines.append(_ON_A_CPU)
     absent = missing(shapes.device)
     if absent is not None:
-        found.append(f"Without figures of vLLM's: {absent}.")
-    found += [entry.note for entry in chosen if entry.note]
+        lines.append(f"Without figures of vLLM's: {absent}.")
+    lines += [entry.note for entry in chosen if entry.note]
     for entry in chosen:
         left_out = shapes.left_out(entry.width(shapes), max_rows)
         if left_out:
             sizes = ", ".join(f"{rows}" for rows in left_out)
             most = f"{shapes.most_bytes / 2**20:.0f} MiB"
-            found.append(f"{entry.name}: not with {sizes} rows, an input of more than {most}.")
-    return found
+            lines.append(f"{entry.name}: not with {sizes} rows, an input of more than {most}.")
+    return lines
 
 
 def _sizes(

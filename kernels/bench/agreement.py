@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sluice.kernels.ops.routing_args import ROWS
+from sluice.kernels.ops.routing_args import ROWS, TensorGroup
 
 Outputs = tuple[torch.Tensor, ...]
 """What an operation returns, then what it has written to."""
@@ -31,38 +31,38 @@ def within(*tolerances: float) -> Agreement:
         tolerances: of the outputs in order; outputs beyond the last have `TOLERANCE`.
     """
 
-    def agreement(found: Outputs, expected: Outputs) -> None:
-        if not found:
+    def agreement(result: Outputs, expected: Outputs) -> None:
+        if not result:
             raise MismatchError("no output")
-        for place, (one, other) in enumerate(zip(found, expected, strict=False)):
-            tolerance = tolerances[place] if place < len(tolerances) else TOLERANCE
-            assert_same(f"output {place}", one, other, tolerance)
-        if len(found) > len(expected):
-            raise MismatchError(f"{len(found)} outputs for {len(expected)}")
+        for index, (one, other) in enumerate(zip(result, expected, strict=False)):
+            tolerance = tolerances[index] if index < len(tolerances) else TOLERANCE
+            assert_same(f"output {index}", one, other, tolerance)
+        if len(result) > len(expected):
+            raise MismatchError(f"{len(result)} outputs for {len(expected)}")
 
     return agreement
 
 
 def assert_same(
-    name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE
+    name: str, result: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE
 ) -> None:
     """Hold one tensor against another; equal infinities are equal, NaN equals nothing.
 
     Raises:
         MismatchError: they differ in shape, dtype or a number.
     """
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        kinds = [f"{tuple(part.shape)} {part.dtype}" for part in (found, expected)]
+    if result.shape != expected.shape or result.dtype != expected.dtype:
+        kinds = [f"{tuple(part.shape)} {part.dtype}" for part in (result, expected)]
         raise MismatchError(f"{name}: {kinds[0]} for {kinds[1]}")
-    if found.is_floating_point():
-        if bool(found.isnan().any()) or bool(expected.isnan().any()):
+    if result.is_floating_point():
+        if bool(result.isnan().any()) or bool(expected.isnan().any()):
             raise MismatchError(f"{name}: NaN")
-        same = torch.isclose(found, expected, rtol=tolerance, atol=tolerance)
+        same = torch.isclose(result, expected, rtol=tolerance, atol=tolerance)
     else:
-        same = found == expected
+        same = result == expected
     wrong = int((~same).sum())
     if wrong:
-        apart = (found.double() - expected.double()).abs()[~same].max()
+        apart = (result.double() - expected.double()).abs()[~same].max()
         raise MismatchError(
             f"{name}: {wrong} of {same.numel()} differ, by up to {float(apart):.3g}"
         )
@@ -83,21 +83,21 @@ def routes(choice: torch.Tensor, *, tie: float = 1e-6, most_tied: float = 0.05) 
     near = ranked[:, :-1] - ranked[:, 1:] <= tie * ranked[:, 1:].abs()
     clear = ~(near & ranked[:, 1:].isfinite()).any(-1)
 
-    def agreement(found: Outputs, expected: Outputs) -> None:
+    def agreement(result: Outputs, expected: Outputs) -> None:
         if float(clear.float().mean()) < 1.0 - most_tied:
             raise MismatchError(f"{int((~clear).sum())} of {len(clear)} rows have ties")
-        if len(found) < 2:
+        if len(result) < 2:
             raise MismatchError("weights or ids are missing")
         experts = choice.shape[1]
-        one, other = (_dense(each[0], each[1], experts) for each in (found, expected))
+        one, other = (_dense(each[0], each[1], experts) for each in (result, expected))
         assert_same("experts", (one != 0)[clear], (other != 0)[clear])
         assert_same("weights", one[clear], other[clear])
         for name, counted, wanted in zip(
-            ("histogram", "ran"), found[2:], expected[2:], strict=False
+            ("histogram", "by_token"), result[2:], expected[2:], strict=False
         ):
             if bool(clear.all()):
                 assert_same(name, counted, wanted)
-            elif name == "ran":
+            elif name == "by_token":
                 assert_same(name, counted[clear], wanted[clear])
             else:
                 assert_same(f"{name}, rows", counted[:, ROWS], wanted[:, ROWS])
@@ -114,15 +114,17 @@ def _dense(weights: torch.Tensor, ids: torch.Tensor, experts: int) -> torch.Tens
     used = weights != 0
     if bool((used & ((ids < 0) | (ids >= experts))).any()):
         raise MismatchError("ids: a weight without an expert")
-    places = ids.long().clamp(0, experts - 1)
+    slots = ids.long().clamp(0, experts - 1)
     blank = torch.zeros((len(ids), experts), device=ids.device)
-    if bool((blank.clone().scatter_add_(1, places, used.float()) > 1).any()):
+    if bool((blank.clone().scatter_add_(1, slots, used.float()) > 1).any()):
         raise MismatchError("ids: an expert runs twice")
-    return blank.scatter_add_(1, places, weights)
+    return blank.scatter_add_(1, slots, weights)
 
 
-def tensors(result: torch.Tensor | Sequence[torch.Tensor] | None) -> Outputs:
-    """What a call gave, flat."""
+def tensors(result: torch.Tensor | TensorGroup | Sequence[torch.Tensor] | None) -> Outputs:
+    """What a call gave or was given, flat."""
     if result is None:
         return ()
+    if isinstance(result, TensorGroup):
+        return result.tensors
     return (result,) if isinstance(result, torch.Tensor) else tuple(result)

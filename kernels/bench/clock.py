@@ -1,4 +1,8 @@
-"""How long a call takes, on a CPU and on a GPU."""
+"""How long a call takes, on a CPU and on a GPU, and what is said of times taken several times.
+
+Calls that are compared are timed in turns (`interleaved`), so that a ratio of two times is one of
+the same moment (`Sample.over`).
+"""
 
 from __future__ import annotations
 
@@ -70,7 +74,7 @@ class CudaClock:
         return float(began.elapsed_time(ended)) / 1e3 / calls
 
 
-def clock_of(device: torch.device) -> Clock:
+def clock_for(device: torch.device) -> Clock:
     """The clock of a device."""
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 

@@ -1,4 +1,4 @@
-"""What it was measured on."""
+"""The machine that figures were measured on."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Machine:
     copy_bandwidth: float
 
     @classmethod
-    def of(cls, device: torch.device, clock: Clock, repeats: int) -> Machine:
+    def measured(cls, device: torch.device, clock: Clock, repeats: int) -> Machine:
         """This machine."""
         return cls(
             device_name(device),

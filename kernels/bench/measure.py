@@ -130,10 +130,10 @@ def _fault(bound: Bound, wanted: Outputs, agreement: Agreement) -> str | None:
 def _whole(agreement: Agreement) -> Agreement:
     """The same for an implementation of ours, of which all outputs must be there."""
 
-    def whole(found: Outputs, expected: Outputs) -> None:
-        if len(found) != len(expected):
-            raise MismatchError(f"{len(found)} outputs for {len(expected)}")
-        agreement(found, expected)
+    def whole(result: Outputs, expected: Outputs) -> None:
+        if len(result) != len(expected):
+            raise MismatchError(f"{len(result)} outputs for {len(expected)}")
+        agreement(result, expected)
 
     return whole
 

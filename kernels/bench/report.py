@@ -43,8 +43,8 @@ def report(results: Sequence[Result], machine: Machine, notes: Sequence[str], ou
         table.add_row(*cells(result, machine.copy_bandwidth), style="red" if result.wrong else "")
     Console(width=160).print(table)
     out.mkdir(parents=True, exist_ok=True)
-    found = record(results, machine, notes)
-    (out / "kernels.json").write_text(json.dumps(found, indent=1) + "\n")
+    measured = record(results, machine, notes)
+    (out / "kernels.json").write_text(json.dumps(measured, indent=1) + "\n")
     _plot(results, machine, out / "kernels.png")
 
 

@@ -1,7 +1,7 @@
 """`contrast_logits` on a CPU; the rules are in `sluice.kernels.ops.contrast_logits`.
 
-Few tokens of a vocabulary are plausible, so the weak pass is read, and logits are combined, at
-those places only.
+Few tokens of a vocabulary are plausible, so the weak pass is read, and logits are combined, for
+those tokens only.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ def contrast_logits(
     """See `sluice.kernels.ops.contrast_logits.contrast_logits`."""
     plain = strong.float()
     best = plain.amax(-1, keepdim=True)
-    out = plain < best + alpha.log().unsqueeze(-1)
-    row, token = out.logical_not_().nonzero(as_tuple=True)
+    implausible = plain < best + alpha.log().unsqueeze(-1)
+    row, token = implausible.logical_not_().nonzero(as_tuple=True)
     factor = beta[row]
     mixed = (1.0 + factor) * plain[row, token] - factor * weak[row, token].float()
     lowest = torch.full_like(beta, float("inf")).scatter_reduce_(0, row, mixed, "amin")
-    found = (plain - best).add_((lowest - IMPLAUSIBLE).unsqueeze(-1))
-    found[row, token] = mixed
-    return found.to(strong.dtype).contiguous()
+    logits = (plain - best).add_((lowest - IMPLAUSIBLE).unsqueeze(-1))
+    logits[row, token] = mixed
+    return logits.to(strong.dtype).contiguous()

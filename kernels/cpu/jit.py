@@ -16,7 +16,7 @@ Array = Any
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a loop over arrays; it runs without Python's lock."""
-    return _made(function)
+    return _compile(function)
 
 
 def compiled_sums(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,22 +24,22 @@ def compiled_sums(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Only so does a sum become vector code. The order depends on the number of terms alone.
     """
-    return _made(function, fastmath={"reassoc"})
+    return _compile(function, fastmath={"reassoc"})
 
 
-def _made(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     # Inlined: a call counts references to each of its arrays, which costs more than a short loop.
     made = numba.njit(cache=True, nogil=True, forceinline=True, **settings)(function)
     # numba looks at a function's own file only, and would keep old code of what that calls.
     made._cache._cache_file._source_stamp = _stamp(Path(function.__code__.co_filename).parent)
-    found: Callable[..., Any] = made
-    return found
+    compiled_function: Callable[..., Any] = made
+    return compiled_function
 
 
 @cache
 def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Names, times and sizes of the modules there, and of those above with their constants."""
-    sources = sorted([*folder.glob("*.py"), *folder.parent.glob("*.py")])
+    """Names, times and sizes of the modules there, and of `ops` beside it with their constants."""
+    sources = sorted([*folder.glob("*.py"), *(folder.parent / "ops").glob("*.py")])
     states = [(source.name, source.stat()) for source in sources]
     return tuple((name, state.st_mtime_ns, state.st_size) for name, state in states)
 

@@ -1,12 +1,15 @@
-"""Router logits of one row to selection scores; what the CPU's routing operations share.
+"""Router logits of one row to selection scores: what the CPU's routing operations share.
 
-One pass per row in machine code: at 64 experts a PyTorch operator costs more than its arithmetic.
-All arrays are contiguous; the rules are those of `sluice.kernels.ops.route_topk`.
+In machine code, as a PyTorch operator costs more than its arithmetic on 64 experts. All arrays are
+contiguous; the rules are those of `sluice.kernels.ops.router_scores`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import torch
 
 from sluice.kernels.cpu.exponential import exponential
 from sluice.kernels.cpu.jit import Array, compiled, compiled_sums
@@ -17,6 +20,11 @@ _SIGN, _MAGNITUDE = np.int32(31), np.int32(0x7FFFFFFF)
 _WORD, _LOW = np.int64(32), np.int64(0xFFFFFFFF)
 _TAKEN = np.int64(-(2**63))
 """Less than any key."""
+
+
+def fp32_array(logits: torch.Tensor) -> Any:
+    """Logits as a contiguous fp32 array; no copy if they are that."""
+    return logits.float().contiguous().numpy()
 
 
 @compiled_sums
@@ -37,7 +45,7 @@ def score_row(logits: Array, sigmoid: bool, scores: Array) -> None:
 
 @compiled
 def best_of(values: Array, count: int, k: int, ids: Array, keys: Array) -> None:
-    """Write the places of the largest values, best first; of equals the first, NaN before all.
+    """Write the indices of the largest values, best first; of equals the first, NaN before all.
 
     Not a partition: which of equals it would take depends on `k`, and so a row's on neighbours'.
 
@@ -87,16 +95,16 @@ def remix_row(
     top = min(top, len(scores))
     best_of(scores, len(scores), top, ids, keys)
     mass = np.float32(0.0)
-    weight = np.float32(0.0)
+    reference_mass = np.float32(0.0)
     for slot in range(top):
         mass += scores[ids[slot]]
-        weight += reference[ids[slot]]
-    if not weight > 0:
+        reference_mass += reference[ids[slot]]
+    if not reference_mass > 0:
         return
     rest = np.float32(1.0) - alpha
     for slot in range(top):
         e = ids[slot]
-        scores[e] = alpha * scores[e] + rest * (reference[e] / weight * mass)
+        scores[e] = alpha * scores[e] + rest * (reference[e] / reference_mass * mass)
 
 
 @compiled
@@ -109,7 +117,7 @@ def choice_row(
     topk_group: int,
     ids: Array,
     keys: Array,
-    reach: Array,
+    group_scores: Array,
     choice: Array,
 ) -> None:
     """Write selection scores: corrected, biased and limited to groups.
@@ -125,7 +133,7 @@ def choice_row(
         topk_group: groups that the row may choose from.
         ids: scratch, int64, (experts,).
         keys: the same.
-        reach: scratch, fp32, (groups,).
+        group_scores: scratch, fp32, (groups,).
         choice: where to write, fp32, (experts,).
     """
     experts = len(scores)
@@ -140,18 +148,18 @@ def choice_row(
         size = experts // groups
         for g in range(groups):
             first = second = np.float32(-np.inf)
-            opened = False
+            has_forced = False
             for e in range(g * size, (g + 1) * size):
                 if choice[e] > first:
                     first, second = choice[e], first
                 elif choice[e] > second:
                     second = choice[e]
-                opened |= (marks[e] & FORCED) != 0
+                has_forced |= (marks[e] & FORCED) != 0
             # DeepSeek-V3 rates a group by its two best, DeepSeek-V2 by its best.
-            reach[g] = first + second if len(correction) and size > 1 else first
-            if opened:
-                reach[g] = np.inf
-        best_of(reach, groups, topk_group, ids, keys)
+            group_scores[g] = first + second if len(correction) and size > 1 else first
+            if has_forced:
+                group_scores[g] = np.inf
+        best_of(group_scores, groups, topk_group, ids, keys)
         for g in range(groups):
             inside = False
             for slot in range(topk_group):

@@ -1,7 +1,7 @@
 """A set of experts that the rows of a batch share: OEA, XShare, Lynx.
 
-Sources: OEA (2511.02237), XShare (2602.07265), Lynx (2411.08982). Entries of `choice` at -inf are
-out of their row's reach.
+Sources: OEA (arXiv 2511.02237), XShare (arXiv 2602.07265), Lynx (arXiv 2411.08982). Entries of
+`choice` at -inf are out of their row's reach.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def lynx_set(choice: torch.Tensor, scores: torch.Tensor, experts: int) -> torch.
     Arguments and result as in `xshare_set`; a vote is 2 to the power of the binned distance
     between the expert's score and that of the row's best.
     """
-    out = choice == float("-inf")
-    best = scores.masked_fill(out, 0.0).amax(-1, keepdim=True)
+    unreachable = choice == float("-inf")
+    best = scores.masked_fill(unreachable, 0.0).amax(-1, keepdim=True)
     bins = (LYNX_SCALE * (scores - best)).floor().clamp(-LYNX_LEVELS, 0.0)
-    votes = bins.exp2().masked_fill(out, 0.0).sum(0)
+    votes = bins.exp2().masked_fill(unreachable, 0.0).sum(0)
     return _filled(choice, votes, experts)
 
 

@@ -1,4 +1,4 @@
-"""Strong and weak logits to one distribution (SCMoE, 2405.14507)."""
+"""Strong and weak logits to one distribution (SCMoE, arXiv 2405.14507)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from sluice.kernels.dispatch import operation
 
 IMPLAUSIBLE = 1e4
-"""How far below the others the logits of tokens that are out lie. No probability is left of them,
-as with -inf; but where a grammar rules every plausible token out, the best of the rest is found."""
+"""How far below the plausible tokens' logits those of all others lie. No probability is left of
+them, as with -inf, but a grammar that rules the plausible tokens out still meets a best one."""
 
 
 def _fake(
@@ -42,7 +42,7 @@ def contrast_logits(
     factor = beta.unsqueeze(-1)
     mixed = (1.0 + factor) * plain - factor * weak.float()
     best = plain.amax(-1, keepdim=True)
-    out = plain < best + alpha.log().unsqueeze(-1)
-    lowest = mixed.masked_fill(out, float("inf")).amin(-1, keepdim=True)
-    found = torch.where(out, lowest - IMPLAUSIBLE + (plain - best), mixed)
-    return found.to(strong.dtype).contiguous()
+    implausible = plain < best + alpha.log().unsqueeze(-1)
+    lowest = mixed.masked_fill(implausible, float("inf")).amin(-1, keepdim=True)
+    logits = torch.where(implausible, lowest - IMPLAUSIBLE + (plain - best), mixed)
+    return logits.to(strong.dtype).contiguous()

@@ -1,15 +1,24 @@
 """Router logits to selected experts and weights, under per-row controls, counted on the way.
 
-The order within a layer is that of design section 6: scores, re-mix, selection bias and mask, group
-limit, batch budget, top-k, drop, ratio, top-p, protection, weights.
+The order within a layer: scores, re-mix, selection bias and mask, group limit, batch budget, top-k,
+drop, ratio, top-p, protection, weights. What each control means is in `docs/experts.md`. Rows that
+a policy leaves alone are only counted (`count_selections`).
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from sluice.kernels.dispatch import operation
-from sluice.kernels.ops.router_scores import best, plain_scores, remixed, selection_scores
+from sluice.kernels.ops.router_scores import (
+    IN_REACH,
+    OUT_OF_REACH,
+    best,
+    plain_scores,
+    remixed,
+    selection_scores,
+)
 from sluice.kernels.ops.routing_args import (
     ACTIVE,
     DROPPED,
@@ -20,90 +29,29 @@ from sluice.kernels.ops.routing_args import (
     RATIO,
     ROUTED,
     ROWS,
+    SMALLEST,
     TAKEN,
     TOP_P,
-    Group,
+    UNUSED,
     K,
+    PolicyTable,
+    RouteRows,
+    RouterSpec,
+    Selection,
+    SelectionCounts,
+    Shared,
 )
-
-
-def _fake_counts(ids: torch.Tensor, owners: torch.Tensor, counts: Group, place: int) -> None:
-    return None
-
-
-@operation(
-    fake=_fake_counts,
-    mutates=("counts",),
-    cpu="sluice.kernels.cpu.route_topk:count_selections",
-)
-def count_selections(ids: torch.Tensor, owners: torch.Tensor, counts: Group, place: int) -> None:
-    """Count rows whose slots are all used.
-
-    Args:
-        ids: int32, (rows, slots).
-        owners: int64, (rows,): token of the step, -1 for a row whose output is dropped. Or (0,)
-            where nothing is counted by token.
-        counts: `RouteCounts`, added to.
-        place: row of the histogram.
-    """
-    kept = torch.ones_like(ids, dtype=torch.bool)
-    taken = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
-    count_rows(ids, kept, taken, owners, counts, place)
-
-
-def count_rows(
-    ids: torch.Tensor,
-    kept: torch.Tensor,
-    taken: torch.Tensor,
-    owners: torch.Tensor,
-    counts: Group,
-    place: int,
-) -> None:
-    """Add rows to the counts.
-
-    Args:
-        ids: (rows, slots).
-        kept: bool, (rows, slots): which slots are used.
-        taken: int64, (rows,): selections of the router's own that are not among them.
-        owners: int64, (rows,) or (0,).
-        counts: `RouteCounts`.
-        place: row of the histogram.
-    """
-    histogram, ran = counts
-    histogram[place].index_add_(0, ids.flatten().long(), kept.flatten().long())
-    histogram[place, ROWS] += len(ids)
-    histogram[place, MASKED] += taken.sum()
-    if ran.numel():
-        sums = torch.zeros((len(ids), 3), dtype=torch.int64, device=ids.device)
-        sums[:, ACTIVE], sums[:, TAKEN], sums[:, ROUTED] = kept.sum(-1), taken, 1
-        own = owners >= 0
-        ran.index_add_(0, owners.clamp(min=0), sums * own.unsqueeze(-1))
-
-
-_OUT = float("-inf")
-_FIRST = float("inf")
-SMALLEST = torch.finfo(torch.float32).tiny
-"""Least score of an expert that is renormalised: those of no score share alike."""
-
-UNUSED = -1
-"""Id of an unused slot where the kernel of the experts leaves invalid ids out."""
 
 
 def _fake(
     logits: torch.Tensor,
-    stock: Group,
-    rows: Group,
-    shared: Group,
-    table: Group,
-    counts: Group,
-    correction: torch.Tensor,
-    place: int,
-    top_k: int,
-    sigmoid: bool,
-    renormalize: bool,
-    scale: float,
-    groups: int,
-    topk_group: int,
+    rows: RouteRows,
+    shared: Shared,
+    table: PolicyTable,
+    router: RouterSpec,
+    stock: Selection,
+    counts: SelectionCounts,
+    moe_index: int,
     width: int,
     repeat: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,19 +67,13 @@ def _fake(
 )
 def route_topk(
     logits: torch.Tensor,
-    stock: Group,
-    rows: Group,
-    shared: Group,
-    table: Group,
-    counts: Group,
-    correction: torch.Tensor,
-    place: int,
-    top_k: int,
-    sigmoid: bool,
-    renormalize: bool,
-    scale: float,
-    groups: int,
-    topk_group: int,
+    rows: RouteRows,
+    shared: Shared,
+    table: PolicyTable,
+    router: RouterSpec,
+    stock: Selection,
+    counts: SelectionCounts,
+    moe_index: int,
     width: int,
     repeat: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,130 +81,191 @@ def route_topk(
 
     Args:
         logits: (rows, experts), any float dtype, any strides.
-        stock: weights, fp32, and ids, int32, (rows, top_k), of the router itself: what rows of
-            policy 0 without reference and set get. Empty if there are none of them.
-        rows: `RouteRows`.
-        shared: `Shared`.
-        table: `PolicyTable`.
-        counts: `RouteCounts`, added to.
-        correction: fp32, (experts,), added to selection scores; or (0,).
-        place: row of the histogram.
-        top_k: experts per token of the router itself.
-        sigmoid: scores are the sigmoid of the logits instead of their softmax.
-        renormalize: selected weights are scaled to sum to 1.
-        scale: factor on all weights.
-        groups: expert groups, 1 for none.
-        topk_group: groups that a row may choose from.
+        rows: what each row asks.
+        shared: what rows refer to beside their policies.
+        table: policies.
+        router: of the layer.
+        stock: what rows of policy 0 without reference and set get: the router's own selection.
+            Nothing if there are no such rows.
+        counts: added to.
+        moe_index: row of the histogram: the layer's place among those with experts.
         width: slots a row; what no row can exceed.
         repeat: an unused slot repeats the row's first expert, with weight 0; else it has the id
             `UNUSED`.
 
     Returns:
         Weights, fp32, and ids, int32, (rows, width), contiguous; narrower where the fullest row
-        needs less and knowing that makes nobody wait.
+        needs less and the host knows that without waiting for the device.
     """
-    policies = rows[0].long()
-    limits, cuts, bias, marks, forced_weight = (part[policies] for part in table)
+    policies, top_k = rows.policy_index.long(), router.top_k
+    limits, cuts, marks = table.limits[policies], table.cuts[policies], table.marks[policies]
     dropped, forced, protected = ((marks & bit) != 0 for bit in (DROPPED, FORCED, PROTECTED))
     k, rank = limits[:, K : K + 1].long(), limits[:, RANK].long()
-    raw = plain_scores(logits, sigmoid)
-    scores = remixed(raw, rows[2], shared)
-    _, usual = best(selection_scores(raw, correction, groups, topk_group), top_k)
-    choice = selection_scores(scores, correction, groups, topk_group, bias, forced)
-    choice = choice.masked_fill(forced, _FIRST)
-    choice = _within(choice, rows[3], shared[3], protected, usual)
+    raw = plain_scores(logits, router.sigmoid)
+    scores = remixed(raw, rows.remix_index, shared)
+    _, router_ids = best(selection_scores(raw, router), top_k)
+    choice = selection_scores(scores, router, table.bias[policies], forced)
+    choice = choice.masked_fill(forced, IN_REACH)
+    choice = _within_sets(choice, rows.set_index, shared.members, protected, router_ids)
 
     values, ids = best(choice, min(width, choice.shape[1]))
     slots = torch.arange(ids.shape[1], device=ids.device)
-    held = scores.gather(1, ids)
-    sparing = forced.gather(1, ids)
-    kept = (values > _OUT) & (slots < k) & ~dropped.gather(1, ids)
-    first = held.masked_fill(~kept, 0.0).amax(-1, keepdim=True)
-    kept &= (held >= cuts[:, RATIO : RATIO + 1] * first) | sparing
+    slot_scores = scores.gather(1, ids)
+    never_cut = forced.gather(1, ids)
+    kept = (values > OUT_OF_REACH) & (slots < k) & ~dropped.gather(1, ids)
+    first = slot_scores.masked_fill(~kept, 0.0).amax(-1, keepdim=True)
+    kept &= (slot_scores >= cuts[:, RATIO : RATIO + 1] * first) | never_cut
     most = cuts[:, TOP_P : TOP_P + 1]
-    if sigmoid:
+    if router.sigmoid:
         most = most * scores.sum(-1, keepdim=True)
-    kept &= (_before(held.masked_fill(~kept, 0.0)) <= most) | sparing
+    kept &= (_sum_before(slot_scores.masked_fill(~kept, 0.0)) <= most) | never_cut
 
-    missing = ~_holds(ids, kept, usual, scores.shape[1])
-    back = protected.gather(1, usual) & missing
-    ids, kept = torch.cat([ids, usual], 1), torch.cat([kept, back], 1)
-    sparing = torch.cat([sparing, torch.zeros_like(back)], 1)
-    weights = _weighed(scores.gather(1, ids), kept, sparing, forced_weight.gather(1, ids))
-    taken = (missing & ~back).sum(-1)
-    if renormalize:
+    missing = ~_selected(ids, kept, router_ids, scores.shape[1])
+    put_back = protected.gather(1, router_ids) & missing
+    ids, kept = torch.cat([ids, router_ids], 1), torch.cat([kept, put_back], 1)
+    forced_slots = torch.cat([never_cut, torch.zeros_like(put_back)], 1)
+    forced_weight = table.forced_weight[policies].gather(1, ids)
+    weights = _with_forced_weights(scores.gather(1, ids), kept, forced_slots, forced_weight)
+    taken = (missing & ~put_back).sum(-1)
+    if router.renormalize:
         # A mask may leave only experts whose scores are too small for fp32; they share alike.
         weights = weights.clamp(min=SMALLEST).masked_fill(~kept, 0.0)
         weights = weights / weights.sum(-1, keepdim=True)
-    weights = weights * scale
+    weights = weights * router.scale
 
+    slots = torch.arange(kept.shape[1], device=ids.device)
     weak = rank >= 0
-    ranked = best(choice, choice.shape[1])[1].gather(1, rank.clamp(min=0).unsqueeze(-1))
-    ids = torch.where(weak.unsqueeze(-1), ranked, ids)
-    weights = weights.masked_fill(weak.unsqueeze(-1), scale)
-    kept = torch.where(weak.unsqueeze(-1), torch.arange(kept.shape[1], device=ids.device) < 1, kept)
+    at_rank = best(choice, choice.shape[1])[1].gather(1, rank.clamp(min=0).unsqueeze(-1))
+    ids = torch.where(weak.unsqueeze(-1), at_rank, ids)
+    weights = weights.masked_fill(weak.unsqueeze(-1), router.scale)
+    kept = torch.where(weak.unsqueeze(-1), slots < 1, kept)
     taken = torch.where(weak, top_k - (rank < top_k).long(), taken)
-    if stock:
-        left = (policies == 0) & ~_asks(rows[2]) & ~_asks(rows[3])
+    if stock.ids.numel():
+        left = (policies == 0) & ~_given(rows.remix_index) & ~_given(rows.set_index)
         more = ids.shape[1] - top_k
-        own = left.unsqueeze(-1)
-        weights = torch.where(own, torch.nn.functional.pad(stock[0], (0, more)), weights)
-        ids = torch.where(own, torch.nn.functional.pad(stock[1], (0, more)).long(), ids)
-        kept = torch.where(own, torch.arange(kept.shape[1], device=ids.device) < top_k, kept)
+        weights = torch.where(left.unsqueeze(-1), pad(stock.weights, (0, more)), weights)
+        ids = torch.where(left.unsqueeze(-1), pad(stock.ids, (0, more)).long(), ids)
+        kept = torch.where(left.unsqueeze(-1), slots < top_k, kept)
         taken = taken.masked_fill(left, 0)
-    count_rows(ids, kept, taken, rows[1], counts, place)
+    _count_rows(ids, kept, taken, rows.token_index, counts, moe_index)
     return _packed(weights, ids, kept, width, repeat)
 
 
-def _asks(places: torch.Tensor) -> torch.Tensor:
-    return places >= 0 if places.numel() else torch.zeros((), dtype=torch.bool)
+def _fake_counts(
+    ids: torch.Tensor,
+    token_index: torch.Tensor,
+    counts: SelectionCounts,
+    moe_index: int,
+) -> None:
+    return None
 
 
-def _within(
+@operation(
+    fake=_fake_counts,
+    mutates=("counts",),
+    cpu="sluice.kernels.cpu.route_topk:count_selections",
+)
+def count_selections(
+    ids: torch.Tensor, token_index: torch.Tensor, counts: SelectionCounts, moe_index: int
+) -> None:
+    """Count rows whose slots are all used.
+
+    Args:
+        ids: int32, (rows, slots).
+        token_index: int64, (rows,): token of the step, -1 for a row whose output is dropped. Or
+            (0,) where nothing is counted by token.
+        counts: added to.
+        moe_index: row of the histogram: the layer's place among those with experts.
+    """
+    kept = torch.ones_like(ids, dtype=torch.bool)
+    taken = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+    _count_rows(ids, kept, taken, token_index, counts, moe_index)
+
+
+def _count_rows(
+    ids: torch.Tensor,
+    kept: torch.Tensor,
+    taken: torch.Tensor,
+    token_index: torch.Tensor,
+    counts: SelectionCounts,
+    moe_index: int,
+) -> None:
+    """Add rows to the counts.
+
+    Args:
+        ids: (rows, slots).
+        kept: bool, (rows, slots): which slots are used.
+        taken: int64, (rows,): selections of the router's own that are not among them.
+        token_index: int64, (rows,) or (0,).
+        counts: added to.
+        moe_index: row of the histogram.
+    """
+    histogram = counts.histogram[moe_index]
+    histogram.index_add_(0, ids.flatten().long(), kept.flatten().long())
+    histogram[ROWS] += len(ids)
+    histogram[MASKED] += taken.sum()
+    if counts.by_token.numel():
+        sums = torch.zeros((len(ids), 3), dtype=torch.int64, device=ids.device)
+        sums[:, ACTIVE], sums[:, TAKEN], sums[:, ROUTED] = kept.sum(-1), taken, 1
+        counted = token_index >= 0
+        counts.by_token.index_add_(0, token_index.clamp(min=0), sums * counted.unsqueeze(-1))
+
+
+def _given(index: torch.Tensor) -> torch.Tensor:
+    """Which rows have an index; `index` is (0,) if none has."""
+    return index >= 0 if index.numel() else torch.zeros((), dtype=torch.bool, device=index.device)
+
+
+def _within_sets(
     choice: torch.Tensor,
-    sets: torch.Tensor,
-    within: torch.Tensor,
+    set_index: torch.Tensor,
+    members: torch.Tensor,
     protected: torch.Tensor,
-    usual: torch.Tensor,
+    router_ids: torch.Tensor,
 ) -> torch.Tensor:
     """Selection scores with rows limited to their set, what is forced, and protected experts."""
-    if not sets.numel():
+    if not set_index.numel():
         return choice
-    own = torch.zeros_like(protected).scatter_(1, usual, True)
-    inside = within[sets.long().clamp(min=0)] | (choice == _FIRST) | (protected & own)
-    return choice.masked_fill((sets.unsqueeze(-1) >= 0) & ~inside, _OUT)
+    by_router = torch.zeros_like(protected).scatter_(1, router_ids, True)
+    allowed = members[set_index.long().clamp(min=0)] | (choice == IN_REACH)
+    allowed |= protected & by_router
+    return choice.masked_fill((set_index.unsqueeze(-1) >= 0) & ~allowed, OUT_OF_REACH)
 
 
-def _before(held: torch.Tensor) -> torch.Tensor:
-    """Sum of what better ranks hold, (rows, slots)."""
-    values, order = held.sort(dim=-1, descending=True, stable=True)
-    return torch.empty_like(held).scatter_(1, order, values.cumsum(-1) - values)
+def _sum_before(slot_scores: torch.Tensor) -> torch.Tensor:
+    """Sum of the scores of better ranks, (rows, slots)."""
+    values, order = slot_scores.sort(dim=-1, descending=True, stable=True)
+    return torch.empty_like(slot_scores).scatter_(1, order, values.cumsum(-1) - values)
 
 
-def _holds(
+def _selected(
     ids: torch.Tensor, kept: torch.Tensor, wanted: torch.Tensor, experts: int
 ) -> torch.Tensor:
-    """Whether rows still have experts in. `wanted`: (rows, n)."""
-    chosen = torch.zeros((len(ids), experts), dtype=torch.bool, device=ids.device)
-    return chosen.scatter_(1, ids, kept).gather(1, wanted)
+    """Whether rows have experts among those that are kept. `wanted`: ids, (rows, n)."""
+    selected = torch.zeros((len(ids), experts), dtype=torch.bool, device=ids.device)
+    return selected.scatter_(1, ids, kept).gather(1, wanted)
 
 
-def _weighed(
-    held: torch.Tensor, kept: torch.Tensor, forced: torch.Tensor, given: torch.Tensor
+def _with_forced_weights(
+    slot_scores: torch.Tensor,
+    kept: torch.Tensor,
+    forced: torch.Tensor,
+    forced_weight: torch.Tensor,
 ) -> torch.Tensor:
     """Scores with what is forced at its own weight, or else at the mean of the row's others."""
     others = kept & ~forced
     count = others.sum(-1, keepdim=True)
-    mean = held.masked_fill(~others, 0.0).sum(-1, keepdim=True) / count
+    mean = slot_scores.masked_fill(~others, 0.0).sum(-1, keepdim=True) / count
     # Where everything is forced there is no mean, and experts weigh what they scored.
-    unasked = torch.where(count > 0, mean, held)
-    return torch.where(forced, torch.where(given.isnan(), unasked, given), held)
+    unweighted = torch.where(count > 0, mean, slot_scores)
+    weights = torch.where(forced_weight.isnan(), unweighted, forced_weight)
+    return torch.where(forced, weights, slot_scores)
 
 
 def _packed(
     weights: torch.Tensor, ids: torch.Tensor, kept: torch.Tensor, width: int, repeat: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is in first, in order, then unused slots."""
+    """Used slots first, in order, then unused ones."""
     order = (~kept).to(torch.uint8).sort(dim=-1, stable=True).indices[:, :width]
     weights, ids, kept = (part.gather(1, order) for part in (weights, ids, kept))
     if ids.device.type == "cpu":

@@ -27,8 +27,8 @@ def _share(
     E: tl.constexpr,
 ) -> None:
     """One program: decode rows are few, and a set is one for all of them."""
-    places = tl.arange(0, E)
-    live = places < EXPERTS
+    experts = tl.arange(0, E)
+    valid = experts < EXPERTS
     members = tl.zeros([E], dtype=tl.int32)
     reachable = tl.zeros([E], dtype=tl.int32)
     merit = tl.zeros([E], dtype=tl.float32)
@@ -37,22 +37,22 @@ def _share(
         leading = tl.minimum(size, EXPERTS)
     for start in range(0, rows, R):
         row = start + tl.arange(0, R)
-        inside = (row < rows)[:, None] & live[None, :]
-        at = row[:, None].to(tl.int64) * EXPERTS + places[None, :]
+        inside = (row < rows)[:, None] & valid[None, :]
+        at = row[:, None].to(tl.int64) * EXPERTS + experts[None, :]
         choice = tl.load(choices + at, mask=inside, other=float("-inf"))
-        reach = choice > float("-inf")
-        reachable = tl.maximum(reachable, tl.max(reach.to(tl.int32), axis=0))
+        in_reach = choice > float("-inf")
+        reachable = tl.maximum(reachable, tl.max(in_reach.to(tl.int32), axis=0))
         if not IS_OEA:
-            score = tl.where(reach, tl.load(scores + at, mask=inside, other=0.0), 0.0)
+            score = tl.where(in_reach, tl.load(scores + at, mask=inside, other=0.0), 0.0)
             votes = score
             if IS_LYNX:
                 best = tl.max(score, axis=1)[:, None]
                 bins = tl.floor((score - best) * _SCALE)
                 votes = tl.exp2(tl.minimum(tl.maximum(bins, -_LEVELS), 0.0))
-            merit += tl.sum(tl.where(reach, votes, 0.0), axis=0)
+            merit += tl.sum(tl.where(in_reach, votes, 0.0), axis=0)
         for _ in range(leading):
-            value, place = first_of(choice, places)
-            chosen = places[None, :] == place[:, None]
+            value, expert = first_of(choice, experts)
+            chosen = experts[None, :] == expert[:, None]
             taken = chosen & (value > float("-inf"))[:, None]
             members = tl.maximum(members, tl.max(taken.to(tl.int32), axis=0))
             choice = tl.where(chosen, float("-inf"), choice)
@@ -61,13 +61,13 @@ def _share(
         rest = tl.where((members == 0) & (reachable > 0), merit, float("-inf"))
         for _ in range(size - tl.sum(members, axis=0)):
             best = tl.max(rest, axis=0)
-            place = tl.min(tl.where(rest == best, places, E), axis=0)
-            chosen = places == place
+            expert = tl.min(tl.where(rest == best, experts, E), axis=0)
+            chosen = experts == expert
             members = tl.where(
                 best > float("-inf"), tl.maximum(members, chosen.to(tl.int32)), members
             )
             rest = tl.where(chosen, float("-inf"), rest)
-    tl.store(members_out + places, members, mask=live)
+    tl.store(members_out + experts, members, mask=valid)
 
 
 def batch_budget(

@@ -48,10 +48,10 @@ def _best(
 
 
 @triton.jit
-def _of_row(
+def _row_tiles(
     row: tl.tensor, parts: tl.tensor, tiles: int, nothing: float, C: tl.constexpr
 ) -> tl.tensor:
-    """What all tiles of a row found."""
+    """One number of each tile of a row."""
     tile = tl.arange(0, C)
     return tl.load(parts + row * tiles + tile, mask=tile < tiles, other=nothing)
 
@@ -91,16 +91,16 @@ def _lowest(
     C: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    own = row * tiles + tl.program_id(1)
-    least = tl.max(_of_row(row, bests, tiles, float("-inf"), C), axis=0) + tl.load(shares + row)
-    if tl.load(bests + own) < least:
-        tl.store(lowests + own, float("inf"))
+    tile_at = row * tiles + tl.program_id(1)
+    least = tl.max(_row_tiles(row, bests, tiles, float("-inf"), C), axis=0) + tl.load(shares + row)
+    if tl.load(bests + tile_at) < least:
+        tl.store(lowests + tile_at, float("inf"))
     else:
         _, token, inside, plain = _tile(strong, row_stride, step, vocabulary, T)
         plausible = inside & (plain >= least)
         factor = tl.load(betas + row)
         mixed = _mixed(plain, weak, row, token, weak_row_stride, weak_step, factor, plausible)
-        tl.store(lowests + own, tl.min(tl.where(plausible, mixed, float("inf")), axis=0))
+        tl.store(lowests + tile_at, tl.min(tl.where(plausible, mixed, float("inf")), axis=0))
 
 
 @triton.jit
@@ -115,20 +115,20 @@ def _write(
     shares: tl.tensor,
     bests: tl.tensor,
     lowests: tl.tensor,
-    found: tl.tensor,
+    mixed_out: tl.tensor,
     vocabulary: int,
     tiles: int,
     T: tl.constexpr,
     C: tl.constexpr,
 ) -> None:
     row, token, inside, plain = _tile(strong, row_stride, step, vocabulary, T)
-    best = tl.max(_of_row(row, bests, tiles, float("-inf"), C), axis=0)
-    floor = tl.min(_of_row(row, lowests, tiles, float("inf"), C), axis=0) - _FAR
+    best = tl.max(_row_tiles(row, bests, tiles, float("-inf"), C), axis=0)
+    floor = tl.min(_row_tiles(row, lowests, tiles, float("inf"), C), axis=0) - _FAR
     plausible = inside & (plain >= best + tl.load(shares + row))
     factor = tl.load(betas + row)
     mixed = _mixed(plain, weak, row, token, weak_row_stride, weak_step, factor, plausible)
     logits = tl.where(plausible, mixed, floor + (plain - best))
-    tl.store(found + row * vocabulary + token, logits, mask=inside)
+    tl.store(mixed_out + row * vocabulary + token, logits, mask=inside)
 
 
 def contrast_logits(
@@ -136,9 +136,9 @@ def contrast_logits(
 ) -> torch.Tensor:
     """See `sluice.kernels.ops.contrast_logits.contrast_logits`."""
     rows, vocabulary = strong.shape
-    found = torch.empty((rows, vocabulary), dtype=strong.dtype, device=strong.device)
-    if not found.numel():
-        return found
+    mixed_out = torch.empty((rows, vocabulary), dtype=strong.dtype, device=strong.device)
+    if not mixed_out.numel():
+        return mixed_out
     tile = min(_TILE, triton.next_power_of_2(vocabulary))
     tiles = triton.cdiv(vocabulary, tile)
     parts = torch.empty((2, rows, tiles), dtype=torch.float32, device=strong.device)
@@ -149,5 +149,7 @@ def contrast_logits(
     _best[grid](strong, *strong.stride(), bests, vocabulary, tiles, T=tile)
     logits = (strong, *strong.stride(), weak, *weak.stride())
     _lowest[grid](*logits, beta, shares, bests, lowests, vocabulary, tiles, T=tile, C=block)
-    _write[grid](*logits, beta, shares, bests, lowests, found, vocabulary, tiles, T=tile, C=block)
-    return found
+    _write[grid](
+        *logits, beta, shares, bests, lowests, mixed_out, vocabulary, tiles, T=tile, C=block
+    )
+    return mixed_out

@@ -27,8 +27,8 @@ def _joined(
 ) -> tl.tensor:
     """One state a row, (rows,) each, from those of the lanes, (rows, lanes)."""
     best = tl.max(first, axis=1)
-    place = tl.min(tl.where(first == best[:, None], lanes[None, :], first.shape[1]), axis=1)
-    others = tl.where(lanes[None, :] == place[:, None], float("-inf"), first)
+    lane = tl.min(tl.where(first == best[:, None], lanes[None, :], first.shape[1]), axis=1)
+    others = tl.where(lanes[None, :] == lane[:, None], float("-inf"), first)
     runner_up = tl.maximum(tl.max(others, axis=1), tl.max(second, axis=1))
     below = tl.maximum(first - best[:, None], _NOTHING)
     # 0 for lanes without a token; times the NaN of a broken one, still NaN.
@@ -44,7 +44,7 @@ def _joined(
 @triton.jit
 def _decide(
     row: tl.tensor,
-    live: tl.tensor,
+    valid: tl.tensor,
     first: tl.tensor,
     second: tl.tensor,
     total: tl.tensor,
@@ -56,17 +56,17 @@ def _decide(
 ) -> None:
     spread = tl.log(total)
     entropy = spread - weighted / total
-    threshold = tl.load(thresholds + row, mask=live, other=0.0)
+    threshold = tl.load(thresholds + row, mask=valid, other=0.0)
     if CONFIDENT:
         leaves = (1.0 - tl.exp(second - first)) / total >= threshold
     else:
         leaves = entropy <= threshold
     whole = total == total
-    tl.store(stats + row * 4, tl.where(whole, first, float("nan")), mask=live)
-    tl.store(stats + row * 4 + 1, tl.where(whole, second, float("nan")), mask=live)
-    tl.store(stats + row * 4 + 2, first + spread, mask=live)
-    tl.store(stats + row * 4 + 3, entropy, mask=live)
-    tl.store(decisions + row, leaves, mask=live)
+    tl.store(stats + row * 4, tl.where(whole, first, float("nan")), mask=valid)
+    tl.store(stats + row * 4 + 1, tl.where(whole, second, float("nan")), mask=valid)
+    tl.store(stats + row * 4 + 2, first + spread, mask=valid)
+    tl.store(stats + row * 4 + 3, entropy, mask=valid)
+    tl.store(decisions + row, leaves, mask=valid)
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _read(
     B: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    live = row < rows
+    valid = row < rows
     part = tl.program_id(1)
     lanes = tl.arange(0, B)
     first = tl.zeros([R, B], dtype=tl.float32) - float("inf")
@@ -97,7 +97,7 @@ def _read(
     broken = tl.zeros([R, B], dtype=tl.int32)
     for start in range(part * PART, tl.minimum((part + 1) * PART, vocabulary), B):
         column = start + lanes
-        inside = live[:, None] & (column < vocabulary)[None, :]
+        inside = valid[:, None] & (column < vocabulary)[None, :]
         at = logits + row[:, None] * row_stride + column[None, :].to(tl.int64) * column_stride
         logit = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
         broken = tl.where(logit < float("inf"), broken, 1)
@@ -112,13 +112,13 @@ def _read(
     first, second, total, weighted = _joined(first, second, total, weighted, lanes)
     total = tl.where(tl.max(broken, axis=1) > 0, float("nan"), total)
     if PARTS == 1:
-        _decide(row, live, first, second, total, weighted, thresholds, stats, decisions, CONFIDENT)
+        _decide(row, valid, first, second, total, weighted, thresholds, stats, decisions, CONFIDENT)
     else:
         at = states + (row * PARTS + part) * 4
-        tl.store(at, first, mask=live)
-        tl.store(at + 1, second, mask=live)
-        tl.store(at + 2, total, mask=live)
-        tl.store(at + 3, weighted, mask=live)
+        tl.store(at, first, mask=valid)
+        tl.store(at + 1, second, mask=valid)
+        tl.store(at + 2, total, mask=valid)
+        tl.store(at + 3, weighted, mask=valid)
 
 
 @triton.jit
@@ -134,16 +134,16 @@ def _join(
     P: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    live = row < rows
+    valid = row < rows
     parts = tl.arange(0, P)
-    inside = live[:, None] & (parts < PARTS)[None, :]
+    inside = valid[:, None] & (parts < PARTS)[None, :]
     at = states + (row[:, None] * PARTS + parts[None, :]) * 4
     first = tl.load(at, mask=inside, other=float("-inf"))
     second = tl.load(at + 1, mask=inside, other=float("-inf"))
     total = tl.load(at + 2, mask=inside, other=0.0)
     weighted = tl.load(at + 3, mask=inside, other=0.0)
     first, second, total, weighted = _joined(first, second, total, weighted, parts)
-    _decide(row, live, first, second, total, weighted, thresholds, stats, decisions, CONFIDENT)
+    _decide(row, valid, first, second, total, weighted, thresholds, stats, decisions, CONFIDENT)
 
 
 def exit_decision(

@@ -61,14 +61,14 @@ def _fill(
         one, two = pair, pair + HALF
         if not NEOX:
             one, two = pair * 2, pair * 2 + 1
-        of_key = key + row * key_stride + head[:, None] * key_head_stride
-        first = tl.load(of_key + one[None, :] * key_step, mask=turning, other=0.0).to(tl.float32)
-        second = tl.load(of_key + two[None, :] * key_step, mask=turning, other=0.0).to(tl.float32)
+        key_at = key + row * key_stride + head[:, None] * key_head_stride
+        first = tl.load(key_at + one[None, :] * key_step, mask=turning, other=0.0).to(tl.float32)
+        second = tl.load(key_at + two[None, :] * key_step, mask=turning, other=0.0).to(tl.float32)
         beyond = ROTARY + tl.arange(0, Q)
         resting = exists & (beyond < HEAD)[None, :]
         rest = tl.zeros([N, Q], dtype=tl.float32)
         if ROTARY < HEAD:
-            at = of_key + beyond[None, :] * key_step
+            at = key_at + beyond[None, :] * key_step
             rest = tl.load(at, mask=resting, other=0.0).to(tl.float32)
         if NORMED:
             squares = tl.sum(first * first + second * second, axis=1)
@@ -93,11 +93,11 @@ def _fill(
 
         column = tl.arange(0, V)
         inside = exists & (column < VALUE)[None, :]
-        of_value = value + row * value_stride + head[:, None] * value_head_stride
-        held = tl.load(of_value + column[None, :] * value_step, mask=inside, other=0.0)
+        value_at = value + row * value_stride + head[:, None] * value_head_stride
+        values = tl.load(value_at + column[None, :] * value_step, mask=inside, other=0.0)
         entry = value_cache + block * value_cache_block + offset * value_cache_slot
         entry += head[:, None] * value_cache_head
-        tl.store(entry + column[None, :] * value_cache_step, held, mask=inside)
+        tl.store(entry + column[None, :] * value_cache_step, values, mask=inside)
 
 
 def kv_fill(

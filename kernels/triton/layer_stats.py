@@ -32,14 +32,14 @@ def _compare(
     B: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    live = row < rows
+    valid = row < rows
     # Sums of every lane, added up at the end: no lane waits for another on the way.
     squares = tl.zeros([R, B], dtype=tl.float32)
     squares_before = tl.zeros([R, B], dtype=tl.float32)
     products = tl.zeros([R, B], dtype=tl.float32)
     for start in range(0, hidden, B):
         column = start + tl.arange(0, B)
-        inside = live[:, None] & (column < hidden)[None, :]
+        inside = valid[:, None] & (column < hidden)[None, :]
         at = deltas + row[:, None] * delta_row + column[None, :] * delta_column
         after = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         at = befores + row[:, None] * before_row + column[None, :] * before_column
@@ -53,9 +53,9 @@ def _compare(
     length = tl.sqrt_rn(tl.sum(squares, axis=1))
     length_before = tl.sqrt_rn(tl.sum(squares_before, axis=1))
     cosine = tl.sum(products, axis=1) / tl.maximum(length * length_before, _SMALLEST)
-    tl.store(stats + row * 3, length, mask=live)
-    tl.store(stats + row * 3 + 1, length - length_before, mask=live)
-    tl.store(stats + row * 3 + 2, cosine, mask=live)
+    tl.store(stats + row * 3, length, mask=valid)
+    tl.store(stats + row * 3 + 1, length - length_before, mask=valid)
+    tl.store(stats + row * 3 + 2, cosine, mask=valid)
 
 
 def layer_stats(delta: torch.Tensor, residual: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

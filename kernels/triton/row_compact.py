@@ -37,25 +37,25 @@ def _copy(
     """Rows of the pair at `index` to the compacted pair, or with `BACK` the other way."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     column = tl.program_id(1).to(tl.int64) * H + tl.arange(0, H)
-    live = row < rows
-    inside = live[:, None] & (column < hidden)[None, :]
-    place = tl.load(index + row, mask=live, other=0)
-    of_delta = delta + place[:, None] * delta_stride + column[None, :] * delta_step
-    of_residual = residual + place[:, None] * residual_stride + column[None, :] * residual_step
+    valid = row < rows
+    inside = valid[:, None] & (column < hidden)[None, :]
+    source = tl.load(index + row, mask=valid, other=0)
+    delta_at = delta + source[:, None] * delta_stride + column[None, :] * delta_step
+    residual_at = residual + source[:, None] * residual_stride + column[None, :] * residual_step
     packed_delta = delta_rows + row[:, None] * delta_rows_stride
     packed_delta += column[None, :] * delta_rows_step
     packed_residual = residual_rows + row[:, None] * residual_rows_stride
     packed_residual += column[None, :] * residual_rows_step
     if BACK:
-        moved = tl.load(packed_delta, mask=inside)
-        more = tl.load(packed_residual, mask=inside)
-        tl.store(of_delta, moved, mask=inside)
-        tl.store(of_residual, more, mask=inside)
+        deltas = tl.load(packed_delta, mask=inside)
+        residuals = tl.load(packed_residual, mask=inside)
+        tl.store(delta_at, deltas, mask=inside)
+        tl.store(residual_at, residuals, mask=inside)
     else:
-        moved = tl.load(of_delta, mask=inside)
-        more = tl.load(of_residual, mask=inside)
-        tl.store(packed_delta, moved, mask=inside)
-        tl.store(packed_residual, more, mask=inside)
+        deltas = tl.load(delta_at, mask=inside)
+        residuals = tl.load(residual_at, mask=inside)
+        tl.store(packed_delta, deltas, mask=inside)
+        tl.store(packed_residual, residuals, mask=inside)
 
 
 def _launch(

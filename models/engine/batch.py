@@ -332,7 +332,7 @@ class Batch:
         if not contrasts:
             return None
         own = {index: blocks[requests.ids[index]] for index in contrasts}
-        return WeakPasses.of(contrasts, own, first_rows, requests.scheduled, rows)
+        return WeakPasses.from_contrasts(contrasts, own, first_rows, requests.scheduled, rows)
 
     def _step_experts(
         self,

@@ -17,7 +17,7 @@ from sluice.kernels.ops.exit_decision import CONFIDENCE, exit_decision
 from sluice.kernels.ops.layer_stats import layer_stats
 from sluice.kernels.ops.route_topk import count_selections, route_topk
 from sluice.kernels.ops.router_scores import router_scores
-from sluice.kernels.ops.routing_args import RouteRows, RouterSpec, Shared
+from sluice.kernels.ops.routing_args import RouteRows, RouterSpec, Selection, Shared
 from sluice.models.engine.batch import Batch
 from sluice.models.engine.cost_model import CostModel
 from sluice.models.engine.loop import LayerLoop
@@ -174,13 +174,10 @@ def warm_up_routers(spec: RouterSpec, shape: ExpertShape, device: torch.device) 
     rows = RouteRows(one, one.long(), one[:0], one[:0])
     shared = Shared.nothing(shape.experts, device)
     counts = RoutingCounts(1, len(shape.layers), shape.experts, device).tensors
-    correction = spec.corrections.to(device)
+    router, stock = spec.to(device), Selection.nothing(device)
     logits = torch.zeros((1, shape.experts), device=device)
     repeat = device.type == "cpu"
-    _, ids = route_topk(
-        logits, [], rows, shared, table, counts, correction, 0, *spec.numbers, spec.top_k, repeat
-    )
-    count_selections(ids, rows.owners, counts, 0)
-    numbers = spec.score_numbers
-    scores, choice = router_scores(logits, rows, shared, table, correction, *numbers)
+    _, ids = route_topk(logits, rows, shared, table, router, stock, counts, 0, router.top_k, repeat)
+    count_selections(ids, rows.token_index, counts, 0)
+    scores, choice = router_scores(logits, rows, shared, table, router)
     batch_budget(choice, scores, OEA, 1)

@@ -1,4 +1,4 @@
-"""Expert policies of the requests in the batch, and what a step's tokens ask of the routers."""
+"""Expert controls of the requests in the batch, and what they ask of a step's routers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from sluice.models.profile.profile import Profile
 
 @dataclass(frozen=True, slots=True)
 class RequestExperts:
-    """One live request's expert controls.
+    """One request's expert controls.
 
     Attributes:
         policy: what it asked for.
@@ -99,12 +99,9 @@ class BatchExperts:
 
     def contrasts(self, ids: Sequence[str]) -> dict[int, Contrast]:
         """Contrasts of a step's requests by batch index. `ids`: in batch order."""
-        found = {}
-        for index, name in enumerate(ids):
-            request = self._requests.get(name)
-            if request is not None and request.policy.contrast is not None:
-                found[index] = request.policy.contrast
-        return found
+        requests = self._in_step(ids)
+        contrasts = {index: request.policy.contrast for index, request in requests.items()}
+        return {index: each for index, each in contrasts.items() if each is not None}
 
     def step(
         self,
@@ -125,16 +122,16 @@ class BatchExperts:
             scheduled: tokens scheduled in it.
             first_rows: row of the first of them.
         """
-        live = {i: self._requests[name] for i, name in enumerate(ids) if name in self._requests}
-        if not live:
+        requests = self._in_step(ids)
+        if not requests:
             return None
         lengths = np.array([segment.length for segment in segments], dtype=np.int64)
         ends = np.cumsum(lengths)
         rows = np.zeros(len(segments), dtype=np.int64)
-        decoding: dict[int, list[IntArray]] = {index: [] for index in live}
+        decoding: dict[int, list[IntArray]] = {index: [] for index in requests}
         for number, segment in enumerate(segments):
             owner = int(owners[segment.request])
-            request = live.get(owner)
+            request = requests.get(owner)
             if request is None:
                 continue
             rows[number] = request.weak_row if segment.weak else request.row
@@ -142,24 +139,29 @@ class BatchExperts:
                 decoding[owner].append(np.arange(ends[number] - segment.length, ends[number]))
         budgets: dict[ExpertBudget, list[IntArray]] = {}
         remixes: list[tuple[Pathway, IntArray]] = []
-        for index, request in live.items():
+        for index, request in requests.items():
             if request.policy.budget is not None:
                 budgets.setdefault(request.policy.budget, []).extend(decoding[index])
             if request.pathway is not None:
-                place = request.last_prompt_token - int(computed[index])
-                here = 0 <= place < scheduled[index]
-                own = [np.array([first_rows[index] + place])] if here else []
+                last = request.last_prompt_token - int(computed[index])
+                scheduled_now = 0 <= last < scheduled[index]
+                remixed = [np.array([first_rows[index] + last])] if scheduled_now else []
                 if request.pathway.remix.scope is RemixScope.DECODE:
-                    own += decoding[index]
-                remixes.append((request.pathway, _joined(own)))
+                    remixed += decoding[index]
+                remixes.append((request.pathway, _joined(remixed)))
         return StepExperts(
             self._table,
             self._shape,
             self._device,
             np.repeat(rows, lengths),
-            {budget: _joined(own) for budget, own in budgets.items() if own},
+            {budget: _joined(tokens) for budget, tokens in budgets.items() if tokens},
             remixes,
         )
+
+    def _in_step(self, ids: Sequence[str]) -> dict[int, RequestExperts]:
+        """The requests with expert controls, by batch index. `ids`: in batch order."""
+        known = self._requests
+        return {index: known[each] for index, each in enumerate(ids) if each in known}
 
     def _pathway(self, remix: Remix, embedding: Callable[[], torch.Tensor]) -> Pathway:
         if remix.method is RemixMethod.SUPPLIED:
@@ -168,8 +170,8 @@ class BatchExperts:
         store = self._stores[remix.references]
         if remix.method is RemixMethod.MODE:
             return ModePathway(remix, store)
-        own = embedding() if remix.embedding is None else torch.tensor(remix.embedding)
-        return FixedPathway(remix, self._retrieval.start(store, remix, own))
+        prompt = embedding() if remix.embedding is None else torch.tensor(remix.embedding)
+        return FixedPathway(remix, self._retrieval.start(store, remix, prompt))
 
 
 def _joined(parts: list[IntArray]) -> IntArray:

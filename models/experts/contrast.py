@@ -40,7 +40,7 @@ class WeakPasses:
     last: IntArray
 
     @classmethod
-    def of(
+    def from_contrasts(
         cls,
         contrasts: Mapping[int, Contrast],
         blocks: Mapping[int, BlockIds],

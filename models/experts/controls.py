@@ -6,13 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sluice.models.policy.axes import BoolArray, IntArray
+from sluice.models.policy.axes import BoolArray, Float32Array, IntArray
 from sluice.models.policy.expert_shape import ExpertShape
 from sluice.models.policy.experts import ExpertId, ExpertPolicy
-
-FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +30,18 @@ class LayerControls:
     """
 
     k: IntArray
-    bias: FloatArray
+    bias: Float32Array
     dropped: BoolArray
     forced: BoolArray
-    forced_weight: FloatArray
-    ratio: FloatArray
-    top_p: FloatArray
+    forced_weight: Float32Array
+    ratio: Float32Array
+    top_p: Float32Array
     protected: BoolArray
     weak_rank: int
     active: BoolArray
 
     @classmethod
-    def of(
+    def from_policy(
         cls,
         policy: ExpertPolicy,
         shape: ExpertShape,
@@ -60,23 +57,23 @@ class LayerControls:
             super_experts: of the profile.
             weak: the controls of the weak pass of `policy.contrast`.
         """
-        place = {layer: row for row, layer in enumerate(shape.layers)}
+        moe_index = {layer: index for index, layer in enumerate(shape.layers)}
         count, experts = len(shape.layers), shape.experts
 
         def marked(ids: Iterable[ExpertId]) -> BoolArray:
-            found = np.zeros((count, experts), dtype=np.bool_)
+            marks = np.zeros((count, experts), dtype=np.bool_)
             for layer, expert in ids:
-                found[place[layer], expert] = True
-            return found
+                marks[moe_index[layer], expert] = True
+            return marks
 
         bias = np.zeros((count, experts), dtype=np.float32)
         for layer, expert, value in policy.bias:
-            bias[place[layer], expert] = value
+            bias[moe_index[layer], expert] = value
         bias[marked(policy.masked)] = -np.inf
         weights = np.full((count, experts), np.nan, dtype=np.float32)
         for layer, expert, weight in policy.forced:
             if weight is not None:
-                weights[place[layer], expert] = weight
+                weights[moe_index[layer], expert] = weight
         k = np.array(_by_layer(policy.top_k, shape, shape.top_k), dtype=np.int64)
         ratio = np.array(_by_layer(policy.skip_ratio, shape, 0.0), dtype=np.float32)
         top_p = np.full(count, np.inf if policy.top_p is None else policy.top_p, dtype=np.float32)

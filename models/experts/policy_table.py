@@ -1,7 +1,7 @@
-"""Expert controls of the requests in the batch as rows of deduplicated tables.
+"""Expert controls of the requests in the batch, as rows of a table that keeps equal ones once.
 
-As with depth masks (`sluice.models.depth.masks`), a batch holds many tokens and few distinct
-policies; a token carries a row number. Row 0 is vLLM's own choice and is never released.
+A token carries the number of its row, as with depth masks (`sluice.models.depth.masks`); row 0 is
+vLLM's own choice. A layer's part of the table is what the routing operations read.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from sluice.models.experts.controls import LayerControls
 from sluice.models.policy.axes import IntArray
 from sluice.models.policy.expert_shape import ExpertShape
 from sluice.models.policy.experts import STOCK_EXPERTS, ExpertId, ExpertPolicy
+from sluice.models.policy.row_table import FIRST_ROW, RowTable
 
-STOCK_ROW = 0
+STOCK_ROW = FIRST_ROW
 
 
 class ExpertTable:
@@ -35,41 +36,32 @@ class ExpertTable:
         self._shape = shape
         self._super_experts = tuple(super_experts)
         self._device = device
-        stock = LayerControls.of(STOCK_EXPERTS, shape, ())
-        self._rows: list[LayerControls] = [stock]
-        self._users = [1]
-        self._row_of: dict[tuple[ExpertPolicy, bool], int] = {}
+        stock = LayerControls.from_policy(STOCK_EXPERTS, shape, ())
+        self._row_ids = RowTable((STOCK_EXPERTS, False))
+        self._rows = [stock]
         self._layers: list[PolicyTable] | None = None
         self.active = stock.active[np.newaxis].copy()
 
     def acquire(self, policy: ExpertPolicy, *, weak: bool = False) -> int:
         """Row of a policy, or of the weak pass of its contrast."""
-        key = (policy, weak)
-        row = self._row_of.get(key)
-        if row is None:
-            controls = LayerControls.of(policy, self._shape, self._super_experts, weak=weak)
-            row = next((r for r, users in enumerate(self._users) if users == 0), len(self._rows))
-            if row == len(self._rows):
-                self._rows.append(controls)
-                self._users.append(0)
-                self.active = np.concatenate([self.active, controls.active[np.newaxis]])
-            self._rows[row], self.active[row] = controls, controls.active
-            self._row_of[key] = row
+        row, is_new = self._row_ids.acquire((policy, weak))
+        if is_new:
+            self._rows[row : row + 1] = [
+                LayerControls.from_policy(policy, self._shape, self._super_experts, weak=weak)
+            ]
+            self.active = np.stack([controls.active for controls in self._rows])
             self._layers = None
-        self._users[row] += 1
         return row
 
     def release(self, row: int) -> None:
         """Give a row back."""
-        self._users[row] -= 1
-        if self._users[row] == 0:
-            self._row_of = {key: r for key, r in self._row_of.items() if r != row}
+        self._row_ids.release(row)
 
-    def layer(self, place: int) -> PolicyTable:
-        """All rows' controls in one layer. `place`: among the layers with experts."""
+    def layer(self, moe_index: int) -> PolicyTable:
+        """All rows' controls in one layer. `moe_index`: its place among those with experts."""
         if self._layers is None:
             self._layers = _packed(self._rows, len(self._shape.layers), self._device)
-        return self._layers[place]
+        return self._layers[moe_index]
 
     def widths(self, rows: IntArray) -> list[int]:
         """Most experts that a token with one of `rows` can have, by layer with experts."""
@@ -99,4 +91,4 @@ def _packed(rows: Sequence[LayerControls], layers: int, device: torch.device) ->
         stacked("forced_weight"),
     )
     parts = [torch.from_numpy(array).to(device) for array in arrays]
-    return [PolicyTable(*(part[place] for part in parts)) for place in range(layers)]
+    return [PolicyTable(*(part[layer] for part in parts)) for layer in range(layers)]

@@ -1,7 +1,11 @@
 """Re-mix (C3PO, arXiv 2504.07964): router probabilities pulled towards reference pathways.
 
 A pathway is a token's router probabilities over the critical layers. The references are samples
-that the model answers well; `sluice.models.experts.remix` finds those near a prompt.
+that the model answers well; they come with a profile (`ReferenceStore`).
+
+Those near a prompt are found by a dense product of its embedding with all of a set's. The search
+runs on a thread of its own from the moment the request arrives (`Retrieval`), beside the steps
+until the prompt's last token runs.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ class ReferenceStore:
         # (layers, references, experts)
         self._pathways = tensors["pathways"].float().transpose(0, 1).contiguous().to(device)
 
-    def pathways_of(self, layer: int) -> torch.Tensor:
+    def pathways(self, layer: int) -> torch.Tensor:
         """Probabilities of all references in a decoder layer, fp32, (references, experts)."""
         return self._pathways[self._layers.index(layer)]
 
@@ -52,11 +56,11 @@ class ReferenceStore:
         ranked = cosine[near].sort(descending=True, stable=True).indices[: remix.neighbors]
         chosen = near[ranked]
         weights = kernel_weights(remix, 2.0 - 2.0 * cosine[chosen], cosine[chosen])
-        places = [self._layers.index(layer) for layer in remix.layers]
-        found = self._pathways[places][:, chosen.to(self._pathways.device)]
-        weights = weights.to(found.device)
+        layers = [self._layers.index(layer) for layer in remix.layers]
+        neighbours = self._pathways[layers][:, chosen.to(self._pathways.device)]
+        weights = weights.to(neighbours.device)
         total = weights.sum()
-        mean = (weights[:, None] * found).sum(1)
+        mean = (weights[:, None] * neighbours).sum(1)
         return mean / total if total > 0 else torch.zeros_like(mean)
 
 
@@ -150,14 +154,14 @@ class ModePathway(Pathway):
         """See `Pathway.reference`."""
         remix = self.remix
         assert remix.neighbors is not None
-        pathways = self._store.pathways_of(layer)
+        pathways = self._store.pathways(layer)
         squares = torch.cdist(scores, pathways, compute_mode="donot_use_mm_for_euclid_dist") ** 2
         nearest = squares.sort(dim=-1, stable=True).indices[:, : remix.neighbors]
-        found = pathways[nearest]
-        cosine = torch.cosine_similarity(scores.unsqueeze(1), found, dim=-1)
+        neighbours = pathways[nearest]
+        cosine = torch.cosine_similarity(scores.unsqueeze(1), neighbours, dim=-1)
         weights = kernel_weights(remix, squares.gather(1, nearest), cosine)
         total = weights.sum(-1, keepdim=True)
-        mean = (weights.unsqueeze(-1) * found).sum(1) / total
+        mean = (weights.unsqueeze(-1) * neighbours).sum(1) / total
         return torch.where(total > 0, mean, torch.zeros_like(mean))
 
 

@@ -1,7 +1,10 @@
-"""What the routers of one step did.
+"""What the routers did, counted on the device while they route.
 
-The routing operations count on the device while they route. The sums leave for the host when the
-step ends, without anybody waiting, and are read when the next step begins or a record is asked for.
+Counts of a step with controls (`RoutingCounts`) are copied to the host when the step ends, and read
+when the next step begins or a record is asked for. vLLM's own selections in all other steps
+(`StockCounts`) go to the counter file: on a CPU the routers add to the file's memory; on another
+device they add to a tensor there, which is copied beside the steps and added once a copy has
+arrived. Neither makes a step wait.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import numpy as np
 import torch
 
 from sluice.kernels.ops.route_topk import count_selections
-from sluice.kernels.ops.routing_args import EXTRA, ROWS, RouteCounts
+from sluice.kernels.ops.routing_args import EXTRA, ROWS, SelectionCounts
 from sluice.models.policy.axes import IntArray
 from sluice.models.telemetry.expert_counters import ExpertCounters
 
@@ -23,7 +26,7 @@ class StepSums:
     """Sums of one step.
 
     Attributes:
-        ran: int64, (tokens, 3), over layers; columns as in `sluice.kernels.ops.routing_args`.
+        ran: int64, (tokens, 3), over layers; columns as in `SelectionCounts.by_token`.
         loaded: distinct experts run by a layer's rows, over layers.
         layers: how many layers routed.
     """
@@ -41,21 +44,28 @@ class RoutingCounts:
     """
 
     def __init__(self, tokens: int, layers: int, experts: int, device: torch.device) -> None:
-        """Open it for a step of `tokens` rows and a model's layers with experts."""
-        self.tensors = RouteCounts(
-            torch.zeros((layers, experts + EXTRA), dtype=torch.int64, device=device),
-            torch.zeros((tokens, 3), dtype=torch.int64, device=device),
+        """Begin at zero.
+
+        Args:
+            tokens: rows of the step.
+            layers: with experts.
+            experts: of a layer.
+            device: of the model.
+        """
+        self.tensors = SelectionCounts(
+            histogram=torch.zeros((layers, experts + EXTRA), dtype=torch.int64, device=device),
+            by_token=torch.zeros((tokens, 3), dtype=torch.int64, device=device),
         )
-        self._host: list[torch.Tensor] = list(self.tensors)
+        self._host: list[torch.Tensor] = list(self.tensors.tensors)
         self._arrived: Any = None
 
-    def leave(self) -> None:
+    def send(self) -> None:
         """Send the counts to the host: the step has been launched."""
         if self.tensors.histogram.device.type == "cpu":
             return
         self._host = [
             torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
-            for part in self.tensors
+            for part in self.tensors.tensors
         ]
         cuda: Any = torch.cuda  # Its classes have no types.
         self._arrived = cuda.Event()
@@ -69,10 +79,10 @@ class RoutingCounts:
         """
         if self._arrived is not None:
             self._arrived.synchronize()
-        histogram, ran = (part.numpy() for part in self._host)
+        histogram, by_token = (part.numpy() for part in self._host)
         total += histogram
         loaded = int(np.count_nonzero(histogram[:, :-EXTRA]))
-        return StepSums(ran, loaded, int(np.count_nonzero(histogram[:, ROWS])))
+        return StepSums(by_token, loaded, int(np.count_nonzero(histogram[:, ROWS])))
 
 
 class StockCounts:
@@ -89,17 +99,17 @@ class StockCounts:
             self._arrived = cuda.Event()
             self._added = np.zeros_like(counters.total)
         # Nothing is counted by token.
-        self._counts = RouteCounts(total, total.new_empty((0, 3)))
-        self._owners = total.new_empty(0)
+        self._counts = SelectionCounts(histogram=total, by_token=total.new_empty((0, 3)))
+        self._no_tokens = total.new_empty(0)
 
-    def add(self, place: int, ids: torch.Tensor) -> None:
+    def add(self, moe_index: int, ids: torch.Tensor) -> None:
         """Count selections.
 
         Args:
-            place: of the layer among those with experts.
+            moe_index: the layer's place among those with experts.
             ids: int32, (rows, k).
         """
-        count_selections(ids, self._owners, self._counts, place)
+        count_selections(ids, self._no_tokens, self._counts, moe_index)
 
     def publish(self) -> None:
         """Bring the file up to date with what has arrived; called once a step."""

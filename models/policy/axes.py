@@ -9,6 +9,7 @@ EXECUTED, SKIPPED, FILLED = 0, 1, 2
 OUTCOMES = ("executed", "skipped", "filled")
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+Float32Array = NDArray[np.float32]
 FloatArray = NDArray[np.float64]
 PREFILL, DECODE = 0, 1
 ATTENTION, MLP = 0, 1

@@ -150,8 +150,9 @@ class ExpertPolicy:
     @property
     def changes_prompt(self) -> bool:
         """Whether all prompt tokens may leave other K/V than stock ones."""
-        own = (self.masked, self.dropped, self.forced, self.bias)
-        return any(own) or any(x is not None for x in (self.top_k, self.top_p, self.skip_ratio))
+        named = (self.masked, self.dropped, self.forced, self.bias)
+        cuts = (self.top_k, self.top_p, self.skip_ratio)
+        return any(named) or any(cut is not None for cut in cuts)
 
     @property
     def changes_generated(self) -> bool:

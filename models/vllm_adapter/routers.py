@@ -7,10 +7,12 @@ calls no router, so a model with such layers is refused.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 
+from sluice.kernels.ops.router_config import RouterConfig
 from sluice.kernels.ops.routing_args import RouterSpec
 from sluice.models.experts.router import ExpertRouter, Routed
 from sluice.models.policy.expert_shape import ExpertShape
@@ -46,11 +48,11 @@ def read_routers(stack: DecoderStack) -> tuple[ExpertShape, list[RouterSpec]]:
 
 def attach(stack: DecoderStack, router: ExpertRouter) -> None:
     """Have `router` select in all layers with experts."""
-    for place, runner in enumerate(_runners(stack).values()):
-        setattr(runner.router, _HOOK, _replaced(router, place, getattr(runner.router, _HOOK)))
+    for moe_index, runner in enumerate(_runners(stack).values()):
+        setattr(runner.router, _HOOK, _replaced(router, moe_index, getattr(runner.router, _HOOK)))
 
 
-def _replaced(router: ExpertRouter, place: int, stock: Any) -> Any:
+def _replaced(router: ExpertRouter, moe_index: int, stock: Any) -> Any:
     def compute(
         hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Routed:
@@ -59,7 +61,7 @@ def _replaced(router: ExpertRouter, place: int, stock: Any) -> Any:
             compiled: Routed = stock(hidden_states, router_logits, *args, **kwargs)
             return compiled
         return router.route(
-            place, router_logits, lambda: stock(hidden_states, router_logits, *args, **kwargs)
+            moe_index, router_logits, lambda: stock(hidden_states, router_logits, *args, **kwargs)
         )
 
     return compute
@@ -100,19 +102,15 @@ def _spec(runner: Any) -> RouterSpec:
         scale=getattr(router, "routed_scaling_factor", 1.0),
         groups=(router.num_expert_group or 1) if grouped else 1,
         topk_group=(router.topk_group or 1) if grouped else 1,
-        correction=None if correction is None else correction.detach().float(),
+        correction=torch.empty(0) if correction is None else correction.detach().float(),
     )
 
 
 def _shape(spec: RouterSpec, runner: Any, layers: tuple[int, ...]) -> ExpertShape:
+    config = {each.name: getattr(spec, each.name) for each in fields(RouterConfig)}
     return ExpertShape(
+        **config,
         layers=layers,
         experts=runner.router.global_num_experts,
-        top_k=spec.top_k,
-        scoring=spec.scoring,
-        renormalize=spec.renormalize,
-        scale=spec.scale,
-        groups=spec.groups,
-        topk_group=spec.topk_group,
-        corrected=spec.correction is not None,
+        corrected=spec.correction.numel() > 0,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.references.routes import Asked
@@ -20,7 +22,14 @@ from sluice.kernels.dispatch import (
 from sluice.kernels.ops.batch_budget import XSHARE, batch_budget
 from sluice.kernels.ops.route_topk import count_selections, route_topk
 from sluice.kernels.ops.router_scores import router_scores
-from sluice.kernels.ops.routing_args import RouteCounts, RouteRows, RouterSpec, Shared
+from sluice.kernels.ops.routing_args import (
+    RouteRows,
+    RouterSpec,
+    Selection,
+    SelectionCounts,
+    Shared,
+    TensorGroup,
+)
 
 EXPERTS = 7
 SPEC = RouterSpec(2)
@@ -44,19 +53,18 @@ def arguments() -> dict[str, tuple[Operation, tuple]]:
     shared = Shared(
         torch.rand(1, EXPERTS, generator=generator), torch.tensor([0.5]), integers(4), within
     )
-    counts = RouteCounts(
+    counts = SelectionCounts(
         torch.zeros((2, EXPERTS + 2), dtype=torch.int64), torch.zeros((3, 3), dtype=torch.int64)
     )
-    stock = [torch.ones(3, 2), integers(0, 1, 0, 1, 0, 1).view(3, 2)]
-    correction = torch.zeros(EXPERTS)
-    # On a CPU the width that comes back is data, as no graph can know: a row uses all of it here.
-    groups = (list(rows), list(shared), list(table))
-    numbers = (*SPEC.numbers, 3, True)
+    stock = Selection(torch.ones(3, 2), integers(0, 1, 0, 1, 0, 1).view(3, 2))
+    router = replace(SPEC, correction=torch.zeros(EXPERTS))
+    groups = (rows, shared, table, router)
     scores = logits.softmax(-1)
+    # On a CPU the width that comes back is data, as no graph can know: a row uses all of it here.
     return {
-        "route_topk": (route_topk, (logits, stock, *groups, list(counts), correction, 1, *numbers)),
-        "router_scores": (router_scores, (logits, *groups, correction, False, 1, 1)),
-        "count_selections": (count_selections, (stock[1], rows.owners, list(counts), 0)),
+        "route_topk": (route_topk, (logits, *groups, stock, counts, 1, 3, True)),
+        "router_scores": (router_scores, (logits, *groups)),
+        "count_selections": (count_selections, (stock.ids, rows.token_index, counts, 0)),
         "batch_budget": (batch_budget, (scores, scores, XSHARE, 4)),
     }
 
@@ -64,7 +72,7 @@ def arguments() -> dict[str, tuple[Operation, tuple]]:
 @pytest.mark.parametrize("name", sorted(arguments()))
 def test_a_graph_can_hold_it(name: str) -> None:
     operation, args = arguments()[name]
-    torch.library.opcheck(operation.op.default, args)
+    torch.library.opcheck(operation.op.default, tuple(operation.flat.flatten(*args)))
 
 
 @pytest.mark.parametrize("name", sorted(arguments()))
@@ -82,6 +90,8 @@ def test_a_compiled_call_is_the_eager_one(name: str) -> None:
 def flat(value: object) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
+    if isinstance(value, TensorGroup):
+        return list(value.tensors)
     if isinstance(value, list | tuple):
         return [each for part in value for each in flat(part)]
     return []

@@ -44,16 +44,16 @@ class Dispatch:
         finally:
             self._step = None
 
-    def route(self, stock: Any, place: int, logits: torch.Tensor, own: Any) -> Any:
+    def route(self, stock: Any, moe_index: int, logits: torch.Tensor, own: Any) -> Any:
         """Stands before `ExpertRouter.route`."""
-        weights, ids = stock(place, logits, own)
+        weights, ids = stock(moe_index, logits, own)
         call = self._runner.routed.router._call
         if self._step is not None and call is not None:
             for row, token in enumerate(call.tokens.tolist()):
-                self._keep(place, token, ids[row].tolist(), weights[row].tolist())
+                self._keep(moe_index, token, ids[row].tolist(), weights[row].tolist())
         return weights, ids
 
-    def _keep(self, place: int, token: int, ids: list[int], weights: list[float]) -> None:
+    def _keep(self, moe_index: int, token: int, ids: list[int], weights: list[float]) -> None:
         step = self._step
         requests = len(step.requests.ids)
         number = int(step.plan.shape.requests[token])
@@ -66,7 +66,7 @@ class Dispatch:
             # An unused slot repeats an expert with weight 0.
             chosen[expert] = chosen.get(expert, 0.0) + weight
         kept = self.strong if number < requests else self.weak
-        kept[state.extra.request_key][place, int(self._positions[token])] = chosen
+        kept[state.extra.request_key][moe_index, int(self._positions[token])] = chosen
 
 
 class Watcher(Protocol):

@@ -23,16 +23,18 @@ from support.references.routes import (
 )
 
 from sluice.kernels.dispatch import AUTO
-from sluice.kernels.ops.route_topk import UNUSED, route_topk
+from sluice.kernels.ops.route_topk import route_topk
 from sluice.kernels.ops.routing_args import (
     DROPPED,
     EXTRA,
     FORCED,
     PROTECTED,
+    UNUSED,
     PolicyTable,
-    RouteCounts,
     RouteRows,
     RouterSpec,
+    Selection,
+    SelectionCounts,
     Shared,
 )
 
@@ -156,69 +158,66 @@ class Routing:
         top_k = self.spec.top_k
         put_back = any(asked.protected for asked in self.asked)
         width = max(asked.top_k or top_k for asked in self.asked) + put_back * top_k
-        places = list(range(1, rows + 1))
-        pulled = [row for row, pull in enumerate(self.pulls) if pull is not None]
-        pulls = [own for own in self.pulls if own is not None]
-        histogram = torch.zeros((3, experts + EXTRA), dtype=torch.int64)
-        ran = torch.zeros((rows + 2, 3), dtype=torch.int64)
-        owners = list(range(1, rows + 1))
-        place = torch.full((rows,), -1, dtype=torch.int32)
-        place[pulled] = torch.arange(len(pulled), dtype=torch.int32)
-        policies = [0 if row in self.left else p for row, p in enumerate(places)]
+        remixed = [row for row, pull in enumerate(self.pulls) if pull is not None]
+        pulls = [pull for pull in self.pulls if pull is not None]
+        remix_index = torch.full((rows,), -1, dtype=torch.int32)
+        remix_index[remixed] = torch.arange(len(remixed), dtype=torch.int32)
+        policies = [0 if row in self.left else row + 1 for row in range(rows)]
         sets = [-1 if self.shared is None or row in self.left else 1 for row in range(rows)]
-        within = torch.zeros((2, experts), dtype=torch.bool)
-        within[1, sorted(self.shared or ())] = True
-        groups = [
-            self._own() if self.left else [],
-            RouteRows(
-                torch.tensor(policies, dtype=torch.int32),
-                torch.tensor(owners),
-                place if pulled else place[:0],
-                torch.tensor([] if self.shared is None else sets, dtype=torch.int32),
-            ),
-            Shared(
-                torch.tensor([pull.reference for pull in pulls]).view(-1, experts),
-                torch.tensor([pull.alpha for pull in pulls]),
-                torch.tensor([pull.top for pull in pulls], dtype=torch.int32),
-                within,
-            ),
-            policy_table(self.asked, self.ranks, self.spec, experts),
-            RouteCounts(histogram, ran),
-        ]
-        there = [type(g)(*(t.to(device) for t in g)) if g else [] for g in groups[1:]]
-        groups = [[tensor.to(device) for tensor in groups[0]], *there]
+        members = torch.zeros((2, experts), dtype=torch.bool)
+        members[1, sorted(self.shared or ())] = True
+        asked = RouteRows(
+            policy_index=torch.tensor(policies, dtype=torch.int32),
+            token_index=torch.arange(1, rows + 1),
+            remix_index=remix_index if remixed else remix_index[:0],
+            set_index=torch.tensor([] if self.shared is None else sets, dtype=torch.int32),
+        )
+        shared = Shared(
+            references=torch.tensor([pull.reference for pull in pulls]).view(-1, experts),
+            alpha=torch.tensor([pull.alpha for pull in pulls]),
+            top=torch.tensor([pull.top for pull in pulls], dtype=torch.int32),
+            members=members,
+        )
+        stock = self._stock() if self.left else Selection.nothing(torch.device("cpu"))
+        counts = SelectionCounts(
+            histogram=torch.zeros((3, experts + EXTRA), dtype=torch.int64, device=device),
+            by_token=torch.zeros((rows + 2, 3), dtype=torch.int64, device=device),
+        )
         # Freed at once: what comes next is likely to get the same memory.
         torch.full((rows, width + more), POISON, device=device)
         weights, ids = route_topk.implementation(device, choice)(
             self.logits.to(device),
-            *groups,
-            self.spec.corrections.to(device),
+            asked.to(device),
+            shared.to(device),
+            policy_table(self.asked, self.ranks, self.spec, experts).to(device),
+            self.spec.to(device),
+            stock.to(device),
+            counts,
             1,
-            *self.spec.numbers,
             width + more,
             repeat,
         )
-        histogram, ran = (tensor.cpu() for tensor in groups[-1])
+        histogram, by_token = (tensor.cpu() for tensor in counts.tensors)
         assert not histogram[0].any()
         assert not histogram[2].any()
-        assert not ran[0].any()
-        assert not ran[-1].any()
-        assert ran[1:-1, 2].tolist() == [1] * rows
-        active, taken = ran[1:-1, 0].tolist(), ran[1:-1, 1].tolist()
+        assert not by_token[0].any()
+        assert not by_token[-1].any()
+        assert by_token[1:-1, 2].tolist() == [1] * rows
+        active, taken = by_token[1:-1, 0].tolist(), by_token[1:-1, 1].tolist()
         assert histogram[1, -2:].tolist() == [rows, sum(taken)]
         return Selected(weights.cpu(), ids.cpu(), active, taken, histogram[1])
 
-    def _own(self) -> list[torch.Tensor]:
-        """Something of the router's own that nothing else would come to."""
+    def _stock(self) -> Selection:
+        """A selection of the router's own that no other rule would come to."""
         rows = len(self.logits)
         ids = [sorted(usual, reverse=True) for usual in self.stock()]
         weights = torch.arange(1.0, rows + 1).unsqueeze(1).expand(rows, self.spec.top_k)
-        return [weights.contiguous(), torch.tensor(ids, dtype=torch.int32)]
+        return Selection(weights.contiguous(), torch.tensor(ids, dtype=torch.int32))
 
 
 def reference_router(spec: RouterSpec) -> Router:
     """A spec in the reference's words."""
-    correction = None if spec.correction is None else tuple(spec.correction.tolist())
+    correction = tuple(spec.correction.tolist()) or None
     return Router(
         spec.top_k,
         spec.sigmoid,
@@ -294,7 +293,7 @@ def some_router(rng: random.Random) -> tuple[RouterSpec, int]:
         topk_group=topk_group,
         correction=torch.empty(experts).normal_(0.0, 0.1, generator=_seeded(rng))
         if corrected
-        else None,
+        else torch.empty(0),
     )
     return spec, experts
 

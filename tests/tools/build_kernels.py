@@ -15,12 +15,13 @@ from triton.compiler import ASTSource
 from sluice.kernels.triton import (
     batch_budget,
     contrast_logits,
+    exit_decision,
     kv_fill,
     layer_stats,
     route_topk,
+    router_scores,
     row_compact,
 )
-from sluice.kernels.triton import exit_decision as exit_decision
 
 ARCHITECTURES = (80, 90)
 
@@ -47,8 +48,8 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> None
 ROUTING = {
     "logits": "*bf16",
     "row_stride": "i64",
-    "policies": "*i32",
-    "pulls": "*i32",
+    "policy_index": "*i32",
+    "remix_index": "*i32",
     "references": "*fp32",
     "alphas": "*fp32",
     "tops": "*i32",
@@ -63,21 +64,21 @@ def build_routing(*, grouped: bool) -> None:
     """The routing kernels with everything that a step can ask."""
     grouping = {"GROUPS": 8, "TOPK_GROUP": 4} if grouped else {"GROUPS": 1, "TOPK_GROUP": 1}
     sizes = {"EXPERTS": 64, "R": 4, "E": 64}
-    common = {"SIGMOID": grouped, "HAS_PULLS": True, "CORRECTED": grouped, **grouping, **sizes}
+    common = {"SIGMOID": grouped, "HAS_REMIX": True, "CORRECTED": grouped, **grouping, **sizes}
     build(
         route_topk._route,
         {
             **ROUTING,
             "stock_weights": "*fp32",
             "stock_ids": "*i32",
-            "owners": "*i64",
-            "sets": "*i32",
-            "within": "*i1",
+            "token_index": "*i64",
+            "set_index": "*i32",
+            "members": "*i1",
             "limits": "*i32",
             "cuts": "*fp32",
             "forced_weights": "*fp32",
             "histogram": "*i64",
-            "ran": "*i64",
+            "by_token": "*i64",
             "weights_out": "*fp32",
             "ids_out": "*i32",
             "scale": "fp32",
@@ -97,7 +98,7 @@ def build_routing(*, grouped: bool) -> None:
         },
     )
     build(
-        route_topk._score,
+        router_scores._score,
         {**ROUTING, "scores_out": "*fp32", "choice_out": "*fp32"},
         {**common, "column_stride": 1},
     )

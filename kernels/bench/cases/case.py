@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from sluice.kernels.bench.agreement import Agreement, Outputs, tensors, within
 from sluice.kernels.dispatch import Operation
+from sluice.kernels.ops.routing_args import TensorGroup
 
 Call = Callable[[], Any]
 
@@ -57,7 +58,7 @@ class Case:
         args: of a call.
         moved: bytes by definition: each input read once, each output written once.
         setting: which of the operation's uses this is, or nothing.
-        mutated: places of arguments that it writes to.
+        mutated: indices of the arguments that it writes to.
         agreement: how results are compared.
         counterparts: what it is compared with beside the reference; may be none.
     """
@@ -79,24 +80,19 @@ class Case:
     def bound(self, function: Callable[..., Any]) -> Bound:
         """An implementation with its own copy of what it writes to."""
         args = [
-            _copied(arg) if place in self.mutated else arg for place, arg in enumerate(self.args)
+            _copied(arg) if index in self.mutated else arg for index, arg in enumerate(self.args)
         ]
-        written = [tensor for place in self.mutated for tensor in tensors(args[place])]
+        written = [tensor for index in self.mutated for tensor in tensors(args[index])]
         return Bound(lambda: function(*args), tuple(written))
 
 
-def nbytes(*parts: torch.Tensor | Iterable[torch.Tensor]) -> int:
+def nbytes(*parts: torch.Tensor | TensorGroup | Sequence[torch.Tensor]) -> int:
     """Bytes of tensors, or of groups of them."""
-    total = 0
-    for part in parts:
-        for tensor in (part,) if isinstance(part, torch.Tensor) else part:
-            total += tensor.numel() * tensor.itemsize
-    return total
+    return sum(tensor.numel() * tensor.itemsize for part in parts for tensor in tensors(part))
 
 
-def _copied(arg: torch.Tensor | Sequence[torch.Tensor]) -> Any:
+def _copied(arg: torch.Tensor | TensorGroup) -> Any:
     if isinstance(arg, torch.Tensor):
         return arg.clone()
-    kind: Any = type(arg)
-    copies = [tensor.clone() for tensor in arg]
-    return copies if kind is list else kind(*copies)
+    group: Any = type(arg)
+    return group(*(tensor.clone() for tensor in arg.tensors))

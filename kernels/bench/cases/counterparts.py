@@ -39,11 +39,11 @@ def stock_routes(
         weights, ids = logits.softmax(-1).topk(top_k, dim=-1)
         return weights / weights.sum(-1, keepdim=True), ids.int()
 
-    found = [Counterpart("PyTorch", plain, routes(selection))]
+    counterparts = [Counterpart("PyTorch", plain, routes(selection))]
     call = _vllm_cpu(logits, top_k) if logits.device.type == "cpu" else _vllm_cuda(logits, top_k)
     if call is not None:
-        found.append(Counterpart("vLLM", call, routes(selection)))
-    return tuple(found)
+        counterparts.append(Counterpart("vLLM", call, routes(selection)))
+    return tuple(counterparts)
 
 
 def stock_fill(

@@ -35,8 +35,8 @@ def layer_stats_cases(shapes: Shapes, rows: int) -> tuple[Case, ...]:
         cosine = cosine_similarity(after, base, dim=-1)
         return length, length - base.norm(dim=-1), cosine
 
-    def agreement(found: Outputs, expected: Outputs) -> None:
-        for name, part, column in zip(("norm", "change", "cosine"), found, _COLUMNS, strict=True):
+    def agreement(result: Outputs, expected: Outputs) -> None:
+        for name, part, column in zip(("norm", "change", "cosine"), result, _COLUMNS, strict=True):
             assert_same(name, part, expected[0][:, column], _STATISTICS)
 
     return (
@@ -55,7 +55,7 @@ def row_compact_cases(shapes: Shapes, rows: int) -> tuple[Case, ...]:
     """Every other row of twice as many; the reference is PyTorch's own `index_select`."""
     delta, residual, index = _pair(shapes, rows)
     # Half of the pair is read, and as much is written.
-    moved = nbytes(index) + nbytes(delta, residual)  # Half is read, as much is written.
+    moved = nbytes(index) + nbytes(delta, residual)
     return (Case(row_compact, rows, (delta, residual, index), moved, agreement=within(0.0, 0.0)),)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -25,9 +24,10 @@ from sluice.kernels.ops.routing_args import (
     TOP_P,
     K,
     PolicyTable,
-    RouteCounts,
     RouteRows,
     RouterSpec,
+    Selection,
+    SelectionCounts,
     Shared,
 )
 
@@ -51,7 +51,7 @@ class _Rows:
     @property
     def spec(self) -> RouterSpec:
         """The model's own router."""
-        return RouterSpec(self.shapes.top_k)
+        return RouterSpec(self.shapes.top_k).to(self.shapes.device)
 
     @cached_property
     def generator(self) -> torch.Generator:
@@ -70,11 +70,11 @@ class _Rows:
     @cached_property
     def asked(self) -> RouteRows:
         """Nothing: all rows have the router's own policy."""
-        none = self._places([])
-        return RouteRows(self._places([0] * self.rows), self.owners, none, none)
+        none = self._index([])
+        return RouteRows(self._index([0] * self.rows), self.token_index, none, none)
 
     @cached_property
-    def owners(self) -> torch.Tensor:
+    def token_index(self) -> torch.Tensor:
         """Each row is its token's."""
         return torch.arange(self.rows, device=self.shapes.device)
 
@@ -89,7 +89,7 @@ class _Rows:
         return self._table(1)
 
     @cached_property
-    def counts(self) -> RouteCounts:
+    def counts(self) -> SelectionCounts:
         """A histogram; nothing is counted by token."""
         return self._counts(0)
 
@@ -104,22 +104,20 @@ class _Rows:
         return router_scores.reference(*self.score_args)
 
     @property
-    def score_args(
-        self,
-    ) -> tuple[torch.Tensor, RouteRows, Shared, PolicyTable, torch.Tensor, bool, int, int]:
+    def score_args(self) -> tuple[torch.Tensor, RouteRows, Shared, PolicyTable, RouterSpec]:
         """Arguments of `router_scores`."""
-        groups = (self.logits, self.asked, self.shared, self.table)
-        return (*groups, self._blank(0), False, 1, 1)
+        return self.logits, self.asked, self.shared, self.table, self.spec
 
     def route(self, setting: str) -> Case:
         """A case of `route_topk`."""
         counts = self.counts
-        groups: tuple[Any, ...] = ([], self.asked, self.shared, self.table, counts)
+        stock = Selection.nothing(self.shapes.device)
         repeat = self.shapes.device.type == "cpu"
-        args = (self.logits, *groups, self._blank(0), 0, *self.spec.numbers, self.width, repeat)
-        # Owners and tokens only matter where tokens are counted.
-        asked = self.asked if counts.ran.numel() else (self.asked.policies, *self.asked[2:])
-        read = nbytes(self.logits, asked, self.shared, self.table, counts)
+        args = (*self.score_args, stock, counts, 0, self.width, repeat)
+        read = nbytes(self.logits, self.asked, self.shared, self.table, counts)
+        if not counts.by_token.numel():
+            # Tokens only matter where they are counted.
+            read -= nbytes(self.asked.token_index)
         written = nbytes(counts) + self.rows * self.width * 8
         return Case(
             route_topk,
@@ -127,27 +125,27 @@ class _Rows:
             args,
             read + written,
             setting,
-            mutated=(5,),
+            mutated=(6,),
             agreement=routes(self.selection),
         )
 
-    def _counts(self, tokens: int) -> RouteCounts:
+    def _counts(self, tokens: int) -> SelectionCounts:
         histogram = self._blank(1, self.shapes.experts + EXTRA).long()
-        return RouteCounts(histogram, self._blank(tokens, 3).long())
+        return SelectionCounts(histogram, self._blank(tokens, 3).long())
 
     def _table(self, policies: int) -> PolicyTable:
         experts = self.shapes.experts
         cuts = self._blank(policies, 2)
         cuts[:, TOP_P] = math.inf
         bias, marks = self._blank(policies, experts), self._blank(policies, experts).to(torch.uint8)
-        limits = self._places([self.shapes.top_k, -1, 0]).repeat(policies, 1)
+        limits = self._index([self.shapes.top_k, -1, 0]).repeat(policies, 1)
         return PolicyTable(limits, cuts, bias, marks, torch.full_like(bias, math.nan))
 
     def _blank(self, *size: int) -> torch.Tensor:
         return torch.zeros(size, device=self.shapes.device)
 
-    def _places(self, places: list[int]) -> torch.Tensor:
-        return torch.tensor(places, dtype=torch.int32, device=self.shapes.device)
+    def _index(self, index: list[int]) -> torch.Tensor:
+        return torch.tensor(index, dtype=torch.int32, device=self.shapes.device)
 
     def _drawn(self, *size: int) -> torch.Tensor:
         return torch.rand(size, generator=self.generator, device=self.shapes.device)
@@ -168,8 +166,8 @@ class _Controlled(_Rows):
     def asked(self) -> RouteRows:
         """Policies in turn."""
         policies = [1 + row % POLICIES for row in range(self.rows)]
-        none = self._places([])
-        return RouteRows(self._places(policies), self.owners, none, none)
+        none = self._index([])
+        return RouteRows(self._index(policies), self.token_index, none, none)
 
     @cached_property
     def table(self) -> PolicyTable:
@@ -190,7 +188,7 @@ class _Controlled(_Rows):
         return table
 
     @cached_property
-    def counts(self) -> RouteCounts:
+    def counts(self) -> SelectionCounts:
         """Counted by token as well."""
         return self._counts(self.rows)
 
@@ -202,9 +200,10 @@ class _Everything(_Controlled):
     def asked(self) -> RouteRows:
         """Rows with a policy that cuts nothing are re-mixed."""
         rows = range(self.rows)
-        return super().asked._replace(
-            pulls=self._places([-1 if row % 2 else row % POLICIES for row in rows]),
-            sets=self._places([row // 2 % 2 for row in rows]),
+        return replace(
+            super().asked,
+            remix_index=self._index([-1 if row % 2 else row % POLICIES for row in rows]),
+            set_index=self._index([row // 2 % 2 for row in rows]),
         )
 
     @cached_property
@@ -212,9 +211,9 @@ class _Everything(_Controlled):
         """A reference for each policy, and half of the experts in each set."""
         experts = self.shapes.experts
         alpha = self._blank(POLICIES) + 0.5
-        within = self._drawn(2, experts) < 0.5
-        top = self._places([20] * POLICIES)
-        return Shared(self._drawn(POLICIES, experts), alpha, top, within)
+        members = self._drawn(2, experts) < 0.5
+        top = self._index([20] * POLICIES)
+        return Shared(self._drawn(POLICIES, experts), alpha, top, members)
 
 
 def route_topk_cases(shapes: Shapes, rows: int) -> tuple[Case, ...]:
@@ -233,7 +232,7 @@ def router_scores_cases(shapes: Shapes, rows: int) -> tuple[Case, ...]:
     routed = _Controlled(shapes, rows)
     # Of the policies' controls it reads biases and marks.
     table = (routed.table.bias, routed.table.marks)
-    read = nbytes(routed.logits, routed.asked.policies, table)
+    read = nbytes(routed.logits, routed.asked.policy_index, table)
     return (Case(router_scores, rows, routed.score_args, read + nbytes(routed.scores)),)
 
 
@@ -261,8 +260,8 @@ def count_selections_cases(shapes: Shapes, rows: int) -> tuple[Case, ...]:
         Case(
             count_selections,
             rows,
-            (ids, routed.owners, counts, 0),
-            nbytes(ids, routed.owners) + 2 * nbytes(counts),
+            (ids, routed.token_index, counts, 0),
+            nbytes(ids, routed.token_index) + 2 * nbytes(counts),
             mutated=(2,),
         ),
     )

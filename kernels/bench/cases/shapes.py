@@ -42,7 +42,7 @@ class Shapes:
     head_size: int = 128
 
     @classmethod
-    def of(cls, kind: str) -> Shapes:
+    def for_device(cls, kind: str) -> Shapes:
         """Sizes for a device type, `cpu` or `cuda`."""
         device = torch.device(kind)
         if device.type == "cpu":

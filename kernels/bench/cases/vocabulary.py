@@ -34,21 +34,21 @@ def exit_test_cases(shapes: Shapes, rows: int) -> tuple[Case, ...]:
         best = logits.float().softmax(-1).topk(2, dim=-1).values
         return best, best[:, 0] - best[:, 1] >= sure
 
-    def confident_alike(found: Outputs, expected: Outputs) -> None:
+    def confident_alike(result: Outputs, expected: Outputs) -> None:
         stats, leaves = expected
         best = (stats[:, [FIRST, SECOND]] - stats[:, LOG_SUM : LOG_SUM + 1]).exp()
-        assert_same("probabilities", found[0], best)
-        assert_same("leaves", found[1], leaves)
+        assert_same("probabilities", result[0], best)
+        assert_same("leaves", result[1], leaves)
 
     def spread() -> Outputs:
         shares = logits.float().log_softmax(-1)
         entropy = -(shares.exp() * shares).sum(-1)
         return entropy, entropy <= calm
 
-    def spread_alike(found: Outputs, expected: Outputs) -> None:
+    def spread_alike(result: Outputs, expected: Outputs) -> None:
         stats, leaves = expected
-        assert_same("entropy", found[0], stats[:, SPREAD], _ENTROPY_TOLERANCE)
-        assert_same("leaves", found[1], leaves)
+        assert_same("entropy", result[0], stats[:, SPREAD], _ENTROPY_TOLERANCE)
+        assert_same("leaves", result[1], leaves)
 
     settings = (
         (

@@ -44,9 +44,7 @@ class MoeLayer:
     def ranked(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Scores and ids of the `count` experts that are selected first, (tokens, count)."""
         scores = self.scores(logits)
-        correction = self.spec.corrections.to(scores.device)
-        choice = selection_scores(scores, correction, self.spec.groups, self.spec.topk_group)
-        ids = best(choice, count)[1]
+        ids = best(selection_scores(scores, self.spec.to(scores.device)), count)[1]
         return scores.gather(1, ids), ids
 
     def weights(self, scores: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from sluice.kernels.dispatch import TRITON
 from sluice.kernels.ops.row_compact import row_compact
 
 CPU = torch.device("cpu")
-TINY = replace(Shapes.of("cpu"), vocabulary=61, hidden=24, head_size=8)
+TINY = replace(Shapes.for_device("cpu"), vocabulary=61, hidden=24, head_size=8)
 BY_NAME = {entry.name: entry for entry in OPERATIONS}
 
 
@@ -120,7 +120,7 @@ def test_what_is_written_to_belongs_to_each_implementation() -> None:
     (case,) = BY_NAME["count_selections"].cases(TINY, 5)
     result = measure(case, CpuClock(), 5, CPU, lambda *args: None)
     assert "differ" in result.wrong[OURS]
-    assert not any(bool(counts.any()) for counts in case.args[2])
+    assert not any(bool(counts.any()) for counts in case.args[2].tensors)
 
 
 def test_infinities_are_equal_and_nan_is_not() -> None:

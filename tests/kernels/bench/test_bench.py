@@ -21,7 +21,7 @@ from sluice.kernels.bench.measure import OURS, REFERENCE, Result
 from sluice.kernels.bench.report import cells, record
 from sluice.kernels.dispatch import Operation
 
-TINY = replace(Shapes.of("cpu"), rows=(1, 5), vocabulary=61, hidden=24, head_size=8)
+TINY = replace(Shapes.for_device("cpu"), rows=(1, 5), vocabulary=61, hidden=24, head_size=8)
 BY_NAME = {entry.name: entry for entry in OPERATIONS}
 
 
@@ -171,7 +171,7 @@ def test_short_calls_are_timed_in_a_row() -> None:
 
 
 def test_sizes_that_are_left_out_are_named() -> None:
-    shapes = replace(Shapes.of("cpu"), rows=(1, 8, 32), most_bytes=2**20, vocabulary=20_000)
+    shapes = replace(Shapes.for_device("cpu"), rows=(1, 8, 32), most_bytes=2**20, vocabulary=20_000)
     assert shapes.sweep(20_000, None) == (1, 8)
     assert shapes.sweep(20_000, 7) == (1,)
     assert shapes.left_out(20_000, None) == (32,)

@@ -7,12 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+CONSTANTS = """
+MORE = {more}
+"""
 CALLED = """
+from constants import MORE
 from sluice.kernels.cpu.jit import compiled
 
 @compiled
 def called(x):
-    return x + {more}
+    return x + MORE + {more}
 """
 CALLER = """
 from called import called
@@ -26,20 +32,34 @@ print(caller(1), sum(caller.stats.cache_hits.values()))
 """
 
 
-def test_kept_code_goes_with_any_module_beside_it(tmp_path: Path) -> None:
-    (tmp_path / "caller.py").write_text(CALLER)
+@pytest.mark.parametrize("changed", ["cpu/called.py", "ops/constants.py"])
+def test_kept_code_goes_with_the_modules_beside_it_and_their_constants(
+    tmp_path: Path, changed: str
+) -> None:
+    sources = {"cpu/called.py": CALLED, "ops/constants.py": CONSTANTS}
+    for name, source in {**sources, "cpu/caller.py": CALLER}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source.format(more=1))
 
     def run(more: int) -> list[str]:
-        source = CALLED.format(more=more)
-        if not (tmp_path / "called.py").exists() or (tmp_path / "called.py").read_text() != source:
-            (tmp_path / "called.py").write_text(source)
-        command = [sys.executable, "caller.py"]
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        source = sources[changed].format(more=more)
+        if (tmp_path / changed).read_text() != source:
+            (tmp_path / changed).write_text(source)
+        environment = {
+            **os.environ,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": str(tmp_path / "ops"),
+        }
         answer = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "caller.py"],
+            cwd=tmp_path / "cpu",
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return answer.stdout.split()
 
-    assert run(1) == ["2", "0"]
-    assert run(1) == ["2", "1"]
-    assert run(20) == ["21", "0"]
+    assert run(1) == ["3", "0"]
+    assert run(1) == ["3", "1"]
+    assert run(20) == ["22", "0"]

@@ -14,7 +14,14 @@ from support.routings import policy_table
 from sluice.kernels.dispatch import AUTO, CHOICES, REFERENCE, TRITON
 from sluice.kernels.ops.route_topk import route_topk
 from sluice.kernels.ops.router_scores import router_scores
-from sluice.kernels.ops.routing_args import EXTRA, RouteCounts, RouteRows, RouterSpec, Shared
+from sluice.kernels.ops.routing_args import (
+    EXTRA,
+    RouteRows,
+    RouterSpec,
+    Selection,
+    SelectionCounts,
+    Shared,
+)
 
 OUT = -math.inf
 NOBODY = torch.zeros((0, 3), dtype=torch.int64)
@@ -53,7 +60,8 @@ def scored(choice: str, logits: torch.Tensor, sigmoid: bool) -> torch.Tensor:
     table = policy_table([Asked()], (), RouterSpec(1), experts)
     shared = Shared.nothing(experts, torch.device("cpu"))
     run = router_scores.implementation("cpu", choice)
-    scores, selection = run(logits, asked, shared, table, torch.empty(0), sigmoid, 1, 1)
+    spec = RouterSpec(1, "sigmoid" if sigmoid else "softmax")
+    scores, selection = run(logits, asked, shared, table, spec)
     assert scores.shape == logits.shape
     assert scores.dtype == torch.float32
     torch.testing.assert_close(selection, scores, rtol=0.0, atol=0.0, equal_nan=True)
@@ -169,13 +177,15 @@ def route(choice: str, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     rows, experts = logits.shape
     spec = RouterSpec(4)
     none = torch.empty(0, dtype=torch.int32)
-    places = torch.arange(1, rows + 1, dtype=torch.int32)
-    counts = RouteCounts(torch.zeros((1, experts + EXTRA), dtype=torch.int64), NOBODY)
+    policies = torch.arange(1, rows + 1, dtype=torch.int32)
+    counts = SelectionCounts(torch.zeros((1, experts + EXTRA), dtype=torch.int64), NOBODY)
+    device = torch.device("cpu")
     groups = (
-        RouteRows(places, torch.arange(rows), none, none),
-        Shared.nothing(experts, torch.device("cpu")),
+        RouteRows(policies, torch.arange(rows), none, none),
+        Shared.nothing(experts, device),
         policy_table([Asked(top_k=4)] * rows, (), spec, experts),
+        spec,
+        Selection.nothing(device),
         counts,
     )
-    run = route_topk.implementation("cpu", choice)
-    return run(logits, [], *groups, torch.empty(0), 0, *spec.numbers, 4, True)
+    return route_topk.implementation("cpu", choice)(logits, *groups, 0, 4, True)

@@ -219,7 +219,7 @@ def test_what_aborted_requests_held_is_free_again(roomy: Engine) -> None:
     roomy.generate([prompts[0]], [None], 2)
     experts = roomy.runner.routed.batch.experts
     assert not experts._requests
-    assert not any(experts._table._users[1:])
+    assert not any(experts._table._row_ids._users[1:])
 
 
 def test_neighbours_in_one_step_do_not_share_what_they_may_not(roomy: Engine) -> None:

@@ -15,6 +15,7 @@ from sluice.kernels.cpu import batch_budget as cpu_budget
 from sluice.kernels.cpu import exit_decision as cpu_exit
 from sluice.kernels.cpu import layer_stats as cpu_stats
 from sluice.kernels.cpu import route_topk as cpu_routing
+from sluice.kernels.cpu import router_scores as cpu_scores
 from sluice.kernels.dispatch import AUTO, REFERENCE, TRITON, VARIABLE, KernelChoiceError
 from sluice.models.policy.policy import ExitRule, RoutingPolicy, SkipSet
 
@@ -38,7 +39,8 @@ def running(request: pytest.FixtureRequest, models_folder: Path) -> Iterator[Eng
 def compiled() -> dict[str, int]:
     """Machine code there is, by function."""
     parts = (
-        (cpu_routing, ("_route", "_scores", "_count")),
+        (cpu_routing, ("_route", "_count")),
+        (cpu_scores, ("_scores",)),
         (cpu_budget, ("_share",)),
         (cpu_exit, ("_decide",)),
         (cpu_stats, ("_compare",)),

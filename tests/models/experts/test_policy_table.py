@@ -34,26 +34,31 @@ POLICIES = (
 
 def assert_controls(table: ExpertTable, held: list[tuple[int, ExpertPolicy, bool]]) -> None:
     """Rows give the controls of the policies that hold them, side by side and alone."""
-    stock = LayerControls.of(ExpertPolicy(), SHAPE, ())
-    wanted = [stock, *(LayerControls.of(p, SHAPE, SUPERS, weak=weak) for _, p, weak in held)]
+    stock = LayerControls.from_policy(ExpertPolicy(), SHAPE, ())
+    wanted = [
+        stock,
+        *(LayerControls.from_policy(p, SHAPE, SUPERS, weak=weak) for _, p, weak in held),
+    ]
     rows = np.array([STOCK_ROW, *(row for row, _, _ in held)], dtype=np.int64)
     widths = table.widths(rows)
-    for place in range(len(SHAPE.layers)):
-        layer = table.layer(place)
+    for moe_index in range(len(SHAPE.layers)):
+        layer = table.layer(moe_index)
         for row, own in zip(rows.tolist(), wanted, strict=True):
-            says = own.bias[place].any() or own.dropped[place].any()
-            says |= own.forced[place].any() or own.protected[place].any()
-            assert layer.limits[row].tolist() == [own.k[place], own.weak_rank, says]
-            assert layer.cuts[row].tolist() == [own.ratio[place], own.top_p[place]]
-            assert layer.bias[row].tolist() == own.bias[place].tolist()
+            says = own.bias[moe_index].any() or own.dropped[moe_index].any()
+            says |= own.forced[moe_index].any() or own.protected[moe_index].any()
+            assert layer.limits[row].tolist() == [own.k[moe_index], own.weak_rank, says]
+            assert layer.cuts[row].tolist() == [own.ratio[moe_index], own.top_p[moe_index]]
+            assert layer.bias[row].tolist() == own.bias[moe_index].tolist()
             for bit, name in ((DROPPED, "dropped"), (FORCED, "forced"), (PROTECTED, "protected")):
                 found = (layer.marks[row] & bit) != 0
-                assert found.tolist() == getattr(own, name)[place].tolist(), name
+                assert found.tolist() == getattr(own, name)[moe_index].tolist(), name
             weights = layer.forced_weight[row].numpy()
-            np.testing.assert_array_equal(weights, own.forced_weight[place])
-            assert table.active[row, place] == own.active[place]
-            assert widths[place] >= own.k[place] + own.protected[place].any() * SHAPE.top_k
-        assert all(part.is_contiguous() for part in layer)
+            np.testing.assert_array_equal(weights, own.forced_weight[moe_index])
+            assert table.active[row, moe_index] == own.active[moe_index]
+            assert (
+                widths[moe_index] >= own.k[moe_index] + own.protected[moe_index].any() * SHAPE.top_k
+            )
+        assert all(part.is_contiguous() for part in layer.tensors)
     used = max(int(own.k.max()) for own in wanted)
     assert max(widths) <= used + SHAPE.top_k
 

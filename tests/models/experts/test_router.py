@@ -92,9 +92,9 @@ class Model:
     specs: tuple[RouterSpec, ...]
     super_experts: tuple[ExpertId, ...]
 
-    def router(self, place: int) -> Router:
+    def router(self, moe_index: int) -> Router:
         """A layer's, in the reference's words."""
-        return reference_router(self.specs[place])
+        return reference_router(self.specs[moe_index])
 
 
 def drawn_model(rng: random.Random) -> Model:
@@ -202,10 +202,10 @@ class Step:
 
 
 def expected(
-    model: Model, place: int, rows: list[Row], scores: torch.Tensor
+    model: Model, moe_index: int, rows: list[Row], scores: torch.Tensor
 ) -> tuple[list[Route], set[int]]:
     """What the reference makes of rows, and which of them a near tie leaves open."""
-    layer, router = model.shape.layers[place], model.router(place)
+    layer, router = model.shape.layers[moe_index], model.router(moe_index)
     prepared = []
     for row, raw in zip(rows, scores.tolist(), strict=True):
         mixed = raw
@@ -265,18 +265,18 @@ def test_steps_of_random_policies(seed: int) -> None:
     ran = np.zeros((len(step.rows), 3), dtype=np.int64)
     loaded, open_rows = 0, False
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
-    for place in range(len(shape.layers)):
+    for moe_index in range(len(shape.layers)):
         # Rows may leave a layer out.
         part = rng.choice([1.0, 0.6])
         tokens = np.flatnonzero([rng.random() < part for _ in step.rows])
         if not len(tokens):
             continue
         logits = torch.randn(len(tokens), shape.experts, generator=generator)
-        spec = model.specs[place]
+        spec = model.specs[moe_index]
         scores = plain_scores(logits, spec.sigmoid)
 
         def stock(scores: torch.Tensor = scores, spec: RouterSpec = spec) -> tuple:
-            choice = selection_scores(scores, spec.corrections, spec.groups, spec.topk_group)
+            choice = selection_scores(scores, spec)
             ids = choice.topk(spec.top_k, dim=-1).indices
             weights = scores.gather(1, ids)
             if spec.renormalize:
@@ -284,16 +284,16 @@ def test_steps_of_random_policies(seed: int) -> None:
             return weights * spec.scale, ids.to(torch.int32)
 
         router.enter(tokens)
-        weights, ids = router.route(place, logits, stock)
+        weights, ids = router.route(moe_index, logits, stock)
         rows = [step.rows[token] for token in tokens]
-        routes, unsure = expected(model, place, rows, scores)
+        routes, unsure = expected(model, moe_index, rows, scores)
         open_rows |= bool(unsure) or any(row.request.policy.budget for row in rows)
         seen: set[int] = set()
         for index, (row, wanted) in enumerate(zip(rows, routes, strict=True)):
             found: dict[int, float] = {}
             for expert, weight in zip(ids[index].tolist(), weights[index].tolist(), strict=True):
                 found[expert] = found.get(expert, 0.0) + weight
-            usual = stock_selection(scores[index].tolist(), model.router(place))
+            usual = stock_selection(scores[index].tolist(), model.router(moe_index))
             ran[tokens[index]] += (len(found), len(usual - found.keys()), 1)
             seen |= found.keys()
             if index not in unsure:
@@ -312,4 +312,4 @@ def test_steps_of_random_policies(seed: int) -> None:
     assert math.isfinite(float(ran.sum()))
     for index in range(len(step.requests)):
         live.remove(str(index))
-    assert not any(live._table._users[1:])
+    assert not any(live._table._row_ids._users[1:])

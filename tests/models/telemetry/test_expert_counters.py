@@ -57,9 +57,8 @@ class Seen:
 
     def route(self, stock: Any, place: int, logits: torch.Tensor, own: Any) -> Any:
         router = self._runner.routed.router
-        spec, _, correction = router._specs[place]
-        scores = plain_scores(logits, spec.sigmoid)
-        choice = selection_scores(scores, correction, spec.groups, spec.topk_group)
+        spec = router._specs[place]
+        choice = selection_scores(plain_scores(logits, spec.sigmoid), spec)
         usual = choice.topk(spec.top_k, dim=-1).indices
         weights, ids = stock(place, logits, own)
         rows = [set(row) for row in ids.tolist()]

@@ -87,7 +87,7 @@ def test_levels_are_the_best_there_are(
         for budget in (round(share * full) for share in (0.875, 0.75, 0.625, 0.5))
         if budget >= len(table)
     ]
-    shape = ExpertShape(tuple(table), 8, stock)
+    shape = ExpertShape(stock, layers=tuple(table), experts=8)
     for level in levels:
         chosen = [level.top_k[layer] for layer in table]
         assert sum(chosen) == level.budget
