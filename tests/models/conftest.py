@@ -22,12 +22,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A module's `SERVED` families as they are, and its `CHOSEN` under the other choices too."""
+    """A module's `SERVED` families as they are, and its `CHOSEN` under the other choices too.
+
+    With `INTERPRETED_FAMILIES` only those of them run with Triton's interpreter.
+    """
     chosen = getattr(metafunc.module, "CHOSEN", None)
     if chosen is None or "served" not in metafunc.fixturenames:
         return
     settings = [(family, AUTO) for family in metafunc.module.SERVED]
-    settings += [(family, choice) for choice in (REFERENCE, TRITON) for family in chosen]
+    interpreted = getattr(metafunc.module, "INTERPRETED_FAMILIES", chosen)
+    settings += [(family, REFERENCE) for family in chosen]
+    settings += [(family, TRITON) for family in interpreted]
     metafunc.parametrize(("family", "kernels"), settings, indirect=["kernels"], scope="module")
 
 

@@ -66,6 +66,8 @@ class Served:
 SERVED = FAMILIES
 CHOSEN = ("olmoe", "deepseek_v3")
 """Softmax, and groups with sigmoid and correction."""
+INTERPRETED_FAMILIES = ("deepseek_v3",)
+"""Softmax with Triton is in `test_kernel_choices.py`, with the same controls."""
 
 
 class Known(ExpertReference):
