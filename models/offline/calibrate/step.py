@@ -51,6 +51,8 @@ class Step(ABC):
         """Why the step has nothing to do with this model or these examples, or None."""
         if self.needs_experts and not calibration.model.family.moe:
             return f"{calibration.model.family.name} has no mixture-of-experts layers"
+        if self.needs_experts and not calibration.model.has_experts:
+            return "none of the model's layers has experts"
         if self.needs_several_experts and calibration.model.config.num_experts_per_tok == 1:
             return "the model runs one expert per token"
         return None

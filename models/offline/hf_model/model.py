@@ -111,6 +111,20 @@ class HFModel:
         layers: nn.ModuleList = self.causal_lm.model.layers
         return list(layers)
 
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether a layer has routed experts; weights are not loaded for it.
+
+        A family with experts may have models all of whose layers are dense.
+        """
+        if not self.family.moe:
+            return False
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            skeleton: Any = AutoModelForCausalLM.from_config(self.config)
+        return any(hasattr(block.mlp, "experts") for block in skeleton.model.layers)
+
     @property
     def layers(self) -> int:
         """Number of decoder layers."""

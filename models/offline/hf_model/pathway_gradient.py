@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sluice.models.offline.hf_model.moe import (
-    SoftmaxRouter,
+    MoeLayer,
     recorded_scores,
     rerouted,
     softmax_routers,
@@ -125,7 +125,7 @@ def optimise_pathway(
     )
 
 
-def critical_routers(model: Any, layers: Sequence[int]) -> dict[int, SoftmaxRouter]:
+def critical_routers(model: Any, layers: Sequence[int]) -> dict[int, MoeLayer]:
     """The routers of some layers, ascending.
 
     Raises:
@@ -150,7 +150,7 @@ def neighbour_batch(neighbours: Sequence[Neighbour], device: torch.device) -> Sa
 
 
 @torch.no_grad()
-def own_pathway(model: Any, prompt: Sequence[int], routers: dict[int, SoftmaxRouter]) -> Tensor:
+def own_pathway(model: Any, prompt: Sequence[int], routers: dict[int, MoeLayer]) -> Tensor:
     """A prompt's own pathway, (layers, experts), in fp32 or the model's better precision."""
     with recorded_scores(routers) as scores:
         model(input_ids=torch.tensor([list(prompt)], device=model.device), use_cache=False)
@@ -161,7 +161,7 @@ def neighbour_loss(
     model: Any,
     batch: SampleBatch,
     weights: Tensor,
-    routers: dict[int, SoftmaxRouter],
+    routers: dict[int, MoeLayer],
     pathway: Tensor,
 ) -> Tensor:
     """Mean cross-entropy of the neighbours' answers when their last prompt tokens take a pathway.
@@ -187,7 +187,7 @@ def neighbour_loss(
     return (means * shares).sum() / shares.sum()
 
 
-def pathway_taken(routers: dict[int, SoftmaxRouter], places: Tensor, pathway: Tensor) -> Any:
+def pathway_taken(routers: dict[int, MoeLayer], places: Tensor, pathway: Tensor) -> Any:
     """Context in which the tokens at `places` are routed by `pathway`, as a pass counts them.
 
     Args:
@@ -197,7 +197,7 @@ def pathway_taken(routers: dict[int, SoftmaxRouter], places: Tensor, pathway: Te
     """
     rows = dict(zip(routers, pathway, strict=True))
 
-    def route(router: SoftmaxRouter, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def route(router: MoeLayer, scores: Tensor) -> tuple[Tensor, Tensor]:
         own = rows[router.layer].to(scores.dtype).expand(len(places), -1)
         return router.choose(scores.index_copy(0, places, own))
 

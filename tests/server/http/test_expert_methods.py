@@ -15,7 +15,7 @@ from torch import Tensor
 from sluice.models.offline.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
 from sluice.models.offline.demo.studies.references import encoded
 from sluice.models.offline.demo.tasks.tasks import longer_items
-from sluice.models.offline.hf_model.moe import SoftmaxRouter, rerouted, softmax_routers
+from sluice.models.offline.hf_model.moe import MoeLayer, rerouted, softmax_routers
 from sluice.models.offline.hf_model.pathway_gradient import pathway_taken
 from sluice.models.policy.experts import Contrast, ExpertPolicy, Remix, RemixMethod, RemixScope
 from sluice.models.profile.profile import Profile
@@ -168,7 +168,7 @@ def test_contrasted_answers_are_those_of_transformers(
     policy = ExpertPolicy(contrast=Contrast(rank, beta, alpha))
     routers = softmax_routers(reference.model)
 
-    def only(_router: SoftmaxRouter, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def only(_router: MoeLayer, scores: Tensor) -> tuple[Tensor, Tensor]:
         ids = scores.argsort(dim=-1, descending=True)[:, rank : rank + 1]
         return torch.ones_like(ids, dtype=scores.dtype), ids
 

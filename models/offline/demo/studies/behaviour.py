@@ -19,7 +19,7 @@ from sluice.models.offline.demo.studies.references import encoded
 from sluice.models.offline.demo.tasks import facts
 from sluice.models.offline.demo.tasks.tasks import TASKS, Item, Split, distinct
 from sluice.models.offline.demo.training.model import Model
-from sluice.models.offline.hf_model.moe import SoftmaxRouter, recorded_scores, softmax_routers
+from sluice.models.offline.hf_model.moe import MoeLayer, recorded_scores, softmax_routers
 from sluice.models.offline.hf_model.samples import SampleBatch
 from sluice.models.policy.experts import ExpertId
 
@@ -114,7 +114,7 @@ def ranking(scores: Tensor, first_layer: int = 0) -> list[ExpertId]:
 def leading(
     ranked: Sequence[ExpertId],
     count: int,
-    routers: Mapping[int, SoftmaxRouter],
+    routers: Mapping[int, MoeLayer],
     mode: Mode,
 ) -> tuple[ExpertId, ...]:
     """The first `count` experts that can go together: no layer gives more than it may.
@@ -136,14 +136,14 @@ def leading(
 
 
 def drawn_experts(
-    count: int, routers: Mapping[int, SoftmaxRouter], mode: Mode, first_layer: int, seed: int
+    count: int, routers: Mapping[int, MoeLayer], mode: Mode, first_layer: int, seed: int
 ) -> tuple[ExpertId, ...]:
     """As many experts at random, of the same layers: the control."""
     everyone = [
         (layer, expert)
         for layer, router in routers.items()
         if layer >= first_layer
-        for expert in range(router.experts)
+        for expert in range(router.count)
     ]
     random.Random(seed).shuffle(everyone)
     return leading(everyone, count, routers, mode)

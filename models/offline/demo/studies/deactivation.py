@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sluice.models.offline.hf_model.moe import SoftmaxRouter, rerouted
+from sluice.models.offline.hf_model.moe import MoeLayer, rerouted
 from sluice.models.policy.experts import ExpertId
 
 Mode = Literal["mask", "drop"]
@@ -19,7 +19,7 @@ Mode = Literal["mask", "drop"]
 
 @contextmanager
 def deactivated(
-    routers: Mapping[int, SoftmaxRouter], experts: Collection[ExpertId], mode: Mode
+    routers: Mapping[int, MoeLayer], experts: Collection[ExpertId], mode: Mode
 ) -> Iterator[None]:
     """Take experts away from every token of the passes within.
 
@@ -32,7 +32,7 @@ def deactivated(
         ValueError: a layer cannot spare so many (`most_away`).
     """
     taken = {
-        layer: torch.zeros(routers[layer].experts, dtype=torch.bool) for layer, _ in sorted(experts)
+        layer: torch.zeros(routers[layer].count, dtype=torch.bool) for layer, _ in sorted(experts)
     }
     for layer, expert in experts:
         taken[layer][expert] = True
@@ -41,23 +41,21 @@ def deactivated(
         if int(mask.sum()) > most:
             raise ValueError(f"layer {layer}: {int(mask.sum())} experts away, {most} may be")
 
-    def route(router: SoftmaxRouter, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def route(router: MoeLayer, scores: Tensor) -> tuple[Tensor, Tensor]:
         out = taken[router.layer].to(scores.device)
         if mode == "mask":
             return router.choose(scores.masked_fill(out, 0.0))
-        weights, ids = scores.topk(router.top_k, dim=-1)
-        weights = weights.masked_fill(out[ids], 0.0)
-        if router.renormalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights, ids
+        chosen, ids = scores.topk(router.spec.top_k, dim=-1)
+        return router.weights(chosen.masked_fill(out[ids], 0.0)), ids
 
     with rerouted({layer: routers[layer] for layer in taken}, route):
         yield
 
 
-def most_away(router: SoftmaxRouter, mode: Mode) -> int:
+def most_away(router: MoeLayer, mode: Mode) -> int:
     """Experts that a layer can spare, as the server counts: a token keeps `top_k` to choose from.
 
     With `drop` it keeps one of the `top_k` that it chose.
     """
-    return router.experts - router.top_k if mode == "mask" else router.top_k - 1
+    top_k = router.spec.top_k
+    return router.count - top_k if mode == "mask" else top_k - 1

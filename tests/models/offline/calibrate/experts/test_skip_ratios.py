@@ -131,3 +131,13 @@ def test_a_dense_model_is_refused(models_folder: Path, tmp_path: Path) -> None:
     assert SkipRatios().refusal(calibration) == "llama has no mixture-of-experts layers"
     with pytest.raises(CalibrationError, match="llama has no mixture-of-experts layers"):
         run(calibration)
+
+
+def test_a_model_of_dense_layers_in_a_family_with_experts_is_refused(
+    models_folder: Path, tmp_path: Path
+) -> None:
+    """Before anything runs: a whole calibration leaves the step out."""
+    dense = [*range(LAYERS)]
+    folder = make_model("qwen3_moe", models_folder / "ratios-all-dense", mlp_only_layers=dense)
+    calibration = calibration_of(folder, [[1, 2]], tmp_path)
+    assert SkipRatios().refusal(calibration) == "none of the model's layers has experts"
