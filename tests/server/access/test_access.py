@@ -108,7 +108,7 @@ def test_every_field_of_routing_has_a_capability() -> None:
     assert set(access._NEEDED) == set(RoutingFields.model_fields)
 
 
-PATHS = [*ROUTED_PATHS, "/v1/responses", "/v1/messages", "/invocations", "/nowhere"]
+PATHS = [*sorted(ROUTED_PATHS), "/v1/responses", "/v1/messages", "/invocations", "/nowhere"]
 BODIES: dict[str, tuple[dict[str, Any], str]] = {
     "routing.experts": ({"routing": {"experts": FEW}}, "routing.experts"),
     "routing.depth": ({"routing": {"depth": SKIP}}, "routing.depth"),
