@@ -15,11 +15,15 @@ from typing import Any
 
 from sluice.models.depth.prefix_sharing import cache_salt
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
-from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.errors import RoutingError
-from sluice.models.routing.presets import CUSTOM_PRESET, MODEL_SEPARATOR, preset_policy
-from sluice.models.routing.resolve import merge_preset, resolve
+from sluice.models.routing.presets import (
+    CUSTOM_PRESET,
+    MODEL_SEPARATOR,
+    preset_policy,
+    request_policy,
+)
+from sluice.models.routing.resolve import merge_preset
 from sluice.models.routing.schema import PresetFields, RoutingFields, parse_routing
 from sluice.server.access.capability import Caller, Capability, check_access
 
@@ -87,7 +91,7 @@ class Admission:
                     param="model" if body.get("routing") is None else "routing",
                     reason="unsupported_endpoint",
                 )
-            policy = self._resolve(fields, merged, param)
+            policy = request_policy(fields, self.presets, self.capabilities, param)
             for field, name in _INCOMPATIBLE.items():
                 if body.get(field):
                     raise RoutingError(
@@ -119,20 +123,6 @@ class Admission:
     ) -> None:
         flag = self.capabilities.expert_routing
         check_access(fields, merged, param, caller, expert_routing=flag)
-
-    def _resolve(self, fields: RoutingFields, merged: RoutingFields, param: str) -> RoutingPolicy:
-        """The policy of merged fields. An error that the preset alone causes names the preset."""
-        try:
-            return resolve(merged, self.capabilities)
-        except RoutingError as error:
-            refusal = None if fields.preset is None else self.preset_refusal(fields.preset)
-            if refusal is None or refusal.message != error.message:
-                raise
-            raise RoutingError(
-                f"preset {fields.preset!r} is not available: {error.message}",
-                param=param,
-                reason=error.reason,
-            ) from None
 
     def _split_model(self, model: Any) -> tuple[Any, str | None]:
         """`<model>@<preset>` as (model, preset); any other id as it is."""

@@ -133,6 +133,38 @@ def preset_policy(
     )
 
 
+def request_policy(
+    fields: RoutingFields,
+    presets: Mapping[str, PresetFields],
+    capabilities: Capabilities,
+    preset_param: str = "routing.preset",
+) -> RoutingPolicy:
+    """The policy of a request, its preset's fields filled in.
+
+    Args:
+        fields: of the request.
+        presets: by name.
+        capabilities: of the engine that is to run it.
+        preset_param: dotted path of what selected the preset.
+
+    Raises:
+        RoutingError: the engine cannot run it. If it cannot run the preset alone either, for the
+            same reason, the error names the preset.
+    """
+    try:
+        return resolve(merge_preset(fields, presets, preset_param), capabilities)
+    except RoutingError as error:
+        if fields.preset is None or fields.preset not in presets:
+            raise
+        try:
+            preset_policy(fields.preset, presets, capabilities)
+        except RoutingError as preset_error:
+            if preset_error.message == error.message:
+                message = f"preset {fields.preset!r} is not available: {error.message}"
+                raise RoutingError(message, param=preset_param, reason=error.reason) from None
+        raise
+
+
 def check_presets(presets: Mapping[str, PresetFields], capabilities: Capabilities) -> None:
     """Check that the engine can run every preset of the file.
 

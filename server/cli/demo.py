@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 def _run_policies(args: argparse.Namespace) -> None:
     from sluice.models.offline.demo import evaluate
     from sluice.models.offline.evaluate.evaluation import evaluate as evaluate_policy
-    from sluice.models.offline.evaluate.http_backend import Served
+    from sluice.models.offline.evaluate.http_backend import HttpBackend
 
     if args.url is None:
         args.parser.error("--policy needs --url: plain transformers has no routing")
@@ -105,7 +105,7 @@ def _run_policies(args: argparse.Namespace) -> None:
         args.parser.error(str(error))
     draw = evaluate.longer_heldout_items if args.longer else evaluate.heldout_items
     tasks = evaluate.examples(draw(args.items, args.seed))
-    served = Served(args.url, args.model, args.api_key)
+    served = HttpBackend(args.url, args.model, args.api_key)
 
     def measure(name: str, routing: Mapping[str, Any]) -> PolicyResult:
         return evaluate_policy(served, tasks, name, routing, evaluate.MAX_ANSWER_TOKENS)

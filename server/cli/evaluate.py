@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sluice.models.offline.evaluate.evaluation import MAX_TOKENS, EvaluationError, by_task, evaluate
-from sluice.models.offline.evaluate.http_backend import CONCURRENCY, Served
+from sluice.models.offline.evaluate.http_backend import CONCURRENCY, HttpBackend
 from sluice.models.offline.hf_model.examples import CalibrationError, Example, read_tasks
 from sluice.models.routing.presets import MODEL_SEPARATOR, NO_PRESET
 from sluice.server.cli.policies import (
@@ -160,7 +160,7 @@ def _backend(
         EvaluationError: the server does not answer, or the model cannot be loaded.
     """
     if args.url is not None:
-        found = Served.found(args.url, args.model, args.api_key, args.concurrency)
+        found = HttpBackend.connect(args.url, args.model, args.api_key, args.concurrency)
         yield replace(found, answered=answered)
         return
     from sluice.models.offline.evaluate.engine_backend import in_process

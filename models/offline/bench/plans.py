@@ -46,7 +46,7 @@ class RecordedPlans:
     def policies(self, name: str, batch: int) -> tuple[RoutingPolicy, ...]:
         """Policies that replay the recording; each request starts at another place in it."""
         exits, skips = self._exits(name), self.recorded[name]["skips"]
-        found = []
+        policies = []
         for number in range(batch):
             rule, skip = None, SkipSet()
             if exits:
@@ -55,8 +55,8 @@ class RecordedPlans:
                 rule = ExitRule("replay", layers, script=exits[start:] + exits[:start])
             if skips:
                 skip = self._skip(skips[number * len(skips) // batch])
-            found.append(RoutingPolicy(skip, exit=rule))
-        return tuple(found)
+            policies.append(RoutingPolicy(skip, exit=rule))
+        return tuple(policies)
 
     def bars(self, name: str) -> dict[int, float]:
         """Promised ratio by batch."""

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from sluice.models.offline.demo.evaluate import MAX_ANSWER_TOKENS, heldout_items
-from sluice.models.offline.evaluate.http_backend import CONCURRENCY, Served
+from sluice.models.offline.evaluate.http_backend import CONCURRENCY, HttpBackend
 from sluice.models.offline.hf_model.examples import Example
 from sluice.models.policy.policy import Phase
 
 
-def recorded(server: Served, routing: Mapping[str, Any], items: int, seed: int) -> dict[str, Any]:
+def recorded(
+    server: HttpBackend, routing: Mapping[str, Any], items: int, seed: int
+) -> dict[str, Any]:
     """One policy's entry; see `sluice.models.offline.bench.plans`.
 
     Raises:
@@ -69,7 +71,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="of the demo model")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args()
-    server = Served.found(args.url, args.model, "EMPTY", CONCURRENCY)
+    server = HttpBackend.connect(args.url, args.model, "EMPTY", CONCURRENCY)
     policies = {
         name: recorded(server, routing, args.items, args.seed)
         for name, routing in json.loads(args.policies.read_text()).items()

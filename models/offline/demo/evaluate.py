@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sluice.models.offline.demo.tasks.tasks import LONGER_TASKS, TASKS, Item, distinct, longer_items
-from sluice.models.offline.evaluate.http_backend import CONCURRENCY, Served
+from sluice.models.offline.evaluate.http_backend import CONCURRENCY, HttpBackend
 from sluice.models.offline.evaluate.score import TaskScore as TaskScore
 from sluice.models.offline.evaluate.score import percent as percent
 from sluice.models.offline.evaluate.score import score as scored
@@ -96,7 +96,7 @@ def server_answerer(
         PolicyRefusedError: the server refuses the routing; from the answerer.
         EvaluationError: it fails or is not there; from the answerer.
     """
-    served = Served(base_url, model, api_key, concurrency)
+    served = HttpBackend(base_url, model, api_key, concurrency)
 
     def answer(prompts: Sequence[str]) -> list[str]:
         asked = [Example(prompt=prompt) for prompt in prompts]

@@ -12,26 +12,26 @@ from sluice.models.depth.prefix_sharing import prompt_effects
 from sluice.models.policy.policy import Phase, RoutingPolicy
 
 
-def choice_tokens(prompt: Sequence[int], joined: Sequence[int], own: Sequence[int]) -> list[int]:
-    """Tokens of a choice behind a text.
+def choice_tokens(prompt: Sequence[int], joined: Sequence[int], alone: Sequence[int]) -> list[int]:
+    """Tokens of a choice that follows a text.
 
-    Those of the two written as one, if that begins with the text's own tokens; a tokenizer may
-    write the first word of a text in another way than one in its middle. Otherwise a token spans
-    both, and the choice's own are taken.
+    A tokenizer may write a word at the start of a text in another way than one in its middle, so
+    the choice's tokens are taken from the joined text. If a token spans the text and the choice,
+    those of the choice alone are taken.
 
     Args:
         prompt: token ids of the text.
-        joined: of the text with the choice behind it.
-        own: of the choice alone, without special tokens.
+        joined: of the text followed by the choice.
+        alone: of the choice alone, without special tokens.
     """
     length = len(prompt)
     if len(joined) > length and list(joined[:length]) == list(prompt):
         return list(joined[length:])
-    return list(own)
+    return list(alone)
 
 
 def likeliest(log_probabilities: Sequence[Sequence[float]], per_token: bool) -> int:
-    """Place of the choice with the largest sum, the first of equals.
+    """Index of the choice with the largest sum, the first of equals.
 
     Args:
         log_probabilities: of the tokens of each choice; none is empty.

@@ -58,7 +58,7 @@ class InProcess:
     def answers(
         self, examples: Sequence[Example], routing: Mapping[str, Any] | None, max_tokens: int
     ) -> list[Reply]:
-        """Greedy answers, in order; see `http_backend.Served.answers`."""
+        """Greedy answers, in order; see `http_backend.HttpBackend.answers`."""
         prompts = [_encoded(self.subject, example) for example in examples]
         replies = []
         for output, report in self._run(prompts, routing, max_tokens=max_tokens):
@@ -70,7 +70,7 @@ class InProcess:
     def choices(
         self, examples: Sequence[Example], routing: Mapping[str, Any] | None, per_token: bool
     ) -> list[Reply]:
-        """The likeliest choices, in order; see `http_backend.Served.choices`."""
+        """The likeliest choices, in order; see `http_backend.HttpBackend.choices`."""
         starts, asked = [], []
         for example in examples:
             prompt = _encoded(self.subject, example)

@@ -47,12 +47,11 @@ class Reply:
 
 
 MAX_TOKENS = 64
-"""Tokens of an answer at most, where nothing else is asked."""
+"""Most tokens of an answer, by default."""
 
 
 class Backend(Protocol):
-    """A model that answers, `sluice.models.offline.evaluate.http_backend.Served` or one in
-    process."""
+    """A model that answers: on a server (`http_backend`) or in this process (`engine_backend`)."""
 
     @property
     def reports(self) -> bool:
@@ -93,9 +92,9 @@ def evaluate(
 
     Args:
         backend: what answers.
-        tasks: what to ask, by task; examples with choices are chosen, others answered.
-        policy: what to call it.
-        routing: `routing` object; a report is asked for in any case, where there are any.
+        tasks: examples by task. Of one with choices the likeliest is chosen; others are answered.
+        policy: its name in the result.
+        routing: `routing` object of the policy; `report` is set here.
         max_tokens: of an answer.
         per_token: see `sluice.models.offline.evaluate.choices.likeliest`.
 
@@ -103,32 +102,32 @@ def evaluate(
         PolicyRefusedError: the policy cannot be done.
         EvaluationError: the backend fails or refuses an example, or would ignore the policy.
     """
-    asked = {key: value for key, value in routing.items() if key != "report"}
-    if asked and not backend.reports:
+    controls = {key: value for key, value in routing.items() if key != "report"}
+    if controls and not backend.reports:
         raise EvaluationError("no routing here: a policy would be ignored")
-    sent = {**asked, "report": True} if backend.reports else None
-    flat = [example for group in tasks.values() for example in group]
-    answered = [place for place, example in enumerate(flat) if example.choices is None]
-    chosen = [place for place, example in enumerate(flat) if example.choices is not None]
+    sent = {**controls, "report": True} if backend.reports else None
+    examples = [example for group in tasks.values() for example in group]
+    open_ones = [index for index, example in enumerate(examples) if example.choices is None]
+    with_choices = [index for index, example in enumerate(examples) if example.choices is not None]
     replies: dict[int, Reply] = {}
-    if answered:
-        given = backend.answers([flat[place] for place in answered], sent, max_tokens)
-        replies |= dict(zip(answered, given, strict=True))
-    if chosen:
-        given = backend.choices([flat[place] for place in chosen], sent, per_token)
-        replies |= dict(zip(chosen, given, strict=True))
-    texts = iter(replies[place].text for place in range(len(flat)))
+    if open_ones:
+        answers = backend.answers([examples[index] for index in open_ones], sent, max_tokens)
+        replies |= dict(zip(open_ones, answers, strict=True))
+    if with_choices:
+        chosen = backend.choices([examples[index] for index in with_choices], sent, per_token)
+        replies |= dict(zip(with_choices, chosen, strict=True))
+    texts = iter(replies[index].text for index in range(len(examples)))
     scores = score(tasks, {task: [next(texts) for _ in group] for task, group in tasks.items()})
-    reports = [report for place in range(len(flat)) for report in replies[place].reports]
+    reports = [report for index in range(len(examples)) for report in replies[index].reports]
     warnings = [
-        *_bare(backend, flat),
-        *_cut([replies[place] for place in answered], max_tokens),
-        *_idle([replies[place] for place in chosen], len(flat)),
+        *_without_template(backend, examples),
+        *_cut_off([replies[index] for index in open_ones], max_tokens),
+        *_idle([replies[index] for index in with_choices], len(examples)),
         *dict.fromkeys(warning for report in reports for warning in report["warnings"]),
     ]
     work = None
     if backend.reports:
-        requests = len(answered) + sum(len(flat[place].choices or ()) for place in chosen)
+        requests = len(open_ones) + sum(len(examples[i].choices or ()) for i in with_choices)
         try:
             if len(reports) < requests:
                 raise NothingCountedError(f"{requests - len(reports)} answers carry no report")
@@ -138,15 +137,15 @@ def evaluate(
     return PolicyResult(policy, routing, scores, work, tuple(warnings))
 
 
-def _bare(backend: Backend, examples: Sequence[Example]) -> list[str]:
+def _without_template(backend: Backend, examples: Sequence[Example]) -> list[str]:
     """That prompts were not put into a chat template."""
     if backend.template or all(example.prompt is None for example in examples):
         return []
     return ["the model has no chat template: prompts are read as they are"]
 
 
-def _cut(replies: Sequence[Reply], max_tokens: int) -> list[str]:
-    """How many answers ended for their length alone."""
+def _cut_off(replies: Sequence[Reply], max_tokens: int) -> list[str]:
+    """How many answers reached the most tokens."""
     count = sum(reply.cut for reply in replies)
     if not count:
         return []
@@ -154,7 +153,7 @@ def _cut(replies: Sequence[Reply], max_tokens: int) -> list[str]:
 
 
 def _idle(replies: Sequence[Reply], items: int) -> list[str]:
-    """Controls that choices were measured without."""
+    """Controls that do nothing to choices."""
     effective = next((report["policy"] for reply in replies for report in reply.reports), None)
     idle = () if effective is None else idle_controls(effective)
     if not idle:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from sluice.models.offline.evaluate.evaluation import EvaluationError, PolicyRefusedError
-
-if TYPE_CHECKING:
-    from openai import APIError
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from sluice.models.offline.evaluate.choices import choice_tokens, likeliest
-from sluice.models.offline.evaluate.evaluation import Reply
+from sluice.models.offline.evaluate.evaluation import EvaluationError, PolicyRefusedError, Reply
 from sluice.models.offline.hf_model.examples import Example
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from openai import APIError, AsyncOpenAI
 
-
+CONCURRENCY = 32
 _ROUTING = "routing"
+_API_ROOT = "/v1"
+
+Ask = Callable[["AsyncOpenAI", Example], Awaitable[Reply]]
 
 
 def failure(error: APIError, base_url: str, model: str, where: str = "") -> EvaluationError:
@@ -41,7 +38,7 @@ def failure(error: APIError, base_url: str, model: str, where: str = "") -> Eval
         return EvaluationError(f"{base_url}: no server answers: {error.__cause__ or error}")
     if isinstance(error, AuthenticationError):
         return EvaluationError(f"{base_url}: the server wants another --api-key")
-    message, param = _said(error)
+    message, param = _message_and_param(error)
     if param is not None and (
         param.split(".")[0] == _ROUTING or (param == "model" and "@" in model)
     ):
@@ -52,24 +49,18 @@ def failure(error: APIError, base_url: str, model: str, where: str = "") -> Eval
     return EvaluationError(f"{base_url}{status}: {message}")
 
 
-def _said(error: APIError) -> tuple[str, str | None]:
+def _message_and_param(error: APIError) -> tuple[str, str | None]:
     """Message and param of an OpenAI-shaped error, or its text."""
     body = error.body if isinstance(error.body, dict) else {}
     return str(body.get("message") or error.message), body.get("param")
 
 
-T = TypeVar("T")
-Ask = Callable[["AsyncOpenAI", Example], Awaitable[Reply]]
-CONCURRENCY = 32
-_ROUTED = "/v1"
-
-
-def _nothing() -> None:
-    """Nobody watches."""
+def _ignore() -> None:
+    """Takes no notice of an answer."""
 
 
 @dataclass(frozen=True)
-class Served:
+class HttpBackend:
     """A model on a server.
 
     Attributes:
@@ -88,11 +79,11 @@ class Served:
     concurrency: int = CONCURRENCY
     reports: bool = True
     template: bool = True
-    answered: Callable[[], None] = field(default=_nothing, compare=False)
+    answered: Callable[[], None] = field(default=_ignore, compare=False)
 
     @classmethod
-    def found(cls, base_url: str, model: str | None, api_key: str, concurrency: int) -> Served:
-        """Look at a server: which models it has, our routing, a chat template.
+    def connect(cls, base_url: str, model: str | None, api_key: str, concurrency: int) -> Self:
+        """Ask a server for its models, for our routing and for a chat template.
 
         Args:
             base_url: address up to and including ``/v1``.
@@ -101,13 +92,13 @@ class Served:
             concurrency: requests in flight at a time.
 
         Raises:
-            EvaluationError: the address is no such one, nobody answers there or wants another key,
-                or it does not have the model.
+            EvaluationError: the address does not end in ``/v1``, no server answers there, it wants
+                another key, or it does not have the model.
         """
-        if not base_url.rstrip("/").endswith(_ROUTED):
-            raise EvaluationError(f"{base_url}: give the address up to and including {_ROUTED}")
-        asked = cls(base_url.rstrip("/"), model or "", api_key, concurrency)
-        return asyncio.run(asked._looked())
+        if not base_url.rstrip("/").endswith(_API_ROOT):
+            raise EvaluationError(f"{base_url}: give the address up to and including {_API_ROOT}")
+        backend = cls(base_url.rstrip("/"), model or "", api_key, concurrency)
+        return asyncio.run(backend._inspected())
 
     def answers(
         self,
@@ -187,7 +178,7 @@ class Served:
             "model": self.model,
             "temperature": 0,
             "max_tokens": max_tokens,
-            "extra_body": _extra(routing),
+            "extra_body": _extra_body(routing),
         }
         if text is not None:
             completion = await client.completions.create(prompt=text, **common)
@@ -208,35 +199,35 @@ class Served:
     ) -> Reply:
         assert example.choices is not None
         text = self._plain(example)
-        asked = {"messages": example.conversation} if text is None else {"prompt": text}
-        prompt = await self._tokens(client, asked)
-        found: list[list[float]] = []
+        body = {"messages": example.conversation} if text is None else {"prompt": text}
+        prompt = await self._tokens(client, body)
+        choice_logprobs: list[list[float]] = []
         extras = []
         for choice in example.choices:
-            own = await self._tokens(client, {"prompt": choice, "add_special_tokens": False})
+            tokens = await self._tokens(client, {"prompt": choice, "add_special_tokens": False})
             if text is not None:
                 joined = await self._tokens(client, {"prompt": text + choice})
-                own = choice_tokens(prompt, joined, own)
-            if not own:
+                tokens = choice_tokens(prompt, joined, tokens)
+            if not tokens:
                 raise EvaluationError(f"{example.where}: choice {choice!r} has no tokens")
             completion = await client.completions.create(
                 model=self.model,
-                prompt=[*prompt, *own],
+                prompt=[*prompt, *tokens],
                 max_tokens=0,
                 echo=True,
                 logprobs=0,
                 temperature=0,
-                extra_body=_extra(routing),
+                extra_body=_extra_body(routing),
             )
             logprobs = completion.choices[0].logprobs
             read = None if logprobs is None else logprobs.token_logprobs
-            if read is None or len(read) != len(prompt) + len(own):
+            if read is None or len(read) != len(prompt) + len(tokens):
                 raise EvaluationError(
                     f"{self.base_url} gives no log probabilities of prompts, which choices need"
                 )
-            found.append([float(each) for each in read[len(prompt) :]])
+            choice_logprobs.append([float(each) for each in read[len(prompt) :]])
             extras.append(completion.model_extra)
-        chosen = example.choices[likeliest(found, per_token)]
+        chosen = example.choices[likeliest(choice_logprobs, per_token)]
         return Reply(chosen, reports=_reports(extras))
 
     def _plain(self, example: Example) -> str | None:
@@ -252,19 +243,19 @@ class Served:
             )
         return example.prompt
 
-    async def _tokens(self, client: AsyncOpenAI, asked: Mapping[str, Any]) -> list[int]:
+    async def _tokens(self, client: AsyncOpenAI, body: Mapping[str, Any]) -> list[int]:
         """Token ids by the server's own tokenizer, a route of vLLM's beside ``/v1``."""
         from openai import NotFoundError
 
-        address = self.base_url.removesuffix(_ROUTED) + "/tokenize"
+        address = self.base_url.removesuffix(_API_ROOT) + "/tokenize"
         try:
-            answer: Any = await client.post(address, cast_to=object, body=dict(asked))
+            answer: Any = await client.post(address, cast_to=object, body=dict(body))
         except NotFoundError:
             raise EvaluationError(f"{address} is not there, and choices need it") from None
         tokens: list[int] = answer["tokens"]
         return tokens
 
-    async def _looked(self) -> Served:
+    async def _inspected(self) -> Self:
         from openai import APIError, BadRequestError, NotFoundError
 
         async with self._client() as client:
@@ -273,9 +264,9 @@ class Served:
             except APIError as error:
                 raise failure(error, self.base_url, self.model) from None
             try:
-                able: Any = await client.get("/routing/capabilities", cast_to=object)
+                capabilities: Any = await client.get("/routing/capabilities", cast_to=object)
             except NotFoundError:
-                able = {"supported": False}
+                capabilities = {"supported": False}
             except APIError as error:
                 raise failure(error, self.base_url, self.model) from None
             template = True
@@ -284,20 +275,18 @@ class Served:
             except BadRequestError as error:
                 template = "chat template" not in str(error)
             except (APIError, EvaluationError):
-                pass  # No such route: a server that is not vLLM's says so when it is asked.
+                pass  # No such route: the server is not vLLM's, and choices will say so.
         ids = [card.id for card in listed]
         bases = [card.id for card in listed if (card.model_extra or {}).get("parent") is None]
         if self.model and self.model not in ids:
             raise EvaluationError(f"{self.base_url} serves {', '.join(ids)}, not {self.model}")
         if not self.model and len(bases) != 1:
             raise EvaluationError(f"{self.base_url} serves {', '.join(ids)}: choose by --model")
-        return Served(
-            self.base_url,
-            self.model or bases[0],
-            self.api_key,
-            self.concurrency,
-            bool(able["supported"]),
-            template,
+        return replace(
+            self,
+            model=self.model or bases[0],
+            reports=bool(capabilities["supported"]),
+            template=template,
         )
 
     def _client(self) -> AsyncOpenAI:
@@ -306,7 +295,7 @@ class Served:
         return AsyncOpenAI(base_url=self.base_url, api_key=self.api_key)
 
 
-def _extra(routing: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _extra_body(routing: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return None if routing is None else {"routing": dict(routing)}
 
 

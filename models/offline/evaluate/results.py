@@ -35,7 +35,7 @@ class PolicyResult:
         routing: `routing` object that asks for it.
         scores: by task.
         work: from reports, or None if the answers carried none.
-        warnings: what the reader of the scores has to know, a sentence each.
+        warnings: what a reader of the scores must know, a sentence each.
     """
 
     policy: str
@@ -118,17 +118,17 @@ def comparison(results: Sequence[PolicyResult], title: str = "exact match and it
 def averages(result: PolicyResult) -> str:
     """What the row of `comparison` says, as a line of text."""
     interval = average_interval(result.scores)
-    said = (
+    quality = (
         f"{result.policy}: average exact match {percent(average(result.scores))} "
         f"(95 % interval {span(interval)})"
     )
     if result.work is None:
-        return said
+        return quality
     layers, generated, whole = _work_cells(result.work)
     if result.work.mean_layers is None:
-        return f"{said}, {whole} of full depth's compute"
+        return f"{quality}, {whole} of full depth's compute"
     return (
-        f"{said}, {layers} layers per generated token, "
+        f"{quality}, {layers} layers per generated token, "
         f"{generated} of full depth's compute on generated tokens, {whole} on all"
     )
 

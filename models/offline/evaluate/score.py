@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-class Asked(Protocol):
+class Question(Protocol):
     """A question with its right answer, as the demo's items and calibration examples are."""
 
     @property
     def prompt(self) -> str | None:
-        """What was asked, or None if it was not a prompt."""
+        """The question, or None if it is a conversation or a text."""
 
     @property
     def answer(self) -> str | None:
         """The right answer."""
 
 
-AskedT = TypeVar("AskedT", bound=Asked)
+QuestionT = TypeVar("QuestionT", bound=Question)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TaskScore:
 
 
 def score(
-    items: Mapping[str, Sequence[AskedT]], given: Mapping[str, Sequence[str]]
+    items: Mapping[str, Sequence[QuestionT]], given: Mapping[str, Sequence[str]]
 ) -> dict[str, TaskScore]:
     """Compare answers with the right ones.
 
@@ -85,7 +85,7 @@ def average_interval(scores: Mapping[str, TaskScore]) -> Interval:
     as uncertain as the share of ``tasks^2 / sum(1 / items)`` items, rounded down, would be.
     """
     inverse = sum(1 / entry.items for entry in scores.values())
-    # The sum of inverses may be a hair above the true one.
+    # Rounding may make the sum of inverses a little too large.
     items = math.floor(len(scores) ** 2 / inverse + 1e-6)
     return share_interval(average(scores), items)
 
@@ -96,12 +96,12 @@ def worst(scores: Mapping[str, TaskScore]) -> TaskScore:
 
 
 def percent(share: float) -> str:
-    """A share between 0 and 1, to be read."""
+    """A share between 0 and 1 as text, in percent."""
     return f"{100 * share:.1f} %"
 
 
 def span(interval: Interval) -> str:
-    """An interval of shares, to be read; in percent."""
+    """An interval of shares as text, in percent."""
     return f"{100 * interval.low:.1f}-{100 * interval.high:.1f}"
 
 
@@ -138,7 +138,7 @@ def table(
 
 
 def _question(item: Any) -> str:
-    """What was asked; of a conversation, its last message."""
+    """Text of a question; of a conversation, its last message."""
     if item.prompt is not None:
         return str(item.prompt)
     return str(item.text if item.text is not None else item.messages[-1].content)

@@ -204,7 +204,7 @@ URL = ("--url", "http://127.0.0.1:9/v1")
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ((), "give --url of a server, or --model FOLDER"),
+        ((), "give --url for a server, or --model FOLDER"),
         (URL, "no server answers"),
         ((*URL, "--policy", "{"), "not JSON"),
         ((*URL, "--policy", "a", "--policy", "a"), "given before"),

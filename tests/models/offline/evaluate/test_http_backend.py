@@ -10,7 +10,7 @@ import pytest
 from support.stub_server import REPORT, Stub, error, models
 
 from sluice.models.offline.evaluate.evaluation import EvaluationError, PolicyRefusedError
-from sluice.models.offline.evaluate.http_backend import Served
+from sluice.models.offline.evaluate.http_backend import HttpBackend
 from sluice.models.offline.hf_model.examples import Example, read_tasks
 
 CHAT, COMPLETIONS, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize"
@@ -27,8 +27,8 @@ def examples(tmp_path: Path, *lines: dict[str, Any]) -> tuple[Example, ...]:
 
 def test_answers_come_back_in_order(stub: Stub, tmp_path: Path) -> None:
     lines = [{"prompt": "abc"}, {"text": "once"}, {"messages": SAID}] * 7
-    served = Served(stub.url, "m", concurrency=4)
-    replies = served.answers(examples(tmp_path, *lines), {"effort": 0.5}, 9)
+    backend = HttpBackend(stub.url, "m", concurrency=4)
+    replies = backend.answers(examples(tmp_path, *lines), {"effort": 0.5}, 9)
     assert [reply.text for reply in replies] == ["cba", "ecno", "yhw"] * 7
     assert [reply.cut for reply in replies] == [False, True, False] * 7
     assert not any(reply.reports for reply in replies)
@@ -48,12 +48,12 @@ def test_answers_come_back_in_order(stub: Stub, tmp_path: Path) -> None:
 
 def test_reports_are_kept(stub: Stub, tmp_path: Path) -> None:
     read = examples(tmp_path, {"prompt": "abc"}, {"text": "once"})
-    served = Served(stub.url, "m")
-    assert [r.reports for r in served.answers(read, {"report": True}, 9)] == [(REPORT,)] * 2
+    backend = HttpBackend(stub.url, "m")
+    assert [r.reports for r in backend.answers(read, {"report": True}, 9)] == [(REPORT,)] * 2
 
 
 def test_without_routing_none_is_sent(stub: Stub, tmp_path: Path) -> None:
-    Served(stub.url, "m").answers(examples(tmp_path, {"prompt": "abc"}), None, 9)
+    HttpBackend(stub.url, "m").answers(examples(tmp_path, {"prompt": "abc"}), None, 9)
     assert "routing" not in stub.bodies(CHAT)[0]
 
 
@@ -62,11 +62,11 @@ def test_the_likeliest_choice_by_the_tokens_behind_the_prompt(stub: Stub, tmp_pa
     choices = ["zz", "~", "aaa"]
     lines = [{"prompt": "abc"}, {"text": "once"}, {"messages": SAID}]
     read = examples(tmp_path, *({**x, "choices": choices, "answer": "zz"} for x in lines))
-    served = Served(stub.url, "m")
-    sums = served.choices(read, {"report": True})
+    backend = HttpBackend(stub.url, "m")
+    sums = backend.choices(read, {"report": True})
     assert [reply.text for reply in sums] == ["~"] * 3
     assert [len(reply.reports) for reply in sums] == [3] * 3
-    means = served.choices(read, None, per_token=True)
+    means = backend.choices(read, None, per_token=True)
     assert [reply.text for reply in means] == ["aaa"] * 3
     asked = {tuple(body["prompt"]) for body in stub.bodies(COMPLETIONS)}
     starts = ([2, *b"abc"], [1, *b"once"], [2, *b"why"])
@@ -77,39 +77,39 @@ def test_the_likeliest_choice_by_the_tokens_behind_the_prompt(stub: Stub, tmp_pa
 
 
 def test_a_server_is_looked_at_first(stub: Stub) -> None:
-    found = Served.found(f"{stub.url}/", None, "k", 3)
-    assert found == Served(stub.url, "m", "k", 3, reports=True, template=True)
-    assert Served.found(stub.url, "m", "k", 3) == found
+    backend = HttpBackend.connect(f"{stub.url}/", None, "k", 3)
+    assert backend == HttpBackend(stub.url, "m", "k", 3, reports=True, template=True)
+    assert HttpBackend.connect(stub.url, "m", "k", 3) == backend
 
 
 def test_a_server_of_somebody_else(stub: Stub, tmp_path: Path) -> None:
     del stub.routes["/v1/routing/capabilities"], stub.routes[TOKENIZE]
-    found = Served.found(stub.url, None, "k", 3)
-    assert (found.reports, found.template) == (False, True)
+    backend = HttpBackend.connect(stub.url, None, "k", 3)
+    assert (backend.reports, backend.template) == (False, True)
     (chosen,) = examples(tmp_path, {"prompt": "abc", "choices": ["x", "y"]})
     with pytest.raises(EvaluationError, match="/tokenize is not there"):
-        found.choices([chosen], None)
+        backend.choices([chosen], None)
 
 
 def test_presets_are_no_models_to_choose_from(stub: Stub) -> None:
     _, listed = models("m", "m@fast")({})
     listed["data"][1]["parent"] = "m"
     stub.routes["/v1/models"] = lambda body: (200, listed)
-    assert Served.found(stub.url, None, "k", 3).model == "m"
-    assert Served.found(stub.url, "m@fast", "k", 3).model == "m@fast"
+    assert HttpBackend.connect(stub.url, None, "k", 3).model == "m"
+    assert HttpBackend.connect(stub.url, "m@fast", "k", 3).model == "m@fast"
 
 
 def test_a_model_without_chat_template(stub: Stub, tmp_path: Path) -> None:
     refuse = error(400, NO_TEMPLATE)
     tokenize = stub.routes[TOKENIZE]
     stub.routes[TOKENIZE] = lambda body: refuse if "messages" in body else tokenize(body)
-    found = Served.found(stub.url, None, "k", 3)
-    assert not found.template
+    backend = HttpBackend.connect(stub.url, None, "k", 3)
+    assert not backend.template
     prompt, said = examples(tmp_path, {"prompt": "abc"}, {"messages": SAID})
-    assert found.answers([prompt], None, 9)[0].text == "cba"
+    assert backend.answers([prompt], None, 9)[0].text == "cba"
     assert stub.bodies(COMPLETIONS)[0]["prompt"] == "abc"
     with pytest.raises(EvaluationError, match=r"tasks.jsonl:2: messages need a chat template"):
-        found.answers([said], None, 9)
+        backend.answers([said], None, 9)
 
 
 @pytest.mark.parametrize(
@@ -122,19 +122,19 @@ def test_a_model_without_chat_template(stub: Stub, tmp_path: Path) -> None:
 )
 def test_no_such_server_or_model(stub: Stub, url: str, model: str | None, complaint: str) -> None:
     with pytest.raises(EvaluationError, match=complaint):
-        Served.found(url.format(stub=stub.url), model, "k", 3)
+        HttpBackend.connect(url.format(stub=stub.url), model, "k", 3)
 
 
 def test_which_of_several_models(stub: Stub) -> None:
     stub.routes["/v1/models"] = models("m", "n")
     with pytest.raises(EvaluationError, match="serves m, n: choose by --model"):
-        Served.found(stub.url, None, "k", 3)
+        HttpBackend.connect(stub.url, None, "k", 3)
 
 
 def test_another_key_is_wanted(stub: Stub) -> None:
     stub.routes["/v1/models"] = lambda body: (401, {"error": "Unauthorized"})
     with pytest.raises(EvaluationError, match="another --api-key"):
-        Served.found(stub.url, None, "k", 3)
+        HttpBackend.connect(stub.url, None, "k", 3)
 
 
 @pytest.mark.parametrize("status", [400, 403])
@@ -142,7 +142,7 @@ def test_a_refused_policy_names_its_field(stub: Stub, tmp_path: Path, status: in
     refused = error(status, "layer 9 does not exist", "routing.depth.skip.blocks.0")
     stub.routes[CHAT] = lambda body: refused
     with pytest.raises(PolicyRefusedError) as raised:
-        Served(stub.url, "m").answers(examples(tmp_path, {"prompt": "abc"}), {}, 9)
+        HttpBackend(stub.url, "m").answers(examples(tmp_path, {"prompt": "abc"}), {}, 9)
     assert raised.value.param == "routing.depth.skip.blocks.0"
     assert str(raised.value) == "routing.depth.skip.blocks.0: layer 9 does not exist"
 
@@ -150,7 +150,7 @@ def test_a_refused_policy_names_its_field(stub: Stub, tmp_path: Path, status: in
 def test_a_refused_preset_of_a_model_id(stub: Stub, tmp_path: Path) -> None:
     stub.routes[CHAT] = lambda body: error(400, "preset 'x' does not exist", "model")
     with pytest.raises(PolicyRefusedError, match="model: preset 'x'"):
-        Served(stub.url, "m@x").answers(examples(tmp_path, {"prompt": "abc"}), {}, 9)
+        HttpBackend(stub.url, "m@x").answers(examples(tmp_path, {"prompt": "abc"}), {}, 9)
 
 
 def test_a_refused_example_names_its_line(stub: Stub, tmp_path: Path) -> None:
@@ -159,14 +159,14 @@ def test_a_refused_example_names_its_line(stub: Stub, tmp_path: Path) -> None:
     stub.routes[CHAT] = lambda body: long if "too" in str(body) else chat(body)
     read = examples(tmp_path, {"prompt": "abc"}, {"prompt": "too long"})
     with pytest.raises(EvaluationError, match=r"tasks.jsonl:2: maximum context length is 8"):
-        Served(stub.url, "m").answers(read, {}, 9)
+        HttpBackend(stub.url, "m").answers(read, {}, 9)
 
 
 def test_a_server_that_breaks(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     stub.routes[CHAT] = lambda body: error(500, "engine died")
     with pytest.raises(EvaluationError, match="answers 500: engine died"):
-        Served(stub.url, "m").answers(examples(tmp_path, {"prompt": "abc"}), {}, 9)
+        HttpBackend(stub.url, "m").answers(examples(tmp_path, {"prompt": "abc"}), {}, 9)
 
 
 def test_a_server_without_log_probabilities_of_prompts(stub: Stub, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_server_without_log_probabilities_of_prompts(stub: Stub, tmp_path: Pat
     stub.routes[COMPLETIONS] = silent
     (chosen,) = examples(tmp_path, {"prompt": "abc", "choices": ["x", "y"]})
     with pytest.raises(EvaluationError, match="no log probabilities of prompts"):
-        Served(stub.url, "m").choices([chosen], None)
+        HttpBackend(stub.url, "m").choices([chosen], None)
 
 
 def test_a_choice_without_tokens_names_its_line(stub: Stub, tmp_path: Path) -> None:
@@ -190,11 +190,11 @@ def test_a_choice_without_tokens_names_its_line(stub: Stub, tmp_path: Path) -> N
     )
     (chosen,) = examples(tmp_path, {"prompt": "abc", "choices": ["x", "y"]})
     with pytest.raises(EvaluationError, match=r"tasks.jsonl:1: choice 'y' has no tokens"):
-        Served(stub.url, "m").choices([chosen], None)
+        HttpBackend(stub.url, "m").choices([chosen], None)
 
 
 def test_somebody_watches(stub: Stub, tmp_path: Path) -> None:
     seen: list[int] = []
-    served = Served(stub.url, "m", answered=lambda: seen.append(1))
-    served.answers(examples(tmp_path, *[{"prompt": "abc"}] * 5), None, 9)
+    backend = HttpBackend(stub.url, "m", answered=lambda: seen.append(1))
+    backend.answers(examples(tmp_path, *[{"prompt": "abc"}] * 5), None, 9)
     assert len(seen) == 5
