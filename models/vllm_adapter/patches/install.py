@@ -6,11 +6,12 @@ from __future__ import annotations
 def register() -> None:
     """Install what the engine process needs; stock requests are not affected."""
     from sluice.models.vllm_adapter.patches import (
+        amx,
         busy_wait,
         contrast_cache,
         prefix_cache,
         sliding_window,
     )
 
-    for patch in (busy_wait, contrast_cache, prefix_cache, sliding_window):
+    for patch in (amx, busy_wait, contrast_cache, prefix_cache, sliding_window):
         patch.install()
