@@ -1,79 +1,60 @@
-"""A vLLM engine inside this process, where settings run as a server would run them."""
+"""vLLM's engine in the commands that run offline: calibrate, eval and bench.
+
+It runs policies as a server would, and hands back outputs, times and the worker's records.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sluice.models.engine.workers import CPU_WORKER, CUDA_WORKER
-from sluice.models.offline.hf_model.examples import CalibrationError
-from sluice.models.offline.hf_model.model import HFModel
-from sluice.models.policy.axes import ATTENTION, DECODE, EXECUTED, MODULES
+from sluice.models.depth.prefix_sharing import cache_salt
+from sluice.models.engine.workers import V2_RUNNER_ENV, worker_class
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.profile import PROFILE_ENV, Profile
 from sluice.models.routing.capabilities import Capabilities
-from sluice.models.routing.errors import RoutingError
-from sluice.models.routing.resolve import resolve
-from sluice.models.routing.schema import parse_routing
+from sluice.models.routing.presets import request_policy
+from sluice.models.routing.schema import PresetFields, parse_routing
 from sluice.models.telemetry.counter_file import TELEMETRY_ENV
 from sluice.models.telemetry.request_record import RoutingRecord
 
-_BLOCK = 128
-"""Tokens of a K/V block at most, of vLLM's defaults."""
-
-_PREFILL_TOKENS = 8192
-"""Prompt tokens that a step runs at most, unless a single prompt is longer."""
+_MODEL_NAME = "model"
+_CPU_CACHE_BYTES = 1024**3
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a set of requests ran, by the engine's own records.
+class Request:
+    """A request to an engine.
 
     Attributes:
-        generated: generated tokens that went through the model; a request's last one never does.
-        mean_layers: layers per such token; half a layer is an attention or an MLP alone.
-        compute_fraction: share of full depth's compute on all tokens.
-        generated_fraction: the same on generated tokens.
+        prompt: token ids.
+        policy: what it runs under; None sends no routing at all.
+        max_tokens: of its answer.
+        key: names the request, and its record.
     """
 
-    generated: int
-    mean_layers: float
-    compute_fraction: float
-    generated_fraction: float
+    prompt: Sequence[int]
+    policy: RoutingPolicy | None
+    max_tokens: int
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    @classmethod
-    def of(cls, records: Iterable[RoutingRecord]) -> Work:
-        """Sum records; each weighs as many tokens as it counts."""
-        rows = generated = executed = 0
-        compute = own = 0.0
-        for record in records:
-            counts = record.counts
-            # Layer 0 names every row once.
-            tokens = int(counts[:, 0, ATTENTION].sum())
-            decoded = int(counts[DECODE, 0, ATTENTION].sum())
-            rows += tokens
-            generated += decoded
-            executed += int(counts[DECODE, ..., EXECUTED].sum())
-            compute += record.compute_fraction * tokens
-            own += record.generated_compute_fraction * decoded
-        per_token = max(generated, 1)
-        return cls(
-            generated,
-            executed / len(MODULES) / per_token,
-            compute / rows if rows else 1.0,
-            own / generated if generated else 1.0,
-        )
+    @property
+    def extra(self) -> RoutingExtraArgs | None:
+        """What the worker gets of it beside the prompt."""
+        return None if self.policy is None else RoutingExtraArgs(self.policy, self.key)
 
 
 @dataclass(frozen=True)
@@ -84,27 +65,91 @@ class Outcome:
         tokens: of each prompt's answer, the end token included.
         decoded: tokens generated in steps before which every request of the batch had its first.
         seconds: that these steps took.
-        work: of all requests, or None of requests without a policy.
+        records: of the requests, in order; none of requests without a policy.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     decoded: int
     seconds: float
-    work: Work | None
+    records: tuple[RoutingRecord, ...]
 
 
-class CalibrationEngine:
-    """An engine that answers prompts under one policy after the other; made by `engine_of`."""
+class OfflineEngine:
+    """A running engine; `offline_engine` starts one.
 
-    def __init__(self, llm: Any, profile: Profile) -> None:
+    Attributes:
+        profile: the one it was started with, or None.
+    """
+
+    def __init__(self, llm: Any, profile: Profile | None) -> None:
         self._llm: Any = llm
         self.profile = profile
-        self.expert_answer: Mapping[str, Any] = llm.collective_rpc("describe_experts")[0]
 
     @property
     def vllm_config(self) -> Any:
         """VLLM's configuration of the engine."""
         return self._llm.llm_engine.vllm_config
+
+    @property
+    def model_runner(self) -> Any:
+        """The model runner of an engine in this process."""
+        return self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+    @property
+    def default_sampling(self) -> dict[str, Any]:
+        """Sampling parameters of the model's `generation_config.json`."""
+        return dict(self.vllm_config.model_config.get_diff_sampling_param())
+
+    @cached_property
+    def expert_answer(self) -> Mapping[str, Any]:
+        """The worker's answer to `describe_experts`."""
+        answer: Mapping[str, Any] = self._llm.collective_rpc("describe_experts")[0]
+        return answer
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        """What policies are checked against; requests may control experts.
+
+        Raises:
+            ProfileError: the profile was made for another model.
+            FingerprintError: the model's files cannot be read.
+        """
+        return Capabilities.of(
+            self.vllm_config, (_MODEL_NAME,), self.profile, self.expert_answer, expert_routing=True
+        )
+
+    def resolve(
+        self, routing: Mapping[str, Any], presets: Mapping[str, PresetFields] | None = None
+    ) -> RoutingPolicy:
+        """The policy of a `routing` object, as a server would make it.
+
+        Raises:
+            RoutingError: a server would refuse it with the same error.
+        """
+        return request_policy(parse_routing(routing), presets or {}, self.capabilities)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Mapping[str, Any], *, cache_salts: bool = False
+    ) -> list[Any]:
+        """Answer greedily, all requests at once.
+
+        Args:
+            requests: what to run.
+            sampling: more of vLLM's sampling parameters.
+            cache_salts: keep the K/V of different policies apart in the prefix cache, as a server
+                does.
+
+        Returns:
+            vLLM's outputs, in order.
+        """
+        prompts: list[dict[str, Any]] = []
+        for request in requests:
+            prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt)}
+            salt = cache_salt(request.extra, None) if cache_salts and request.extra else None
+            prompts.append(prompt if salt is None else {**prompt, "cache_salt": salt})
+        params = [_sampling_params(request, sampling) for request in requests]
+        outputs: list[Any] = self._llm.generate(prompts, params, use_tqdm=False)
+        return outputs
 
     def answers(
         self,
@@ -114,69 +159,69 @@ class CalibrationEngine:
         ends: Collection[int],
         batch: int,
     ) -> Outcome:
-        """Greedy answers.
+        """Answer greedily in batches, and time their decode steps.
 
         Args:
             prompts: token ids.
-            policy: of all of them; None sends none, as a client does that asks for nothing.
+            policy: of all of them; None sends no routing at all.
             max_tokens: of each prompt's answer.
-            ends: tokens that end an answer.
+            ends: tokens that end an answer, whatever the model's files say.
             batch: requests at a time; the next ones wait until all of a batch have ended.
+
+        Raises:
+            RuntimeError: the engine lost a record.
         """
+        requests = [
+            Request(prompt, policy, limit)
+            for prompt, limit in zip(prompts, max_tokens, strict=True)
+        ]
         tokens: list[tuple[int, ...]] = []
         records: list[RoutingRecord] = []
         decoded, seconds = 0, 0.0
-        for start in range(0, len(prompts), batch):
-            part = slice(start, start + batch)
-            names = [uuid.uuid4().hex for _ in prompts[part]]
-            for name, prompt, limit in zip(names, prompts[part], max_tokens[part], strict=True):
-                self._add(name, prompt, policy, limit, ends)
-            answers, own_decoded, own_seconds = self._run(names)
-            tokens += [tuple(answers[name]) for name in names]
-            decoded += own_decoded
-            seconds += own_seconds
-            if policy is not None:
-                records += [self._record(name) for name in names]
-        work = None if policy is None else Work.of(records)
-        return Outcome(tuple(tokens), decoded, seconds, work)
+        for start in range(0, len(requests), batch):
+            part = requests[start : start + batch]
+            answers, batch_decoded, batch_seconds = self._run_batch(part, ends)
+            tokens += [tuple(answers[request.key]) for request in part]
+            decoded += batch_decoded
+            seconds += batch_seconds
+            for request in part if policy is not None else ():
+                record = self.take_record(request)
+                if record is None:
+                    raise RuntimeError(f"the engine kept no record of request {request.key}")
+                records.append(record)
+        return Outcome(tuple(tokens), decoded, seconds, tuple(records))
+
+    def take_record(self, request: Request) -> RoutingRecord | None:
+        """What a request ran, once; None if the engine has no record of it."""
+        record = self._llm.collective_rpc("take_routing_record", args=(request.key,))[0]
+        return None if record is None else RoutingRecord.from_wire(record)
 
     def close(self) -> None:
         """End the engine and let its memory go."""
         llm, self._llm = self._llm, None
         llm.llm_engine.engine_core.shutdown()
 
-    def _add(
-        self,
-        name: str,
-        prompt: Sequence[int],
-        policy: RoutingPolicy | None,
-        limit: int,
-        ends: Collection[int],
-    ) -> None:
-        from vllm import SamplingParams
+    def _run_batch(
+        self, requests: Sequence[Request], ends: Collection[int]
+    ) -> tuple[dict[str, list[int]], int, float]:
+        """Step until all have ended.
+
+        Returns:
+            Tokens by request key, and how many tokens were decoded in what time, seconds.
+        """
         from vllm.sampling_params import RequestOutputKind
 
-        request: dict[str, Any] = {"prompt_token_ids": list(prompt)}
-        extra_args = None
-        if policy is not None:
-            # Without a prefix cache there is nothing that a salt keeps apart.
-            extra_args = {EXTRA_ARGS_KEY: RoutingExtraArgs(policy, name).encode()}
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=limit,
-            # Only `ends` ends an answer, whatever the model's files say.
-            ignore_eos=True,
-            stop_token_ids=sorted(ends),
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-            extra_args=extra_args,
-        )
-        self._llm.llm_engine.add_request(name, request, params)
-
-    def _run(self, names: Sequence[str]) -> tuple[dict[str, list[int]], int, float]:
-        """Step until all have ended: answers, and how many tokens were decoded in what time."""
         engine = self._llm.llm_engine
-        answers: dict[str, list[int]] = {name: [] for name in names}
+        sampling = {
+            "ignore_eos": True,
+            "stop_token_ids": sorted(ends),
+            "detokenize": False,
+            "output_kind": RequestOutputKind.DELTA,
+        }
+        for request in requests:
+            prompt = {"prompt_token_ids": list(request.prompt)}
+            engine.add_request(request.key, prompt, _sampling_params(request, sampling))
+        answers: dict[str, list[int]] = {request.key: [] for request in requests}
         decoded, seconds = 0, 0.0
         while engine.has_unfinished_requests():
             decoding = all(answers.values())
@@ -191,63 +236,103 @@ class CalibrationEngine:
                 seconds += took
         return answers, decoded, seconds
 
-    def _record(self, name: str) -> RoutingRecord:
-        found = self._llm.collective_rpc("take_routing_record", args=(name,))[0]
-        if found is None:
-            raise RuntimeError(f"the engine kept no record of request {name}")
-        return RoutingRecord.from_wire(found)
+
+@contextmanager
+def offline_engine(
+    model: Path,
+    *,
+    profile: Path | None = None,
+    worker: str | None = None,
+    in_process: bool = True,
+    kv_cache_memory_bytes: int | None = None,
+    **arguments: Any,
+) -> Iterator[OfflineEngine]:
+    """Start an engine, and end it.
+
+    Afterwards this process is as it was: environment, random states, threads.
+
+    Args:
+        model: its folder.
+        profile: folder of the model's profile, or None.
+        worker: for vLLM's `worker_cls`; None is our worker for this machine.
+        in_process: run the engine in this process, and not in others as a server does.
+        kv_cache_memory_bytes: of the K/V cache; None is 1 GiB on a CPU and vLLM's choice elsewhere.
+        arguments: more of vLLM's engine arguments.
+
+    Raises:
+        ProfileError: the profile cannot be read.
+        ValueError: vLLM cannot run the model with these arguments.
+        RuntimeError: the engine does not start.
+    """
+    with _process_restored(), ExitStack() as stack:
+        _set_environment(profile, in_process)
+        # vLLM reads the environment on import.
+        from vllm import LLM
+        from vllm.distributed import cleanup_dist_env_and_memory
+        from vllm.platforms import current_platform
+
+        if kv_cache_memory_bytes is None and current_platform.is_cpu():
+            kv_cache_memory_bytes = _CPU_CACHE_BYTES
+        # Also after a failed start: the next engine would take over its process groups.
+        stack.callback(cleanup_dist_env_and_memory)
+        llm = LLM(
+            str(model),
+            worker_cls=worker or worker_class(),
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            seed=0,
+            **_attention_backend(model, arguments.get("dtype", "auto")),
+            **arguments,
+        )
+        engine = OfflineEngine(llm, None if profile is None else Profile.load(profile))
+        del llm
+        stack.callback(engine.close)
+        yield engine
 
 
-def _flags(subject: HFModel, longest: int, at_once: int) -> dict[str, Any]:
-    return {
-        "skip_tokenizer_init": True,
-        "enforce_eager": True,
-        "dtype": str(subject.dtype).removeprefix("torch."),
-        "max_model_len": longest,
-        "max_num_seqs": at_once,
-        "max_num_batched_tokens": max(longest, min(at_once * longest, _PREFILL_TOKENS)),
-        # Every prompt runs in full each time it is asked, and is counted.
-        "enable_prefix_caching": False,
-        "kv_cache_memory_bytes": _kv_cache_bytes(subject, longest, at_once),
-        "worker_cls": CUDA_WORKER if subject.device.type == "cuda" else CPU_WORKER,
-        "use_tqdm_on_load": False,
-        "seed": 0,
-    }
+def _sampling_params(request: Request, sampling: Mapping[str, Any]) -> Any:
+    from vllm import SamplingParams
+
+    extra_args = request.extra and {EXTRA_ARGS_KEY: request.extra.encode()}
+    greedy = {"temperature": 0.0, "max_tokens": request.max_tokens, "extra_args": extra_args}
+    return SamplingParams(**{**sampling, **greedy})
 
 
-def _kv_cache_bytes(subject: HFModel, longest: int, at_once: int) -> int:
-    """Enough for `at_once` requests of `longest` tokens."""
-    config = subject.config
-    dtype = subject.dtype if isinstance(subject.dtype, torch.dtype) else config.dtype
-    latent = getattr(config, "kv_lora_rank", None)
-    if latent is not None:
-        width = latent + config.qk_rope_head_dim
-    else:
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = 2 * config.num_key_value_heads * head
-    # vLLM keeps one block for itself.
-    blocks = at_once * -(-longest // _BLOCK) + 1
-    if getattr(config, "sliding_window", None) is not None:
-        # Layers with a window have blocks of their own, one as large as the others' after rounding.
-        blocks *= 2
-    size = width * (dtype or torch.float32).itemsize
-    return int(blocks * _BLOCK * size * subject.layers)
+def _attention_backend(model: Path, dtype: str) -> dict[str, str]:
+    """The attention backend to choose where vLLM's own choice would not start.
+
+    On a CPU with AMX vLLM takes `AMX_MLA` for multi-head latent attention. That backend runs
+    bfloat16 only.
+    """
+    from vllm.platforms import current_platform
+
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if dtype == "auto":
+        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+        # What vLLM makes of a model in float32 that nobody gave a type.
+        dtype = "bfloat16" if dtype == "float32" else dtype
+    latent = config.get("kv_lora_rank") is not None
+    if latent and dtype != "bfloat16" and current_platform.is_cpu():
+        return {"attention_backend": "CPU_MLA"}
+    return {}
+
+
+def _set_environment(profile: Path | None, in_process: bool) -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
+    os.environ[V2_RUNNER_ENV] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    for name in (TELEMETRY_ENV, PROFILE_ENV):
+        os.environ.pop(name, None)
+    if profile is not None:
+        os.environ[PROFILE_ENV] = str(profile.resolve())
 
 
 @contextmanager
-def _process_kept(profile: Path) -> Iterator[None]:
-    """Set the environment that the engine reads; put back what it changes in this process."""
+def _process_restored() -> Iterator[None]:
+    """Put back what an engine changes in this process."""
     environment = dict(os.environ)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # vLLM's CPU worker replaces it by a function that does nothing.
     set_threads = torch.set_num_threads
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-        PROFILE_ENV: str(profile),
-    }
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.pop(TELEMETRY_ENV, None)
     try:
         yield
     finally:
@@ -258,36 +343,3 @@ def _process_kept(profile: Path) -> Iterator[None]:
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ |= environment
-
-
-_SERVED = "calibrated"
-
-
-def resolver(
-    vllm_config: Any, profile: Profile, expert_answer: Mapping[str, Any]
-) -> Callable[[Mapping[str, Any]], RoutingPolicy]:
-    """What makes a policy of a `routing` object without a preset, as a server would.
-
-    Args:
-        vllm_config: of the engine that runs the policies.
-        profile: of its model.
-        expert_answer: a worker's `describe_experts`.
-
-    Returns:
-        It raises `CalibrationError` where a server would answer with an error, and names the field.
-
-    Raises:
-        ProfileError: the profile was made for another model.
-        FingerprintError: the model's files cannot be read.
-    """
-    capabilities = Capabilities.of(
-        vllm_config, (_SERVED,), profile, expert_answer, expert_routing=True
-    )
-
-    def policy(routing: Mapping[str, Any]) -> RoutingPolicy:
-        try:
-            return resolve(parse_routing(routing), capabilities)
-        except RoutingError as error:
-            raise CalibrationError(f"{error.param}: {error.message}") from None
-
-    return policy

@@ -174,7 +174,6 @@ def _calibration(args: argparse.Namespace, progress: Progress) -> Calibration:
 
     from sluice.models.offline.calibrate.step import Calibration
     from sluice.models.offline.calibrate.workspace import Workspace
-    from sluice.models.offline.engine import resolver
     from sluice.models.offline.hf_model.examples import CalibrationError, read_examples, read_tasks
     from sluice.models.offline.hf_model.model import HFModel
 
@@ -192,7 +191,6 @@ def _calibration(args: argparse.Namespace, progress: Progress) -> Calibration:
         seed=args.seed,
         workspace=Workspace.beside(args.out),
         track=_tracker(progress),
-        resolver=resolver,
     )
 
 

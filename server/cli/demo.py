@@ -105,10 +105,10 @@ def _run_policies(args: argparse.Namespace) -> None:
         args.parser.error(str(error))
     draw = evaluate.longer_heldout_items if args.longer else evaluate.heldout_items
     tasks = evaluate.examples(draw(args.items, args.seed))
-    served = HttpBackend(args.url, args.model, args.api_key)
+    backend = HttpBackend(args.url, args.model, args.api_key)
 
     def measure(name: str, routing: Mapping[str, Any]) -> PolicyResult:
-        return evaluate_policy(served, tasks, name, routing, evaluate.MAX_ANSWER_TOKENS)
+        return evaluate_policy(backend, tasks, name, routing, evaluate.MAX_ANSWER_TOKENS)
 
     results, failure = measure_all(policies, measure)
     report_results(args, results, failure, TITLE, evaluate.BAR)

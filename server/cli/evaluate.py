@@ -160,12 +160,12 @@ def _backend(
         EvaluationError: the server does not answer, or the model cannot be loaded.
     """
     if args.url is not None:
-        found = HttpBackend.connect(args.url, args.model, args.api_key, args.concurrency)
-        yield replace(found, answered=answered)
+        server = HttpBackend.connect(args.url, args.model, args.api_key, args.concurrency)
+        yield replace(server, answered=answered)
         return
-    from sluice.models.offline.evaluate.engine_backend import in_process
+    from sluice.models.offline.evaluate.engine_backend import engine_backend
 
-    with in_process(
+    with engine_backend(
         args.model,
         examples,
         max_tokens=args.max_tokens,

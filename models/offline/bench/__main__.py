@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from sluice.models.offline.bench.expert_rows import expert_rows
@@ -29,8 +28,6 @@ def main() -> None:
     chosen = [row for row in rows if args.rows in row.name]
     if not chosen:
         parser.error(f"no row's name contains {args.rows!r}")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     results, parameters = measure(chosen, args.repeats, eager=not args.compiled)
     report(results, parameters, args.out, eager=not args.compiled)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sluice.models.engine.workers import CPU_WORKER
-from sluice.models.offline.bench.engines import BenchEngine
+from sluice.models.offline.bench.engines import BenchEngine, bench_engine
 from sluice.models.offline.bench.expert_rows import NEUTRAL
 from sluice.models.offline.bench.model import BenchModel, make_bench_model, step_weights
 from sluice.models.offline.bench.rows import Row
@@ -73,14 +73,14 @@ def measure(
     results = [Result(row) for row in chosen]
     parameters: dict[BenchModel, int] = {}
     for kind in BenchModel:
-        own = [result for result in results if result.row.model is kind]
-        if not own:
+        of_kind = [result for result in results if result.row.model is kind]
+        if not of_kind:
             continue
         with tempfile.TemporaryDirectory(prefix="sluice-bench-") as folder:
             parameters[kind] = make_bench_model(kind, Path(folder))
             half = repeats // 2
             for numbers, ours_first in ((range(half), False), (range(half, repeats), True)):
-                _measure_round(own, kind, Path(folder), numbers, ours_first, eager)
+                _measure_round(of_kind, kind, Path(folder), numbers, ours_first, eager)
     return results, parameters
 
 
@@ -97,7 +97,7 @@ def _measure_round(
     workers = [STOCK_WORKER, CPU_WORKER][:: -1 if ours_first else 1]
     with ExitStack() as stack:
         engines = {
-            worker: stack.enter_context(closing(BenchEngine(kind, folder, worker, eager)))
+            worker: stack.enter_context(bench_engine(kind, folder, worker, eager))
             for worker in workers
         }
         stock, ours = engines[STOCK_WORKER], engines[CPU_WORKER]

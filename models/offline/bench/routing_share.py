@@ -14,12 +14,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sluice.models.offline.bench.engines import BenchEngine
+from sluice.models.offline.bench.engines import bench_engine
 from sluice.models.offline.bench.expert_rows import (
     BATCHES,
     HALF,
@@ -72,9 +71,9 @@ class _Clock:
         self._seconds, self._calls, self._rows = 0.0, 0, 0
         route = router.route
 
-        def timed(place: int, logits: Any, *args: Any) -> Any:
+        def timed(layer: int, logits: Any, *args: Any) -> Any:
             began = time.perf_counter()
-            result = route(place, logits, *args)
+            result = route(layer, logits, *args)
             if len(logits) == self._rows:
                 self._seconds += time.perf_counter() - began
                 self._calls += 1
@@ -97,11 +96,13 @@ def measured(batches: Sequence[int], repeats: int) -> list[Share]:
     from sluice.kernels import dispatch
     from sluice.models.engine.workers import CPU_WORKER
 
-    found: list[Share] = []
+    shares: list[Share] = []
     with tempfile.TemporaryDirectory(prefix="sluice-bench-") as folder:
         make_bench_model(BenchModel.MOE, Path(folder))
-        with closing(BenchEngine(BenchModel.MOE, Path(folder), CPU_WORKER, True)) as engine:
-            clock = _Clock(engine.runner.routed.router)
+        with bench_engine(
+            BenchModel.MOE, Path(folder), CPU_WORKER, eager=True, in_process=True
+        ) as bench:
+            clock = _Clock(bench.engine.model_runner.routed.router)
             for batch in batches:
                 times: dict[tuple[str, str], list[tuple[float, float]]] = {}
                 for repeat in range(-1, repeats):
@@ -111,26 +112,27 @@ def measured(batches: Sequence[int], repeats: int) -> list[Share]:
                         for name, policy in POLICIES.items():
                             row = Row(name, (policy,) * batch, model=BenchModel.MOE)
                             clock.start(batch)
-                            seconds = engine.seconds(row, repeat, routed=policy is not None)
+                            seconds = bench.seconds(row, repeat, routed=policy is not None)
                             if repeat >= 0:  # The first is a warm-up.
                                 per_step = (clock.per_step, seconds / (row.new_tokens - 1))
                                 times.setdefault((name, choice), []).append(per_step)
-                found += _shares(batch, times)
-    return found
+                shares += _shares(batch, times)
+    return shares
 
 
 def _shares(batch: int, times: dict[tuple[str, str], list[tuple[float, float]]]) -> list[Share]:
-    found = []
-    for (name, choice), own in times.items():
-        stock = times[_STOCK, choice]
+    shares = []
+    for (name, choice), repeats in times.items():
         added = [
-            (routing - theirs) / step
-            for (routing, _), (theirs, step) in zip(own, stock, strict=True)
+            (routing - stock_routing) / stock_step
+            for (routing, _), (stock_routing, stock_step) in zip(
+                repeats, times[_STOCK, choice], strict=True
+            )
         ]
-        routing, step = (1e3 * statistics.median(part) for part in zip(*own, strict=True))
+        routing, step = (1e3 * statistics.median(part) for part in zip(*repeats, strict=True))
         median = statistics.median(added)
-        found.append(Share(name, choice, batch, routing, step, median, (min(added), max(added))))
-    return found
+        shares.append(Share(name, choice, batch, routing, step, median, (min(added), max(added))))
+    return shares
 
 
 def main() -> None:
@@ -144,9 +146,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeats < 5:
         parser.error("--repeats must be at least 5")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     shares = measured(args.batches, args.repeats)
 
     from rich.console import Console

@@ -5,23 +5,30 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sluice.models.offline.calibrate.step import Calibration, Step
 from sluice.models.offline.calibrate.workspace import Part
-from sluice.models.offline.engine import CalibrationEngine, _flags, _process_kept
+from sluice.models.offline.engine import OfflineEngine, offline_engine
 from sluice.models.offline.hf_model.examples import CalibrationError, digest
+from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.profile.profile import Profile
 from sluice.models.profile.writer import JSON_NAME, write_profile
 
+_BLOCK = 128
+"""Tokens of a K/V block at most, of vLLM's defaults."""
+
+_PREFILL_TOKENS = 8192
+"""Prompt tokens that a step runs at most, unless a single prompt is longer."""
+
 
 @contextmanager
-def engine_of(calibration: Calibration, longest: int, at_once: int) -> Iterator[CalibrationEngine]:
+def engine_of(calibration: Calibration, longest: int, at_once: int) -> Iterator[OfflineEngine]:
     """An engine with the profile of the parts so far; the transformers model is let go first.
-
-    Afterwards the process is as it was: environment, random states, threads.
 
     Args:
         calibration: its model is what the engine serves.
@@ -34,19 +41,54 @@ def engine_of(calibration: Calibration, longest: int, at_once: int) -> Iterator[
     model = calibration.model
     model.release()
     gc.collect()
-    with tempfile.TemporaryDirectory(prefix="sluice-") as name, _process_kept(Path(name)):
+    with tempfile.TemporaryDirectory(prefix="sluice-") as name:
         write_profile(Path(name), **profile_parts(calibration))
-        # The environment stands by now: vLLM reads it on import.
-        from vllm import LLM
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        with ExitStack() as stack:
-            stack.callback(cleanup_dist_env_and_memory)
-            llm = LLM(str(model.folder), **_flags(model, longest, at_once))
-            engine = CalibrationEngine(llm, Profile.load(Path(name)))
-            del llm
-            stack.callback(engine.close)
+        with offline_engine(
+            model.folder,
+            profile=Path(name),
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            dtype=str(model.dtype).removeprefix("torch."),
+            # Every prompt runs in full each time it is asked, and is counted.
+            enable_prefix_caching=False,
+            use_tqdm_on_load=False,
+            **_room_for(model, longest, at_once),
+        ) as engine:
             yield engine
+
+
+def _room_for(model: HFModel, longest: int, at_once: int) -> dict[str, Any]:
+    """Engine arguments for so many requests of so many tokens, and no more.
+
+    Args:
+        model: what is served.
+        longest: tokens of a prompt and its answer at most.
+        at_once: most requests at a time.
+    """
+    return {
+        "max_model_len": longest,
+        "max_num_seqs": at_once,
+        "max_num_batched_tokens": max(longest, min(at_once * longest, _PREFILL_TOKENS)),
+        "kv_cache_memory_bytes": _kv_cache_bytes(model, longest, at_once),
+    }
+
+
+def _kv_cache_bytes(model: HFModel, longest: int, at_once: int) -> int:
+    config = model.config
+    dtype = model.dtype if isinstance(model.dtype, torch.dtype) else config.dtype
+    latent = getattr(config, "kv_lora_rank", None)
+    if latent is not None:
+        width = latent + config.qk_rope_head_dim
+    else:
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = 2 * config.num_key_value_heads * head
+    # vLLM keeps one block for itself.
+    blocks = at_once * -(-longest // _BLOCK) + 1
+    if getattr(config, "sliding_window", None) is not None:
+        # Layers with a window have their own blocks, one as large as the others' after rounding.
+        blocks *= 2
+    size = width * (dtype or torch.float32).itemsize
+    return int(blocks * _BLOCK * size * model.layers)
 
 
 _MODEL = "model"

@@ -13,16 +13,9 @@ from sluice.models.offline.hf_model.examples import CalibrationError, Example, d
 from sluice.models.offline.hf_model.hooks import continued
 from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.offline.hf_model.samples import Sample
-from sluice.models.policy.policy import RoutingPolicy
-from sluice.models.profile.profile import Profile
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """(things, what is done, how many there are) to the things, with a progress bar moving."""
-
-Resolver = Callable[[Any, Profile, Mapping[str, Any]], Callable[[Mapping[str, Any]], RoutingPolicy]]
-"""(vLLM's configuration, profile, a worker's `describe_experts`) to what makes a policy of a
-request's `routing` object, and raises `CalibrationError` where the engine would refuse it.
-"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,6 @@ class Calibration:
         workspace: where results are kept.
         track: makes progress visible.
         parts: results of steps that are done, by name.
-        resolver: of the HTTP edge, for steps that measure settings as clients write them.
     """
 
     model: HFModel
@@ -102,7 +94,6 @@ class Calibration:
     workspace: Workspace
     track: Track
     parts: dict[str, Part] = field(default_factory=dict)
-    resolver: Resolver | None = None
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:

@@ -96,11 +96,11 @@ def server_answerer(
         PolicyRefusedError: the server refuses the routing; from the answerer.
         EvaluationError: it fails or is not there; from the answerer.
     """
-    served = HttpBackend(base_url, model, api_key, concurrency)
+    backend = HttpBackend(base_url, model, api_key, concurrency)
 
     def answer(prompts: Sequence[str]) -> list[str]:
-        asked = [Example(prompt=prompt) for prompt in prompts]
-        replies = served.answers(asked, routing, MAX_ANSWER_TOKENS)
+        examples = [Example(prompt=prompt) for prompt in prompts]
+        replies = backend.answers(examples, routing, MAX_ANSWER_TOKENS)
         if reports is not None:
             reports.extend(report for reply in replies for report in reply.reports)
         return [reply.text for reply in replies]

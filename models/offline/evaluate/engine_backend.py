@@ -1,8 +1,7 @@
-"""A model in this process, asked as a server would be: the same admission, the same reports."""
+"""A model in this process that answers as a server would, with the same policies and reports."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -10,42 +9,33 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sluice.models.engine.workers import worker_class
+from sluice.models.offline.engine import OfflineEngine, Request, offline_engine
 from sluice.models.offline.evaluate.choices import choice_tokens, likeliest
 from sluice.models.offline.evaluate.evaluation import EvaluationError, PolicyRefusedError, Reply
 from sluice.models.offline.hf_model.examples import CalibrationError, Example
 from sluice.models.offline.hf_model.model import HFModel
-from sluice.models.policy.extra_args import EXTRA_ARGS_KEY
-from sluice.models.profile.profile import PROFILE_ENV, Profile, ProfileError
-from sluice.models.routing.capabilities import Capabilities
+from sluice.models.profile.profile import Profile, ProfileError
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.presets import PresetsFileError, all_presets, check_presets
+from sluice.models.routing.schema import PresetFields
 from sluice.models.telemetry.report import build_report
-from sluice.models.telemetry.request_record import RoutingRecord
-from sluice.server.access.capability import Caller, Capability
-from sluice.server.admission import Admission, Admitted
-
-_CPU_CACHE_BYTES = 1024**3
-_NAME = "model"
-_ROUTE = "/v1/completions"
-_EVERYTHING = Caller(None, Capability.ADMIN)
 
 
 @dataclass(frozen=True)
-class InProcess:
-    """A vLLM engine with our worker in this process.
+class EngineBackend:
+    """A model in this process; `engine_backend` starts one.
 
     Attributes:
-        llm: vLLM's `LLM`.
-        subject: the same model's files.
-        admission: turns `routing` into policies.
+        engine: runs the model.
+        model: the same model's files.
+        presets: that `routing` may name.
         at_once: most requests at a time.
         answered: called after every answer.
     """
 
-    llm: Any
-    subject: HFModel
-    admission: Admission
+    engine: OfflineEngine
+    model: HFModel
+    presets: Mapping[str, PresetFields]
     at_once: int
     answered: Callable[[], None]
     reports: bool = field(default=True, init=False)
@@ -53,15 +43,15 @@ class InProcess:
     @property
     def template(self) -> bool:
         """Whether the model has a chat template."""
-        return self.subject.tokenizer.chat_template is not None
+        return self.model.tokenizer.chat_template is not None
 
     def answers(
         self, examples: Sequence[Example], routing: Mapping[str, Any] | None, max_tokens: int
     ) -> list[Reply]:
         """Greedy answers, in order; see `http_backend.HttpBackend.answers`."""
-        prompts = [_encoded(self.subject, example) for example in examples]
+        prompts = [_encoded(self.model, example) for example in examples]
         replies = []
-        for output, report in self._run(prompts, routing, max_tokens=max_tokens):
+        for output, report in self._run(prompts, routing, max_tokens):
             answer = output.outputs[0]
             replies.append(Reply(answer.text, answer.finish_reason == "length", (report,)))
             self.answered()
@@ -71,69 +61,51 @@ class InProcess:
         self, examples: Sequence[Example], routing: Mapping[str, Any] | None, per_token: bool
     ) -> list[Reply]:
         """The likeliest choices, in order; see `http_backend.HttpBackend.choices`."""
-        starts, asked = [], []
+        lengths, prompts = [], []
         for example in examples:
-            prompt = _encoded(self.subject, example)
-            behind = _choices(self.subject, example, prompt)
-            starts += [len(prompt)] * len(behind)
-            asked += [(*prompt, *own) for own in behind]
-        # vLLM generates a token at least.
-        outputs = zip(
-            starts, self._run(asked, routing, max_tokens=1, prompt_logprobs=0), strict=True
-        )
+            prompt = _encoded(self.model, example)
+            choices = _choices(self.model, example, prompt)
+            lengths += [len(prompt)] * len(choices)
+            prompts += [(*prompt, *choice) for choice in choices]
+        # One token, because vLLM generates no fewer.
+        outputs = zip(lengths, self._run(prompts, routing, 1, prompt_logprobs=0), strict=True)
         replies = []
         for example in examples:
             assert example.choices is not None
-            found, reports = [], []
+            logprobs, reports = [], []
             for start, (output, report) in islice(outputs, len(example.choices)):
                 ids, read = output.prompt_token_ids, output.prompt_logprobs
-                found.append([float(read[n][ids[n]].logprob) for n in range(start, len(ids))])
+                logprobs.append([float(read[n][ids[n]].logprob) for n in range(start, len(ids))])
                 reports.append(report)
-            chosen = example.choices[likeliest(found, per_token)]
+            chosen = example.choices[likeliest(logprobs, per_token)]
             replies.append(Reply(chosen, reports=tuple(reports)))
             self.answered()
         return replies
 
     def _run(
-        self, prompts: Sequence[Sequence[int]], routing: Mapping[str, Any] | None, **sampling: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        routing: Mapping[str, Any] | None,
+        max_tokens: int,
+        **sampling: Any,
     ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
         """Outputs of vLLM and reports."""
-        for start in range(0, len(prompts), self.at_once):
-            part = prompts[start : start + self.at_once]
-            admitted = [self._admitted(routing or {}) for _ in part]
-            outputs = self.llm.generate(
-                [_request(ids, own) for ids, own in zip(part, admitted, strict=True)],
-                [self._sampling(own, sampling) for own in admitted],
-                use_tqdm=False,
-            )
-            for output, own in zip(outputs, admitted, strict=True):
-                records = self.llm.collective_rpc(
-                    "take_routing_record", args=(own.extra.request_key,)
-                )
-                record = records[0] and RoutingRecord.from_wire(records[0])
-                yield output, build_report(own.extra.policy, record)
-
-    def _admitted(self, routing: Mapping[str, Any]) -> Admitted:
-        body = {"model": _NAME, "routing": dict(routing)}
         try:
-            admitted = self.admission.admit(_ROUTE, body, _EVERYTHING)
+            policy = self.engine.resolve(routing or {}, self.presets)
         except RoutingError as error:
             raise PolicyRefusedError(error.message, error.param) from None
-        assert admitted is not None
-        return admitted
-
-    def _sampling(self, admitted: Admitted, more: Mapping[str, Any]) -> Any:
-        # What else the model's generation_config.json says holds, as it does on a server.
-        params = self.llm.get_default_sampling_params()
-        params.temperature = 0.0
-        params.extra_args = {EXTRA_ARGS_KEY: admitted.extra.encode()}
-        for name, value in more.items():
-            setattr(params, name, value)
-        return params
+        # What else the model's generation_config.json says applies, as it does on a server.
+        sampling = {**self.engine.default_sampling, **sampling}
+        for start in range(0, len(prompts), self.at_once):
+            part = prompts[start : start + self.at_once]
+            requests = [Request(prompt, policy, max_tokens) for prompt in part]
+            outputs = self.engine.generate(requests, sampling, cache_salts=True)
+            for request, output in zip(requests, outputs, strict=True):
+                yield output, build_report(policy, self.engine.take_record(request))
 
 
 @contextmanager
-def in_process(
+def engine_backend(
     model: str,
     examples: Sequence[Example],
     *,
@@ -143,7 +115,7 @@ def in_process(
     at_once: int,
     kv_cache_memory_bytes: int | None,
     answered: Callable[[], None],
-) -> Iterator[InProcess]:
+) -> Iterator[EngineBackend]:
     """Start an engine that has room for some examples, and end it.
 
     Args:
@@ -161,100 +133,75 @@ def in_process(
             longer than its context.
     """
     try:
-        subject = HFModel.of(model)
-        held = None if profile is None else Profile.load(profile)
-        if held is not None:
-            held.check_model(subject.layers, subject.hidden, subject.fingerprint)
-        own = all_presets(presets, held)
+        files = HFModel.of(model)
+        loaded = None if profile is None else Profile.load(profile)
+        if loaded is not None:
+            loaded.check_model(files.layers, files.hidden, files.fingerprint)
+        by_name = all_presets(presets, loaded)
     except (CalibrationError, ProfileError, PresetsFileError) as error:
         raise EvaluationError(str(error)) from None
-    longest = max(_length(subject, example, max_tokens) for example in examples)
-    # vLLM reads the environment on import.
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.pop(PROFILE_ENV, None)
-    if profile is not None:
-        os.environ[PROFILE_ENV] = str(profile.resolve())
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.platforms import current_platform
-
-    if kv_cache_memory_bytes is None and current_platform.is_cpu():
-        kv_cache_memory_bytes = _CPU_CACHE_BYTES
+    longest = max(_length(files, example, max_tokens) for example in examples)
     with ExitStack() as stack:
-        # After an engine that did not start as well: the next one would take its process groups.
-        stack.callback(cleanup_dist_env_and_memory)
         try:
-            llm = LLM(
-                str(subject.folder),
-                worker_cls=worker_class(),
-                enforce_eager=True,
-                max_model_len=longest,
-                max_num_seqs=at_once,
-                kv_cache_memory_bytes=kv_cache_memory_bytes,
-                seed=0,
+            engine = stack.enter_context(
+                offline_engine(
+                    files.folder,
+                    profile=profile,
+                    enforce_eager=True,
+                    max_model_len=longest,
+                    max_num_seqs=at_once,
+                    kv_cache_memory_bytes=kv_cache_memory_bytes,
+                )
             )
         except (ValueError, RuntimeError) as error:
             raise EvaluationError(f"{model}: the engine does not start: {error}") from error
-        stack.callback(llm.llm_engine.engine_core.shutdown)
         try:
-            answer = llm.collective_rpc("describe_experts")[0]
-            able = Capabilities.of(
-                llm.llm_engine.vllm_config, (_NAME,), held, answer, expert_routing=True
-            )
-            admission = Admission(able, own)
-            check_presets(own, able)
+            check_presets(by_name, engine.capabilities)
         except ProfileError as error:
             raise EvaluationError(str(error)) from None
         except RoutingError as error:
             message = f"presets file {presets}: {error.param}: {error.message}"
             raise EvaluationError(message) from None
-        yield InProcess(llm, subject, admission, at_once, answered)
+        yield EngineBackend(engine, files, by_name, at_once, answered)
 
 
-def _encoded(subject: HFModel, example: Example) -> tuple[int, ...]:
+def _encoded(model: HFModel, example: Example) -> tuple[int, ...]:
     try:
-        return subject.encode(example)
+        return model.encode(example)
     except CalibrationError as error:
         raise EvaluationError(f"{example.where}: {error}") from None
 
 
-def _choices(subject: HFModel, example: Example, prompt: Sequence[int]) -> list[list[int]]:
+def _choices(model: HFModel, example: Example, prompt: Sequence[int]) -> list[list[int]]:
     """Token ids of each choice of an example."""
-    tokenizer = subject.tokenizer
+    tokenizer = model.tokenizer
     text = example.text
     if text is None and example.messages is None and tokenizer.chat_template is None:
         text = example.prompt
-    found = []
+    choices = []
     for choice in example.choices or ():
-        own = list(tokenizer(choice, add_special_tokens=False)["input_ids"])
+        tokens = list(tokenizer(choice, add_special_tokens=False)["input_ids"])
         if text is not None:
-            own = choice_tokens(prompt, tokenizer(text + choice)["input_ids"], own)
-        if not own:
+            tokens = choice_tokens(prompt, tokenizer(text + choice)["input_ids"], tokens)
+        if not tokens:
             raise EvaluationError(f"{example.where}: choice {choice!r} has no tokens")
-        found.append(own)
-    return found
+        choices.append(tokens)
+    return choices
 
 
-def _length(subject: HFModel, example: Example, max_tokens: int) -> int:
+def _length(model: HFModel, example: Example, max_tokens: int) -> int:
     """Tokens that an example takes at most.
 
     Raises:
         EvaluationError: more than the context.
     """
-    prompt = _encoded(subject, example)
+    prompt = _encoded(model, example)
     more = max_tokens
     if example.choices is not None:
-        more = 1 + max(map(len, _choices(subject, example, prompt)))
-    if len(prompt) + more > subject.context:
+        more = 1 + max(map(len, _choices(model, example, prompt)))
+    if len(prompt) + more > model.context:
         raise EvaluationError(
-            f"{example.where}: {len(prompt)} tokens, and the model's context of {subject.context} "
+            f"{example.where}: {len(prompt)} tokens, and the model's context of {model.context} "
             f"has no room for them and {more} more"
         )
     return len(prompt) + more
-
-
-def _request(ids: Sequence[int], admitted: Admitted) -> dict[str, Any]:
-    request: dict[str, Any] = {"prompt_token_ids": list(ids)}
-    salt = admitted.body.get("cache_salt")
-    return request if salt is None else {**request, "cache_salt": salt}

@@ -131,7 +131,7 @@ def evaluate(
         try:
             if len(reports) < requests:
                 raise NothingCountedError(f"{requests - len(reports)} answers carry no report")
-            work = Work.of(reports)
+            work = Work.of_reports(reports)
         except NothingCountedError as error:
             warnings.append(f"work is not known: {error}")
     return PolicyResult(policy, routing, scores, work, tuple(warnings))

@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 import torch
 from support.calibration import calibration_of, drawn_prompts
+from support.edge import CAPABILITIES
 from support.engine import engine
 from support.tiny import LAYERS, make_model
 
 from sluice.models.offline.calibrate.pipeline import engine_of
-from sluice.models.offline.engine import CalibrationEngine, Work
+from sluice.models.offline.engine import OfflineEngine
+from sluice.models.offline.evaluate.work import Work
 from sluice.models.policy.experts import ExpertPolicy
 from sluice.models.policy.policy import ExitRule, Phase, RoutingPolicy, SkipSet
+from sluice.models.routing.errors import RoutingError
+from sluice.models.routing.schema import DepthFields, PresetFields, SkipFields
 
 NEW_TOKENS = 10
 PROMPTS = drawn_prompts(7, seed=3)
@@ -33,7 +37,7 @@ EXPERTS = RoutingPolicy(experts=ExpertPolicy(top_k=1))
 
 
 def asked(
-    running: CalibrationEngine,
+    running: OfflineEngine,
     policy: RoutingPolicy | None,
     prompts: Sequence[Sequence[int]] = PROMPTS,
     ends: Sequence[int] = (),
@@ -54,7 +58,7 @@ def test_tokens_are_those_of_any_engine(family: str, models_folder: Path, tmp_pa
         records = ["a", "b"]
         skip = POLICIES["decode skip"]
         plain.run(PROMPTS[:2], [skip] * 2, NEW_TOKENS, records)
-        work = Work.of([plain.runner.take_routing_record(name) for name in records])
+        work = Work.of_records([plain.runner.take_routing_record(name) for name in records])
     assert len({tuple(tokens) for tokens in expected.values()}) == len(expected)
     calibration = calibration_of(model, PROMPTS, tmp_path)
     with engine_of(calibration, 40, 3) as running:
@@ -68,8 +72,43 @@ def test_tokens_are_those_of_any_engine(family: str, models_folder: Path, tmp_pa
             stop = whole.index(end) + 1 if end in whole else NEW_TOKENS
             assert tokens == whole[:stop]
         again = running.answers(PROMPTS[:2], skip, [NEW_TOKENS] * 2, (), 2)
-        assert again.work == work
+        assert Work.of_records(again.records) == work
         assert (running.expert_answer["shape"] is None) == (family == "llama")
+        assert running.resolve({}).stock
+        for routing, param, message in (
+            ({"depth": {"skip": {"blocks": [9]}}}, "routing.depth.skip.blocks.0", "layer 9"),
+            ({"experts": {"top_k": 9}}, "routing.experts", "experts"),
+        ):
+            with pytest.raises(RoutingError) as caught:
+                running.resolve(routing)
+            assert caught.value.param.startswith(param)
+            assert message in f"{caught.value.param}: {caught.value.message}"
+
+
+def test_latent_attention_in_fp32_starts_on_any_cpu(
+    models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a CPU has AMX, vLLM would choose a backend that takes bfloat16 only."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    model = make_model("deepseek_v2", models_folder / "engine-deepseek")
+    with engine_of(calibration_of(model, PROMPTS, tmp_path), 40, 3) as running:
+        assert running.vllm_config.model_config.dtype == torch.float32
+        assert len(asked(running, RoutingPolicy(), PROMPTS[:1])[0]) == NEW_TOKENS
+
+
+def test_a_preset_that_the_engine_cannot_run_is_named() -> None:
+    """As the server names it; a field of the request itself is named by its own path."""
+    stopped = OfflineEngine(None, None)
+    vars(stopped)["capabilities"] = CAPABILITIES
+    presets = {"deep": PresetFields(depth=DepthFields(skip=SkipFields(mlp=[9])))}
+    for routing, param, message in (
+        ({"preset": "deep"}, "routing.preset", "preset 'deep' is not available: layer 9"),
+        ({"preset": "none such"}, "routing.preset", "'none such' does not exist"),
+        ({"depth": {"skip": {"mlp": [9]}}}, "routing.depth.skip.mlp.0", "^layer 9 does not"),
+    ):
+        with pytest.raises(RoutingError, match=message) as caught:
+            stopped.resolve(routing, presets)
+        assert caught.value.param == param
 
 
 def test_work_and_time(models_folder: Path, tmp_path: Path) -> None:
@@ -78,20 +117,23 @@ def test_work_and_time(models_folder: Path, tmp_path: Path) -> None:
         lengths = [2, 5, 1, 9, 4]
         full = running.answers(PROMPTS[:5], RoutingPolicy(), lengths, (), 2)
         assert [len(tokens) for tokens in full.tokens] == lengths
-        assert full.work is not None
-        assert full.work.generated == sum(lengths) - 5
-        assert (full.work.mean_layers, full.work.compute_fraction) == (LAYERS, 1.0)
+        work = Work.of_records(full.records)
+        assert work.generated_tokens == sum(lengths) - 5
+        assert (work.mean_layers, work.compute_fraction) == (LAYERS, 1.0)
         # All of a batch have their first token at once, and the steps after that are counted.
         assert full.decoded == sum(lengths) - 5
         assert full.seconds > 0
         none = running.answers(PROMPTS[:2], RoutingPolicy(), [1, 1], (), 2)
         assert (none.decoded, none.seconds) == (0, 0.0)
         unasked = running.answers(PROMPTS[:5], None, lengths, (), 2)
-        assert (unasked.work, unasked.decoded, unasked.tokens) == (None, full.decoded, full.tokens)
+        assert (unasked.records, unasked.decoded, unasked.tokens) == (
+            (),
+            full.decoded,
+            full.tokens,
+        )
         half = RoutingPolicy(SkipSet.of(blocks=(0, 2, 4), phase=Phase.DECODE))
-        work = running.answers(PROMPTS, half, [NEW_TOKENS] * 7, (), 3).work
-        assert work is not None
-        assert (work.mean_layers, work.generated_fraction) == (3.0, 0.5)
+        work = Work.of_records(running.answers(PROMPTS, half, [NEW_TOKENS] * 7, (), 3).records)
+        assert (work.mean_layers, work.generated_compute_fraction) == (3.0, 0.5)
         prompt, generated = sum(map(len, PROMPTS)), 7 * (NEW_TOKENS - 1)
         expected = (prompt + 0.5 * generated) / (prompt + generated)
         assert work.compute_fraction == pytest.approx(expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -42,9 +42,9 @@ from sluice.models.offline.calibrate.frontier.settings import (
     together,
 )
 from sluice.models.offline.calibrate.pipeline import engine_of, profile_parts
-from sluice.models.offline.calibrate.step import Calibration, Resolver, Step, check_least, option
+from sluice.models.offline.calibrate.step import Calibration, Step, check_least, option
 from sluice.models.offline.calibrate.workspace import Part, key_of
-from sluice.models.offline.engine import CalibrationEngine
+from sluice.models.offline.engine import OfflineEngine
 from sluice.models.offline.hf_model.examples import CalibrationError, spaced_indices
 from sluice.models.offline.intervals import (
     LEAST_REPEATS,
@@ -61,8 +61,8 @@ from sluice.models.profile.fields import (
     FrontierPoint,
     Interval,
 )
+from sluice.models.routing.errors import RoutingError
 
-_Resolve = Callable[[Mapping[str, Any]], RoutingPolicy]
 _LOG = logging.getLogger(__name__)
 _Chosen = Literal["chain", "uniform", "random"]
 
@@ -113,9 +113,9 @@ class Frontier(Step):
 
         Raises:
             CalibrationError: an option is out of range, no answer has a second token, full depth
-                has none of the tasks right, or there is nothing that makes policies of settings.
+                has none of the tasks right, or the engine cannot run a setting.
         """
-        resolver = self._check(calibration)
+        self._check()
         every = units(calibration.model.layers, sub_layers=self.sub_layers)
         samples = calibration.samples
         levels = greedy_levels(
@@ -135,8 +135,7 @@ class Frontier(Step):
             )
             key = key_of(calibration.key(same), device)
             kept = Measurements(measure, calibration.workspace, key)
-            resolve = resolver(engine.vllm_config, engine.profile, engine.expert_answer)
-            run = _Run(self, calibration, engine, kept, resolve, levels, len(items.prompts))
+            run = _Run(self, calibration, engine, kept, levels, len(items.prompts))
             points = run.points()
             presets = choose(points)
             notes = tuple(shortfalls(points, presets))
@@ -155,7 +154,7 @@ class Frontier(Step):
             )
         return Part({"frontier": found.model_dump(mode="json")})
 
-    def _check(self, calibration: Calibration) -> Resolver:
+    def _check(self) -> None:
         least = {
             "items": 1,
             "batch": 1,
@@ -169,9 +168,6 @@ class Frontier(Step):
         check_least(self, least)
         if not 0 < self.deepest < 1:
             raise CalibrationError("frontier: deepest must lie between 0 and 1")
-        if calibration.resolver is None:
-            raise CalibrationError("frontier: nothing here makes policies of routing objects")
-        return calibration.resolver
 
 
 @dataclass(frozen=True)
@@ -180,9 +176,8 @@ class _Run:
 
     step: Frontier
     calibration: Calibration
-    engine: CalibrationEngine
+    engine: OfflineEngine
     kept: Measurements
-    resolve: _Resolve
     levels: Sequence[GreedyLevel]
     items: int
 
@@ -212,7 +207,7 @@ class _Run:
         A repeat's ratio is of two times that were taken in turn, so Student's t-test is of the
         ratios' logarithms.
         """
-        policies = [self.resolve(point.routing) for point in points[1:]]
+        policies = [self.engine.resolve(point.routing) for point in points[1:]]
         raw = [mean_above(np.log(self.kept.ratios(p, self.step.repeats))) for p in policies]
         pairs = zip(points[1:], corrected(raw).tolist(), strict=True)
         return [points[0], *(point.model_copy(update={"faster": p}) for point, p in pairs)]
@@ -226,9 +221,10 @@ class _Run:
 
     def _policy(self, setting: Setting) -> RoutingPolicy:
         try:
-            return self.resolve(setting.routing)
-        except CalibrationError as error:
-            raise CalibrationError(f"setting {setting.name!r}: {error}") from None
+            return self.engine.resolve(setting.routing)
+        except RoutingError as error:
+            message = f"setting {setting.name!r}: {error.param}: {error.message}"
+            raise CalibrationError(message) from None
 
     def _point(self, setting: Setting, policy: RoutingPolicy) -> FrontierPoint:
         quality = self.kept.quality(policy)
@@ -238,7 +234,7 @@ class _Run:
             quality=share_interval(quality.value, self.items),
             speed=median_interval(self.kept.ratios(policy, self.step.repeats)),
             compute_fraction=quality.work.compute_fraction,
-            generated_fraction=quality.work.generated_fraction,
+            generated_fraction=quality.generated_fraction,
             on_frontier=False,
         )
 
@@ -301,7 +297,7 @@ class _Run:
     def _ablation_quality(self, setting: Setting) -> tuple[Interval, float]:
         """Quality, and compute on generated tokens."""
         found = self.kept.quality(self._policy(setting))
-        return share_interval(found.value, self.items), found.work.generated_fraction
+        return share_interval(found.value, self.items), found.generated_fraction
 
     def _counts(self) -> list[int]:
         """Units that the levels leave out."""

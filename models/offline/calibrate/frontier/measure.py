@@ -21,7 +21,8 @@ from typing import Any, Literal
 from sluice.models.offline.calibrate.frontier.agreement import agreement
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.calibrate.workspace import Workspace
-from sluice.models.offline.engine import CalibrationEngine, Outcome, Work
+from sluice.models.offline.engine import OfflineEngine, Outcome
+from sluice.models.offline.evaluate.work import Work
 from sluice.models.offline.hf_model.examples import CalibrationError, spaced_indices
 from sluice.models.policy.policy import RoutingPolicy
 
@@ -89,6 +90,12 @@ class Quality:
     value: float
     work: Work
 
+    @property
+    def generated_fraction(self) -> float:
+        """Share of full depth's compute on generated tokens, 1.0 without one."""
+        fraction = self.work.generated_compute_fraction
+        return 1.0 if fraction is None else fraction
+
 
 class SettingMeasure:
     """Full depth's answers, and every setting held against them, in one engine."""
@@ -96,7 +103,7 @@ class SettingMeasure:
     def __init__(
         self,
         calibration: Calibration,
-        engine: CalibrationEngine,
+        engine: OfflineEngine,
         items: Items,
         batch: int,
         timed: int,
@@ -136,9 +143,8 @@ class SettingMeasure:
         return self._quality(self._answers(policy))
 
     def _quality(self, outcome: Outcome) -> Quality:
-        assert outcome.work is not None
         scores = [self._score(place, given) for place, given in enumerate(outcome.tokens)]
-        return Quality(sum(scores) / len(scores), outcome.work)
+        return Quality(sum(scores) / len(scores), Work.of_records(outcome.records))
 
     def ratios(self, policy: RoutingPolicy, repeats: int) -> list[float]:
         """Full depth's time over the setting's, repeat by repeat; above 1 is faster."""
@@ -198,18 +204,18 @@ class Measurements:
     def quality(self, policy: RoutingPolicy) -> Quality:
         """Quality of a policy, and its work."""
         if policy.digest not in self._qualities:
-            found = self._measure.quality(policy)
-            work = found.work
-            fractions = [work.compute_fraction, work.generated_fraction]
+            measured = self._measure.quality(policy)
+            work = measured.work
             self._qualities[policy.digest] = [
-                found.value,
-                work.generated,
+                measured.value,
+                work.generated_tokens,
                 work.mean_layers,
-                *fractions,
+                work.compute_fraction,
+                work.generated_compute_fraction,
             ]
             self._workspace.keep(_QUALITY, self._key, self._qualities)
-        value, *work_fields = self._qualities[policy.digest]
-        return Quality(value, Work(*work_fields))
+        value, tokens, mean_layers, whole, generated = self._qualities[policy.digest]
+        return Quality(value, Work(tokens, mean_layers, generated, whole))
 
     def ratios(self, policy: RoutingPolicy, repeats: int) -> list[float]:
         """Full depth's time over the policy's, pair by pair."""

@@ -26,7 +26,7 @@ def report(
 
 
 def test_reports_weigh_by_their_tokens() -> None:
-    work = Work.of(
+    work = Work.of_reports(
         [
             report(10, 1.0, 1, 2.0, 1.0),
             report(30, 0.6, 3, 1.0, 0.5),
@@ -42,12 +42,12 @@ def test_reports_weigh_by_their_tokens() -> None:
 
 
 def test_without_a_generated_token_there_is_no_mean() -> None:
-    assert Work.of([report(10, 0.75, 0, None, 1.0)]) == Work(0, None, None, 0.75)
+    assert Work.of_reports([report(10, 0.75, 0, None, 1.0)]) == Work(0, None, None, 0.75)
 
 
 def test_a_report_that_counted_nothing_is_not_a_zero() -> None:
     lost = {"policy": {}, "warnings": ["the engine kept no record of this request"]}
     with pytest.raises(NothingCountedError, match="kept no record"):
-        Work.of([report(10, 1.0, 1, 2.0, 1.0), lost])
+        Work.of_reports([report(10, 1.0, 1, 2.0, 1.0), lost])
     with pytest.raises(NothingCountedError, match="no report"):
-        Work.of([])
+        Work.of_reports([])

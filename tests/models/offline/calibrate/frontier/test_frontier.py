@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +29,14 @@ from sluice.models.offline.calibrate.pipeline import engine_of, run_steps
 from sluice.models.offline.calibrate.registry import STEPS
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.calibrate.workspace import Part
-from sluice.models.offline.engine import Work, resolver
+from sluice.models.offline.evaluate.work import Work
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.offline.intervals import corrected, share_interval
 from sluice.models.offline.report.charts import EQUAL_COMPUTE_PNG, FRONTIER_PNG, write_plots
 from sluice.models.offline.report.frontier import frontier_table, preset_lines
 from sluice.models.policy.policy import Phase, RoutingPolicy, SkipSet
 from sluice.models.profile.fields import FrontierFields
+from sluice.models.routing.errors import RoutingError
 
 NEW_TOKENS = 6
 PROMPTS = drawn_prompts(5, seed=6)
@@ -71,7 +72,7 @@ STEP = Frontier(items=5, batch=3, timed=3, repeats=6, levels=2, samples=4, draws
 
 def started(folder: Path, out: Path, parts: dict[str, Part] = PARTS) -> Calibration:
     calibration = calibration_of(folder, PROMPTS, out, new_tokens=NEW_TOKENS)
-    return replace(calibration, parts=dict(parts), resolver=resolver)
+    return replace(calibration, parts=dict(parts))
 
 
 @pytest.fixture
@@ -91,8 +92,7 @@ def fields_of(part: Part) -> FrontierFields:
 def check_against_engine(found: FrontierFields, calibration: Calibration, folder: Path) -> None:
     """Quality and compute of every point are those of an engine like a server's."""
     with engine_of(calibration, 40, 5) as made:
-        profile, config, answer = made.profile, made.vllm_config, made.expert_answer
-        policies = [resolver(config, profile, answer)(p.routing) for p in found.points]
+        policies = [made.resolve(p.routing) for p in found.points]
         first = [index for index, p in enumerate(policies) if p.adaptive is not None]
     plain = [index for index in range(len(policies)) if index not in first]
     with engine(folder) as running:
@@ -102,12 +102,14 @@ def check_against_engine(found: FrontierFields, calibration: Calibration, folder
             out = running.run(PROMPTS, [policies[index]] * 5, NEW_TOKENS, records)
             given = [each.outputs[0].token_ids for each in out]
             shares = [agreement(own, other) for own, other in zip(full, given, strict=True)]
-            work = Work.of([running.runner.take_routing_record(name) for name in records])
+            work = Work.of_records([running.runner.take_routing_record(name) for name in records])
             point = found.points[index]
             assert point.quality.value == pytest.approx(sum(shares) / 5), point.name
             assert point.quality == share_interval(point.quality.value, 5)
             assert point.compute_fraction == pytest.approx(work.compute_fraction), point.name
-            assert point.generated_fraction == pytest.approx(work.generated_fraction), point.name
+            assert point.generated_fraction == pytest.approx(work.generated_compute_fraction), (
+                point.name
+            )
 
 
 def test_a_dense_model(llama: Path, tmp_path: Path) -> None:
@@ -204,7 +206,7 @@ class Told:
         loss = 0.004 * skipped + 0.01 * (policy.experts.skip_ratio is not None)
         loss += 0.5 * (policy.exit is not None or policy.adaptive is not None)
         ran = 1 - skipped / (2 * LAYERS)
-        return Quality(1 - loss, Work(10, ran * LAYERS, (1 + ran) / 2, ran))
+        return Quality(1 - loss, Work(10, ran * LAYERS, ran, (1 + ran) / 2))
 
     @classmethod
     def _note(cls, what: str, policy: RoutingPolicy) -> None:
@@ -214,8 +216,15 @@ class Told:
 
 
 class FakeEngine:
-    vllm_config = profile = None
+    """An engine that is made up; its policies are the edge's own."""
+
     expert_answer: ClassVar[dict[str, Any]] = {"shape": edge.PLAIN_SHAPE.to_dict()}
+    capabilities = replace(
+        edge.MOE, profile=edge.profile_of("classifier", "first", importance=IMPORTANCE)
+    )
+
+    def resolve(self, routing: Mapping[str, Any]) -> RoutingPolicy:
+        return edge.policy(dict(routing), self.capabilities)
 
 
 @pytest.fixture
@@ -234,15 +243,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> type[Told]:
 
 
 def invented(folder: Path, out: Path) -> Calibration:
-    """A calibration whose engine is made up; the policies are the edge's own."""
-    capabilities = replace(
-        edge.MOE, profile=edge.profile_of("classifier", "first", importance=IMPORTANCE)
-    )
-
-    def resolved(*_engine: Any) -> Any:
-        return lambda routing: edge.policy(dict(routing), capabilities)
-
-    return replace(started(folder, out, {**PARTS, **EXPERT_PARTS}), resolver=resolved)
+    """A calibration for `FakeEngine`."""
+    return started(folder, out, {**PARTS, **EXPERT_PARTS})
 
 
 def test_a_run_that_was_stopped_goes_on(llama: Path, tmp_path: Path, told: type[Told]) -> None:
@@ -390,31 +392,13 @@ def test_options_out_of_range(
 
 
 def test_a_setting_that_the_edge_refuses_is_named(
-    llama: Path, tmp_path: Path, told: type[Told]
+    llama: Path, tmp_path: Path, told: type[Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calibration = invented(llama, tmp_path)
-    with pytest.raises(CalibrationError, match="nothing here makes policies"):
-        STEP.run(replace(calibration, resolver=None))
+    def refusing(self: FakeEngine, routing: Mapping[str, Any]) -> RoutingPolicy:
+        if "exit" in routing.get("depth", {}):
+            raise RoutingError("not today", param="routing.depth.exit", reason="invalid_field")
+        return RoutingPolicy(SkipSet.of(blocks=(1,), phase=Phase.DECODE))
 
-    def refusing(*_engine: Any) -> Any:
-        def policy(routing: Any) -> RoutingPolicy:
-            if "exit" in routing.get("depth", {}):
-                raise CalibrationError("routing.depth.exit: not today")
-            return RoutingPolicy(SkipSet.of(blocks=(1,), phase=Phase.DECODE))
-
-        return policy
-
+    monkeypatch.setattr(FakeEngine, "resolve", refusing)
     with pytest.raises(CalibrationError, match=r"setting 'exit by .*: routing.depth.exit: not to"):
-        STEP.run(replace(calibration, resolver=refusing))
-
-
-def test_the_resolver_speaks_of_calibrations(llama: Path, tmp_path: Path) -> None:
-    calibration = started(llama, tmp_path)
-    with engine_of(calibration, 20, 2) as running:
-        policy = resolver(running.vllm_config, running.profile, running.expert_answer)
-        skip: Sequence[int] = [9]
-        with pytest.raises(CalibrationError, match=r"routing\.depth\.skip\.blocks\.0: .*9"):
-            policy({"depth": {"skip": {"blocks": skip}}})
-        with pytest.raises(CalibrationError, match=r"routing\.experts: .*no routed experts"):
-            policy({"experts": {"top_k": 1}})
-        assert policy({}).stock
+        STEP.run(invented(llama, tmp_path))

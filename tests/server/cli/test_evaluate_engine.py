@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.commands import run_command
 from support.serving import Server
+from vllm.platforms.cpu import CpuPlatform
 
 from sluice.models.offline.demo import DEMO_MODEL_DIR
 from sluice.models.offline.demo.tasks.tasks import longer_items
-from sluice.models.profile.profile import PROFILE_ENV
 from sluice.models.profile.writer import write_profile
 from sluice.server.cli.evaluate import add_parser
 
@@ -28,11 +30,9 @@ def write(path: Path, *lines: Any) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command sets it for the engine, and ends with the process."""
-    for name in (PROFILE_ENV, "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM takes the first of these types for a model in fp32, which is bfloat16 otherwise."""
+    monkeypatch.setattr(CpuPlatform, "supported_dtypes", [torch.float32])
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,11 @@ presets:
 """
 
 
+def engine_environment() -> dict[str, str]:
+    """Variables that vLLM or Sluice reads; PyTorch sets some of its own when it is first used."""
+    return {name: os.environ[name] for name in os.environ if name.startswith(("VLLM_", "SLUICE_"))}
+
+
 def test_the_same_rows_as_through_a_server(
     server: Server, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,6 +71,8 @@ def test_the_same_rows_as_through_a_server(
         text = f"<|user|>{item.prompt}<|assistant|>"
         choices = sorted({item.answer, "3", "4", "5"})
         lines.append({"text": text, "answer": item.answer, "choices": choices, "task": "choose"})
+    # Longer than a block of the K/V cache, which the first choice leaves to the others.
+    lines.append({"text": text * 12, "answer": "4", "choices": ["3", "4", "5"], "task": "choose"})
     tasks = write(tmp_path / "tasks.jsonl", *lines)
     presets = tmp_path / "presets.yaml"
     presets.write_text(PRESETS)
@@ -76,10 +83,11 @@ def test_the_same_rows_as_through_a_server(
     files = [tmp_path / "served.json", tmp_path / "here.json"]
     url = ["--url", f"{server.url}/v1", "--api-key", server.api_key]
     here = ["--model", model, "--presets", presets, "--concurrency", "4"]
-    shown = []
+    shown, environment = [], engine_environment()
     for where, file in zip((url, here), files, strict=True):
         assert evaluate(*where, "--tasks", tasks, *policies, "--json", file) == 2
         shown.append(capsys.readouterr())
+    assert engine_environment() == environment
     served, own = (json.loads(file.read_text()) for file in files)
     assert len({json.dumps(row["tasks"]) for row in own}) > 1, "policies differ"
     for theirs, mine in zip(served, own, strict=True):
