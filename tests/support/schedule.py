@@ -14,6 +14,7 @@ LONGEST = (
     "models/engine/test_expert_routing.py",
     "loadtest/test_demo_server.py",
     "models/engine",
+    "examples",
     "server/console",
     "models/offline/calibrate/frontier",
     "models/telemetry",
@@ -37,6 +38,7 @@ SHARED = {
         "server/observability/test_observability.py",
         "server/cli/test_demo.py",
         "server/cli/test_evaluate.py",
+        "server/cli/test_evaluate_engine.py",
     ),
     "console": (
         "server/console/test_answers.py",
