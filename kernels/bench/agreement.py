@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sluice.kernels.ops.routing_args import ROWS, TensorGroup
+from sluice.kernels.ops.router_config import ROWS
+from sluice.kernels.ops.routing_args import TensorGroup
 
 Outputs = tuple[torch.Tensor, ...]
 """What an operation returns, then what it has written to."""

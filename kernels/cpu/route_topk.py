@@ -12,17 +12,13 @@ import torch
 from sluice.kernels.cpu.jit import Array, compiled
 from sluice.kernels.cpu.router_rows import best_of, choice_row, fp32_array, remix_row, score_row
 from sluice.kernels.cpu.selected_row import keep_within, put_back, select_row, weigh_forced
+from sluice.kernels.ops.router_config import ACTIVE, MASKED, ROUTED, ROWS, TAKEN
 from sluice.kernels.ops.routing_args import (
-    ACTIVE,
     CHANGES,
     FORCED,
-    MASKED,
     RANK,
     RATIO,
-    ROUTED,
-    ROWS,
     SMALLEST,
-    TAKEN,
     TOP_P,
     K,
     PolicyTable,

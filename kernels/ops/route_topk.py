@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from sluice.kernels.dispatch import operation
+from sluice.kernels.ops.router_config import ACTIVE, MASKED, ROUTED, ROWS, TAKEN
 from sluice.kernels.ops.router_scores import (
     IN_REACH,
     OUT_OF_REACH,
@@ -20,17 +21,12 @@ from sluice.kernels.ops.router_scores import (
     selection_scores,
 )
 from sluice.kernels.ops.routing_args import (
-    ACTIVE,
     DROPPED,
     FORCED,
-    MASKED,
     PROTECTED,
     RANK,
     RATIO,
-    ROUTED,
-    ROWS,
     SMALLEST,
-    TAKEN,
     TOP_P,
     UNUSED,
     K,

@@ -1,4 +1,4 @@
-"""How a model's routers select, as plain numbers.
+"""How a model's routers select, and the columns in which selections are counted: plain numbers.
 
 Imports nothing, as the server's front end reads it without PyTorch; the correction that a layer may
 have beside is in `sluice.kernels.ops.routing_args.RouterSpec`.
@@ -7,6 +7,13 @@ have beside is in `sluice.kernels.ops.routing_args.RouterSpec`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+EXTRA = 2
+ROWS, MASKED = -2, -1
+"""Columns of a histogram after the experts': rows routed, selections that a policy took away."""
+
+ACTIVE, TAKEN, ROUTED = range(3)
+"""Columns of `SelectionCounts.by_token`: experts, selections that the policy took away, layers."""
 
 
 @dataclass(frozen=True, slots=True)

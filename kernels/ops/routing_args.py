@@ -25,13 +25,6 @@ RATIO, TOP_P = range(2)
 DROPPED, FORCED, PROTECTED = 1, 2, 4
 """Bits of `PolicyTable.marks`."""
 
-EXTRA = 2
-ROWS, MASKED = -2, -1
-"""Columns of a histogram after the experts': rows routed, selections that a policy took away."""
-
-ACTIVE, TAKEN, ROUTED = range(3)
-"""Columns of `SelectionCounts.by_token`: experts, selections that the policy took away, layers."""
-
 UNUSED = -1
 """Id of an unused slot where the kernel of the experts leaves invalid ids out."""
 

@@ -147,7 +147,7 @@ def sum_by_request(ran: IntArray, segments: Sequence[Segment], requests: int) ->
     """What the tokens of each request ran, int64, (requests, 2 phases, 3).
 
     Args:
-        ran: of each token, (tokens, 3), columns as in `sluice.kernels.ops.routing_args`.
+        ran: of each token, (tokens, 3), columns as in `sluice.kernels.ops.router_config`.
         segments: of the step.
         requests: in it, weak passes among them.
     """

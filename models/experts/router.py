@@ -17,8 +17,9 @@ import torch
 
 from sluice.kernels.ops.batch_budget import LYNX, OEA, XSHARE, batch_budget
 from sluice.kernels.ops.route_topk import count_selections, route_topk
+from sluice.kernels.ops.router_config import EXTRA
 from sluice.kernels.ops.router_scores import plain_scores, router_scores
-from sluice.kernels.ops.routing_args import EXTRA, PolicyTable, RouterSpec, Selection, Shared
+from sluice.kernels.ops.routing_args import PolicyTable, RouterSpec, Selection, Shared
 from sluice.models.experts.routing_counts import StepSums, StockCounts
 from sluice.models.experts.selection import CallRows, LayerRows, StepExperts
 from sluice.models.policy.axes import IntArray

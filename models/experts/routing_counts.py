@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from sluice.kernels.ops.route_topk import count_selections
-from sluice.kernels.ops.routing_args import EXTRA, ROWS, SelectionCounts
+from sluice.kernels.ops.router_config import EXTRA, ROWS
+from sluice.kernels.ops.routing_args import SelectionCounts
 from sluice.models.policy.axes import IntArray
 from sluice.models.telemetry.expert_counters import ExpertCounters
 

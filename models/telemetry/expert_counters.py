@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from sluice.kernels.ops.routing_args import EXTRA, MASKED, ROWS
+from sluice.kernels.ops.router_config import EXTRA, MASKED, ROWS
 from sluice.models.policy.axes import IntArray
 from sluice.models.telemetry.counter_file import CounterFile
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from sluice.kernels.ops.routing_args import ACTIVE, ROUTED
+from sluice.kernels.ops.router_config import ACTIVE, ROUTED
 from sluice.models.policy.axes import (
     ATTENTION,
     DECODE,
@@ -155,7 +155,7 @@ class ExpertSums:
     Attributes:
         neighbour_dependent: a budget made the request share experts with others.
         ran: of the tokens, over layers, int64, (2 phases, 3); columns as in
-            `sluice.kernels.ops.routing_args`.
+            `sluice.kernels.ops.router_config`.
         loaded: distinct experts run by a layer's rows, over the layers and steps that the request
             was in.
         layers: how many layers of steps these were.

@@ -24,9 +24,9 @@ from support.references.routes import (
 
 from sluice.kernels.dispatch import AUTO
 from sluice.kernels.ops.route_topk import route_topk
+from sluice.kernels.ops.router_config import EXTRA
 from sluice.kernels.ops.routing_args import (
     DROPPED,
-    EXTRA,
     FORCED,
     PROTECTED,
     UNUSED,

@@ -14,10 +14,10 @@ from sluice.kernels.bench.cases.counterparts import stock_routes
 from sluice.kernels.bench.cases.shapes import Shapes
 from sluice.kernels.ops.batch_budget import LYNX, OEA, XSHARE, batch_budget
 from sluice.kernels.ops.route_topk import count_selections, route_topk
+from sluice.kernels.ops.router_config import EXTRA
 from sluice.kernels.ops.router_scores import router_scores
 from sluice.kernels.ops.routing_args import (
     CHANGES,
-    EXTRA,
     FORCED,
     PROTECTED,
     RATIO,

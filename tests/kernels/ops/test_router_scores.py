@@ -13,9 +13,9 @@ from support.routings import policy_table
 
 from sluice.kernels.dispatch import AUTO, CHOICES, REFERENCE, TRITON
 from sluice.kernels.ops.route_topk import route_topk
+from sluice.kernels.ops.router_config import EXTRA
 from sluice.kernels.ops.router_scores import router_scores
 from sluice.kernels.ops.routing_args import (
-    EXTRA,
     RouteRows,
     RouterSpec,
     Selection,

@@ -15,6 +15,6 @@ def test_a_runner_that_is_not_ours_is_refused_by_name(models_folder: Path) -> No
     folder = make_model("llama", models_folder / "worker")
     with (
         pytest.raises(RunnerNotAttachedError, match=r"CPUModelRunner.*VLLM_USE_V2_MODEL_RUNNER"),
-        engine(folder, "unattached.UnattachedWorker"),
+        engine(folder, "support.unattached.UnattachedWorker"),
     ):
         pass

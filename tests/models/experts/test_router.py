@@ -26,8 +26,9 @@ from support.references.routes import (
 )
 from support.routings import reference_router
 
+from sluice.kernels.ops.router_config import ACTIVE, MASKED, ROUTED, ROWS, TAKEN
 from sluice.kernels.ops.router_scores import plain_scores, selection_scores
-from sluice.kernels.ops.routing_args import ACTIVE, MASKED, ROUTED, ROWS, TAKEN, RouterSpec
+from sluice.kernels.ops.routing_args import RouterSpec
 from sluice.models.depth.masks import Segment
 from sluice.models.experts.batch import BatchExperts
 from sluice.models.experts.router import ExpertRouter

@@ -25,8 +25,8 @@ from support.expert_policies import (
 )
 from support.tiny import make_model
 
+from sluice.kernels.ops.router_config import MASKED, ROWS
 from sluice.kernels.ops.router_scores import plain_scores, selection_scores
-from sluice.kernels.ops.routing_args import MASKED, ROWS
 from sluice.models.engine.plan import LayerPlan, Rows, StepShape, Work, compact
 from sluice.models.policy.experts import ExpertPolicy
 from sluice.models.policy.policy import RoutingPolicy, SkipSet

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from sluice.kernels.ops.routing_args import ACTIVE, ROUTED, TAKEN
+from sluice.kernels.ops.router_config import ACTIVE, ROUTED, TAKEN
 from sluice.models.policy.axes import DECODE, EXECUTED, FILLED, PREFILL, SKIPPED
 from sluice.models.telemetry import request_record
 from sluice.models.telemetry.request_record import (

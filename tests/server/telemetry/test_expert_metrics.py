@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from sluice.kernels.ops.routing_args import MASKED, ROWS
+from sluice.kernels.ops.router_config import MASKED, ROWS
 from sluice.models.telemetry.counter_file import WINDOW_SECONDS
 from sluice.models.telemetry.expert_counters import ExpertCounters
 from sluice.models.telemetry.layer_counters import LayerCounters
