@@ -160,7 +160,8 @@ def build_depth() -> None:
 def build_contrast() -> None:
     """The three kernels of a contrast."""
     names = ("betas", "shares", "bests", "lowests")
-    types = {"strong": "*bf16", "weak": "*bf16", "found": "*bf16", **dict.fromkeys(names, "*fp32")}
+    types = dict.fromkeys(names, "*fp32")
+    types |= dict.fromkeys(("strong", "weak", "mixed_out"), "*bf16")
     for kernel in (contrast_logits._best, contrast_logits._lowest, contrast_logits._write):
         constants: dict[str, Any] = {"step": 1, "T": 4096}
         if kernel is not contrast_logits._best:

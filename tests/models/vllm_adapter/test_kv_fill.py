@@ -118,7 +118,7 @@ def test_paged_caches_get_the_same(
         op = FlashOp(layer.attention_op)
         context = SimpleNamespace(slot_mapping={op.layer_name: slots})
         monkeypatch.setattr(
-            "sluice.models.engine.attention.get_forward_context", lambda c=context: c
+            "sluice.models.vllm_adapter.kv_fill.get_forward_context", lambda c=context: c
         )
         keys, values = written(through_attention(layer), len(slots), monkeypatch)
         with torch.inference_mode():
@@ -142,11 +142,11 @@ def test_what_only_the_attention_knows_is_left_to_it(
 ) -> None:
     attention: Any = served[0].runner.routed.stack.layers[0].attention
     with pytest.raises(SeamMovedError, match="rows of a packed weight"):
-        KeyValues.of(attention)
+        KeyValues.from_attention(attention)
     packed = attention.qkv_proj
     rows = torch.zeros(2 * packed.num_kv_heads * packed.head_size, packed.input_size)
     packed._sluice_key_value_rows = rows
-    assert KeyValues.of(attention) is not None
+    assert KeyValues.from_attention(attention) is not None
     for owner, name, other in (
         (attention.qkv_proj, "quant_method", object()),
         (attention, "rotary_emb", nn.Identity()),
@@ -155,4 +155,4 @@ def test_what_only_the_attention_knows_is_left_to_it(
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, other, raising=False)
-            assert KeyValues.of(attention) is None, name
+            assert KeyValues.from_attention(attention) is None, name
