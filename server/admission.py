@@ -20,10 +20,9 @@ from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.presets import (
     CUSTOM_PRESET,
     MODEL_SEPARATOR,
-    preset_policy,
     request_policy,
 )
-from sluice.models.routing.resolve import merge_preset
+from sluice.models.routing.resolve import merge_preset, resolve
 from sluice.models.routing.schema import PresetFields, RoutingFields, parse_routing
 from sluice.server.access.capability import Caller, Capability, check_access
 
@@ -91,7 +90,7 @@ class Admission:
                     param="model" if body.get("routing") is None else "routing",
                     reason="unsupported_endpoint",
                 )
-            policy = request_policy(fields, self.presets, self.capabilities, param)
+            policy = request_policy(merged, self.presets, self.capabilities, param)
             for field, name in _INCOMPATIBLE.items():
                 if body.get(field):
                     raise RoutingError(
@@ -113,7 +112,7 @@ class Admission:
         merged = merge_preset(fields, self.presets, "routing.preset")
         try:
             self._check_access(fields, merged, "routing.preset", _LEAST_CALLER)
-            preset_policy(name, self.presets, self.capabilities)
+            resolve(merged, self.capabilities)
         except RoutingError as error:
             return error
         return None

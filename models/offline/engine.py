@@ -27,6 +27,7 @@ from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.profile import PROFILE_ENV, Profile
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.presets import request_policy
+from sluice.models.routing.resolve import merge_preset
 from sluice.models.routing.schema import PresetFields, parse_routing
 from sluice.models.telemetry.counter_file import TELEMETRY_ENV
 from sluice.models.telemetry.request_record import RoutingRecord
@@ -126,7 +127,9 @@ class OfflineEngine:
         Raises:
             RoutingError: a server would refuse it with the same error.
         """
-        return request_policy(parse_routing(routing), presets or {}, self.capabilities)
+        presets = presets or {}
+        fields = merge_preset(parse_routing(routing), presets, "routing.preset")
+        return request_policy(fields, presets, self.capabilities)
 
     def generate(
         self, requests: Sequence[Request], sampling: Mapping[str, Any], *, cache_salts: bool = False

@@ -139,10 +139,10 @@ def request_policy(
     capabilities: Capabilities,
     preset_param: str = "routing.preset",
 ) -> RoutingPolicy:
-    """The policy of a request, its preset's fields filled in.
+    """The policy of a request.
 
     Args:
-        fields: of the request.
+        fields: of the request, its preset's filled in (`merge_preset`).
         presets: by name.
         capabilities: of the engine that is to run it.
         preset_param: dotted path of what selected the preset.
@@ -152,9 +152,9 @@ def request_policy(
             same reason, the error names the preset.
     """
     try:
-        return resolve(merge_preset(fields, presets, preset_param), capabilities)
+        return resolve(fields, capabilities)
     except RoutingError as error:
-        if fields.preset is None or fields.preset not in presets:
+        if fields.preset is None:
             raise
         try:
             preset_policy(fields.preset, presets, capabilities)
