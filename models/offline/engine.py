@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from sluice.models.depth.prefix_sharing import cache_salt
-from sluice.models.engine.workers import V2_RUNNER_ENV, worker_class
+from sluice.models.engine.workers import CPU_KV_CACHE_BYTES, V2_RUNNER_ENV, worker_class
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.profile import PROFILE_ENV, Profile
@@ -33,7 +33,6 @@ from sluice.models.telemetry.counter_file import TELEMETRY_ENV
 from sluice.models.telemetry.request_record import RoutingRecord
 
 _MODEL_NAME = "model"
-_CPU_CACHE_BYTES = 1024**3
 
 
 @dataclass(frozen=True)
@@ -275,7 +274,7 @@ def offline_engine(
         from vllm.platforms import current_platform
 
         if kv_cache_memory_bytes is None and current_platform.is_cpu():
-            kv_cache_memory_bytes = _CPU_CACHE_BYTES
+            kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
         # Also after a failed start: the next engine would take over its process groups.
         stack.callback(cleanup_dist_env_and_memory)
         llm = LLM(

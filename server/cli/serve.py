@@ -14,7 +14,7 @@ import tempfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from sluice.models.engine.workers import V2_RUNNER_ENV, worker_class
+from sluice.models.engine.workers import CPU_KV_CACHE_BYTES, V2_RUNNER_ENV, worker_class
 from sluice.models.offline.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
 from sluice.models.profile.fingerprint import FingerprintError
 from sluice.models.profile.profile import PROFILE_ENV, Profile, ProfileError
@@ -28,6 +28,8 @@ _ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
 DEMO_NAME = "demo"
 DEMO_PRESETS = DEMO_MODEL_DIR.parent / "presets.yaml"
 DEMO_KV_CACHE_BYTES = 512 * 1024**2
+_AS_LONG_AS_FITS = -1
+"""Of vLLM's `--max-model-len`, which has `auto` for it: the model's context, or what fits."""
 
 
 def main(argv: list[str]) -> None:
@@ -44,6 +46,7 @@ def main(argv: list[str]) -> None:
     refuse_unsupported(parser, args)
     if args.model_tag is None and args.model == parser.get_default("model"):
         apply_demo_defaults(args)
+    limit_cpu_cache(parser, args)
     profile = choose_profile(parser, args)
     check_model(parser, profile, args.model_tag or args.model)
     check_presets(parser, args.presets, profile)
@@ -127,6 +130,25 @@ def apply_demo_defaults(args: argparse.Namespace) -> None:
         args.presets = DEMO_PRESETS
     if args.profile is None and not os.environ.get(PROFILE_ENV) and DEMO_PROFILE_DIR.is_dir():
         args.profile = DEMO_PROFILE_DIR
+
+
+def limit_cpu_cache(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Take 1 GiB of K/V cache on a CPU, unless the user has said how much.
+
+    If the model's context needs more, vLLM shortens the context, and its log says so.
+    """
+    from vllm.platforms import current_platform
+
+    sized = (
+        args.kv_cache_memory_bytes is not None
+        or args.gpu_memory_utilization != parser.get_default("gpu_memory_utilization")
+        or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    )
+    if sized or not current_platform.is_cpu():
+        return
+    args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+    if args.max_model_len is None:
+        args.max_model_len = _AS_LONG_AS_FITS
 
 
 def choose_profile(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Profile | None:

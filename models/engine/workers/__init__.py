@@ -10,6 +10,13 @@ V2_RUNNER_ENV = "VLLM_USE_V2_MODEL_RUNNER"
 """Environment variable that must be 0: our workers run on vLLM's V1 model runner."""
 
 
+CPU_KV_CACHE_BYTES = 1024**3
+"""K/V cache of an engine on a CPU, unless the user says how much.
+
+vLLM would take most of the machine's memory, and not start where another process has it.
+"""
+
+
 def worker_class() -> str:
     """Our worker for the platform vLLM runs on.
 

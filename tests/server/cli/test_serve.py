@@ -14,6 +14,7 @@ from support.checkpoints import write_checkpoint
 from support.full_profile import frontier, point
 from support.serving import running_server
 
+from sluice.models.offline.demo import DEMO_MODEL_DIR
 from sluice.models.profile.fingerprint import fingerprint
 from sluice.models.profile.profile import PROFILE_ENV, Profile
 from sluice.models.profile.writer import write_profile
@@ -193,6 +194,40 @@ def test_our_flags_are_part_of_vllms_parser() -> None:
     args = parse([])
     assert (args.keys, args.expert_routing, args.expert_metrics) == (None, None, False)
     assert serve.is_loopback(args.host)
+
+
+GIB = 1024**3
+
+
+def cpu_cache(*arguments: str) -> tuple[int | None, int | None]:
+    """K/V bytes and the longest context that arguments come to."""
+    parser = serve.build_parser()
+    args = parser.parse_args([*arguments])
+    serve.limit_cpu_cache(parser, args)
+    return args.kv_cache_memory_bytes, args.max_model_len
+
+
+def test_a_cpu_gives_a_model_1_gib_of_cache_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert cpu_cache("model") == (GIB, -1)
+    assert cpu_cache("model", "--max-model-len", "2048") == (GIB, 2048)
+    assert cpu_cache("model", "--kv-cache-memory-bytes", "2G") == (2 * GIB, None)
+    assert cpu_cache("model", "--gpu-memory-utilization", "0.4") == (None, None)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    assert cpu_cache("model") == (None, None)
+
+
+def test_other_platforms_keep_vllms_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.platforms.current_platform.is_cpu", lambda: False)
+    assert cpu_cache("model") == (None, None)
+
+
+def test_a_model_is_served_without_a_flag_about_memory(tmp_path: Path) -> None:
+    with running_server(tmp_path / "log", str(DEMO_MODEL_DIR), "--enforce-eager") as server:
+        (info,) = [labels for name, labels in server.samples() if name == "vllm:cache_config_info"]
+    assert dict(info)["kv_cache_memory_bytes"] == str(GIB)
 
 
 def check_keys(keys: Path | None, api_key: list[str] | None = None) -> None:
