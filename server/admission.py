@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from sluice.models.depth.prefix_sharing import cache_salt
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.routing.capabilities import Capabilities
@@ -25,11 +27,15 @@ from sluice.models.routing.presets import (
 from sluice.models.routing.resolve import merge_preset, resolve
 from sluice.models.routing.schema import PresetFields, RoutingFields, parse_routing
 from sluice.server.access.capability import Caller, Capability, check_access
+from sluice.server.endpoints import ROUTED
+from sluice.server.reserved import refuse_reserved
 
-ROUTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
-_INCOMPATIBLE = {"use_beam_search": "beam search", "prompt_embeds": "prompt embeddings"}
+CACHE_SECRET_ENV = "SLUICE_CACHE_SECRET"
+"""Environment variable with the secret of cache salts, the same in all API server processes."""
+
 _LEAST_CALLER = Caller(None, Capability.BASIC)
-_EXTRA_ARGS_FIELDS = ("vllm_xargs", "extra_args")
+_USAGE_BY_CHOICE = frozenset({"/v1/chat/completions", "/v1/completions"})
+_BOOLEAN = TypeAdapter(bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +47,14 @@ class Admitted:
         extra: the policy and the key of its record.
         preset: name of the preset, or `custom`.
         effort: what the request or its preset asked for, or None.
+        model: (what vLLM calls the model, what the client called it) where they differ.
     """
 
     body: dict[str, Any]
     extra: RoutingExtraArgs
     preset: str
     effort: float | None
+    model: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +64,12 @@ class Admission:
     Attributes:
         capabilities: of the engine.
         presets: by name, those of the presets file and of the profile.
+        secret: of the server, for cache salts that nobody can guess.
     """
 
     capabilities: Capabilities
     presets: dict[str, PresetFields]
+    secret: str = ""
 
     def admit(self, path: str, body: dict[str, Any], caller: Caller) -> Admitted | None:
         """Accept or refuse the routing of a request; None if it has none.
@@ -74,7 +84,8 @@ class Admission:
                 that depends on the path or the model.
             RoutingError: the routing cannot be done exactly as asked.
         """
-        _refuse_smuggled(body)
+        refuse_reserved(body)
+        _refuse_literal_extra_body(body)
         model, model_preset = self._split_model(body.get("model"))
         if body.get("routing") is None and model_preset is None:
             return None
@@ -84,26 +95,21 @@ class Admission:
         merged = merge_preset(fields, self.presets, param)
         with _errors_name(fields.preset):
             self._check_access(fields, merged, param, caller)
-            if path not in ROUTED_PATHS:
+            if path not in ROUTED:
                 raise RoutingError(
-                    f"routing is not available on {path}; use {' or '.join(sorted(ROUTED_PATHS))}",
+                    f"routing is not available on {path}; use {', '.join(sorted(ROUTED))}",
                     param="model" if body.get("routing") is None else "routing",
                     reason="unsupported_endpoint",
                 )
             policy = request_policy(merged, self.presets, self.capabilities, param)
-            for field, name in _INCOMPATIBLE.items():
-                if body.get(field):
-                    raise RoutingError(
-                        f"routing does not run together with {name}",
-                        param=field,
-                        reason="unsupported_combination",
-                    )
+            _check_combination(body)
         extra = RoutingExtraArgs(policy, uuid.uuid4().hex)
         return Admitted(
-            body=_engine_body(body, model, extra),
+            body=_engine_body(path, body, model, extra, self.secret),
             extra=extra,
             preset=fields.preset or CUSTOM_PRESET,
             effort=merged.effort,
+            model=None if model_preset is None else (self.capabilities.models[0], body["model"]),
         )
 
     def preset_refusal(self, name: str) -> RoutingError | None:
@@ -154,52 +160,75 @@ def _with_model_preset(fields: RoutingFields, preset: str | None) -> RoutingFiel
     return fields.model_copy(update={"preset": preset})
 
 
-def _engine_body(body: dict[str, Any], model: Any, extra: RoutingExtraArgs) -> dict[str, Any]:
-    """The body as vLLM's route understands it."""
+def _refuse_literal_extra_body(body: dict[str, Any]) -> None:
+    """Refuse `extra_body` as a field: it is a keyword of OpenAI's client, which unpacks it."""
+    extra_body = body.get("extra_body")
+    if isinstance(extra_body, dict) and "routing" in extra_body:
+        raise RoutingError(
+            "extra_body is no field of the API: send `routing` beside `model`, at the top level of "
+            "the body",
+            param="extra_body.routing",
+            reason="invalid_field",
+        )
+
+
+def _check_combination(body: dict[str, Any]) -> None:
+    """Refuse what does not run together with routing."""
+    given = {
+        "use_beam_search": ("beam search", _is_true(body.get("use_beam_search"))),
+        "prompt_embeds": ("prompt embeddings", body.get("prompt_embeds") not in (None, "", [])),
+        "background": ("background responses", _is_true(body.get("background"))),
+    }
+    for field, (name, asks) in given.items():
+        if asks:
+            raise RoutingError(
+                f"routing does not run together with {name}",
+                param=field,
+                reason="unsupported_combination",
+            )
+
+
+def _is_true(value: Any) -> bool:
+    """Whether vLLM reads a value as true; what it cannot read it refuses itself."""
+    try:
+        return value is not None and _BOOLEAN.validate_python(value)
+    except ValidationError:
+        return False
+
+
+def _engine_body(
+    path: str, body: dict[str, Any], model: Any, extra: RoutingExtraArgs, secret: str
+) -> dict[str, Any]:
+    """The body as vLLM's route understands it.
+
+    A field of vLLM's that is not valid stays as it is, for vLLM to refuse.
+    """
     engine_body = {key: value for key, value in body.items() if key != "routing"}
     if model is not None:
         engine_body["model"] = model
-    xargs = body.get("vllm_xargs") or {}
-    if isinstance(xargs, dict):  # vLLM's own validation answers anything else.
-        engine_body["vllm_xargs"] = {**xargs, EXTRA_ARGS_KEY: extra.encode()}
+    xargs = body.get("vllm_xargs")
+    if xargs is None or isinstance(xargs, dict):
+        engine_body["vllm_xargs"] = {**(xargs or {}), EXTRA_ARGS_KEY: extra.encode()}
     salt = body.get("cache_salt")
-    if salt is None or isinstance(salt, str):
-        policy_salt = cache_salt(extra, salt)
+    if _is_salt(salt):
+        policy_salt = cache_salt(extra, salt, secret)
         if policy_salt is not None:
             engine_body["cache_salt"] = policy_salt
-    if body.get("stream") and extra.policy.report:
+    if path in _USAGE_BY_CHOICE and _is_true(body.get("stream")) and extra.policy.report:
         # The usage chunk carries the report, so the server must send one.
-        options = body.get("stream_options") or {}
-        if isinstance(options, dict):
-            engine_body["stream_options"] = {**options, "include_usage": True}
+        options = body.get("stream_options")
+        if options is None or isinstance(options, dict):
+            engine_body["stream_options"] = {**(options or {}), "include_usage": True}
     return engine_body
 
 
-def _refuse_smuggled(body: dict[str, Any]) -> None:
-    """Refuse our key in any extra-arguments field, at any depth of any endpoint's body.
+def _is_salt(salt: Any) -> bool:
+    """Whether vLLM takes a client's salt."""
+    from vllm.entrypoints.generate.base.protocol import validate_cache_salt
+    from vllm.exceptions import VLLMValidationError
 
-    A loop and not a recursion, since a body may be nested deeper than Python recurses.
-    """
-    pending: list[tuple[str, Any]] = [("", body)]
-    while pending:
-        path, value = pending.pop()
-        if isinstance(value, dict):
-            for key, child in value.items():
-                where = f"{path}.{key}" if path else key
-                if (
-                    key in _EXTRA_ARGS_FIELDS
-                    and isinstance(child, dict)
-                    and EXTRA_ARGS_KEY in child
-                ):
-                    raise RoutingError(
-                        f"{where}.{EXTRA_ARGS_KEY} is reserved; send a `routing` object",
-                        param=f"{where}.{EXTRA_ARGS_KEY}",
-                        reason="reserved_argument",
-                    )
-                pending.append((where, child))
-        elif isinstance(value, list):
-            pending += [
-                (f"{path}.{index}", child)
-                for index, child in enumerate(value)
-                if isinstance(child, dict | list)
-            ]
+    try:
+        validate_cache_salt(salt)
+    except VLLMValidationError:
+        return False
+    return True

@@ -1,10 +1,17 @@
-"""What our ASGI middlewares read of a request: its path, its kind and its body."""
+"""What our ASGI middlewares do with a request: its path, its kind, its body, and refusing it."""
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
+
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers
-from starlette.types import Message, Receive, Scope
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+_MOST_DROPPED_BYTES = 32 * 1024**2
+_MOST_DROPPING_SECONDS = 5.0
 
 
 def route_path(scope: Scope) -> str:
@@ -44,3 +51,27 @@ def replay_body(body: bytes, receive: Receive) -> Receive:
         return pending.pop() if pending else await receive()
 
     return replayed
+
+
+async def refuse(answer: Response, receive: Receive, send: Send) -> None:
+    """Answer an HTTP request without reading its body, then drop what comes of that.
+
+    uvicorn closes the connection after an answer if the client wants it closed. If a part of the
+    body is still on its way then, the client finds a reset connection instead of the answer.
+    """
+    headers = answer.raw_headers
+    await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
+    await send({"type": "http.response.body", "body": answer.body, "more_body": True})
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_MOST_DROPPING_SECONDS):
+            await _drop_body(receive)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _drop_body(receive: Receive) -> None:
+    left = _MOST_DROPPED_BYTES
+    while left > 0:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return

@@ -7,10 +7,18 @@ from prompt tokens keeps their blocks out of the cache (`sluice.models.vllm_adap
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+
 from sluice.models.depth.method import PromptEffects
 from sluice.models.depth.registry import adaptive_method
 from sluice.models.policy.extra_args import RoutingExtraArgs
-from sluice.models.policy.policy import MissingKV, Phase, RoutingPolicy, short_digest
+from sluice.models.policy.policy import MissingKV, Phase, RoutingPolicy, canonical_json
+
+SALT_PREFIX = "sluice-"
+"""What every salt and block key of ours begins with; no client may send one."""
+
+_SALT_CHARS = 32
 
 _NO_EFFECTS = PromptEffects(False, False, False, False, False)
 
@@ -21,15 +29,23 @@ def prompt_effects(policy: RoutingPolicy) -> PromptEffects:
     return _NO_EFFECTS if rule is None else adaptive_method(rule).effects(rule)
 
 
-def cache_salt(extra: RoutingExtraArgs, client_salt: str | None) -> str | None:
-    """Prefix-cache salt of a request: its policy's part joined with the client's own."""
+def cache_salt(extra: RoutingExtraArgs, client_salt: str | None, secret: str = "") -> str | None:
+    """Prefix-cache salt of a request: its policy's part joined with the client's own.
+
+    Args:
+        extra: the policy and the request's key.
+        client_salt: of the client, or None.
+        secret: of the server. Nobody who does not know it can name the salt of a policy, and so
+            read or write K/V under it.
+    """
     digest = prompt_kv_digest(extra.policy)
-    if digest is not None and prompt_effects(extra.policy).private_prompt_kv:
-        # Samples of one request have one prompt and one record: they may share.
-        digest = f"{digest}-{extra.request_key}"
     if digest is None:
         return client_salt
-    return f"sluice-{digest}-{short_digest(client_salt)}" if client_salt else f"sluice-{digest}"
+    # Samples of one request have one prompt and one record: they may share.
+    private = prompt_effects(extra.policy).private_prompt_kv
+    parts = canonical_json([digest, extra.request_key if private else None, client_salt])
+    named = hmac.new(secret.encode(), parts.encode(), hashlib.sha256).hexdigest()
+    return f"{SALT_PREFIX}{named[:_SALT_CHARS]}"
 
 
 def prompt_kv_digest(policy: RoutingPolicy) -> str | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+from sluice.models.routing.problems import shortened
+
 Reason = Literal[
     "invalid_field",
     "layer_out_of_range",
@@ -27,6 +29,9 @@ Reason = Literal[
 
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
+_MOST_MESSAGE = 1000
+_MOST_PARAM = 300
+
 
 class RoutingError(Exception):
     """A request's routing cannot be done exactly as asked.
@@ -44,8 +49,9 @@ class RoutingError(Exception):
 
     def __init__(self, message: str, *, param: str, reason: Reason) -> None:
         super().__init__(message)
-        self.message = message
-        self.param = param
+        # Both may hold words of the client's, of any length.
+        self.message = shortened(message, _MOST_MESSAGE)
+        self.param = shortened(param, _MOST_PARAM)
         self.reason = reason
         self.preset: str | None = None
 

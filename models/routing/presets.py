@@ -21,13 +21,13 @@ from sluice.models.profile.profile import Profile, ProfileError
 from sluice.models.profile.writer import JSON_NAME
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.errors import RoutingError
+from sluice.models.routing.problems import first_problem
 from sluice.models.routing.resolve import merge_preset, resolve
 from sluice.models.routing.schema import (
     PolicyFields,
     PresetFields,
     RoutingFields,
     StrictFields,
-    dotted,
 )
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -37,6 +37,7 @@ RESERVED_NAMES = frozenset({NO_PRESET, CUSTOM_PRESET})
 """Labels of `sluice_requests_total` for requests without a preset."""
 
 MODEL_SEPARATOR = "@"
+_CLASHES = frozenset({"unsupported_combination", "nothing_left_to_run"})
 
 
 class PresetsFileError(ValueError):
@@ -65,9 +66,8 @@ def load_presets(path: Path) -> dict[str, PresetFields]:
     try:
         presets = _PresetsFile.model_validate(content).presets
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = dotted(str(path), first["loc"]) if first["loc"] else str(path)
-        raise PresetsFileError(f"presets file {where}: {first['msg']}") from None
+        where, text = first_problem(error, str(path))
+        raise PresetsFileError(f"presets file {where}: {text}") from None
     for name in presets:
         if not is_preset_name(name):
             raise PresetsFileError(
@@ -111,11 +111,8 @@ def profile_presets(profile: Profile) -> dict[str, PresetFields]:
         try:
             PolicyFields.model_validate(point.routing)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            path = dotted(f"{where}.routing", first["loc"])
-            raise ProfileError(
-                f"profile {profile.folder / JSON_NAME}: {path}: {first['msg']}"
-            ) from None
+            path, text = first_problem(error, f"{where}.routing")
+            raise ProfileError(f"profile {profile.folder / JSON_NAME}: {path}: {text}") from None
         presets[name] = PresetFields(**point.routing, description=f"measured: {point.name}")
     return presets
 
@@ -162,7 +159,18 @@ def request_policy(
             if preset_error.message == error.message:
                 message = f"preset {fields.preset!r} is not available: {error.message}"
                 raise RoutingError(message, param=preset_param, reason=error.reason) from None
-        raise
+        if error.reason not in _CLASHES:
+            raise
+        brings = ", ".join(preset_controls(presets[fields.preset])) or "nothing"
+        message = f"{error.message} (preset {fields.preset!r} brings {brings})"
+        raise RoutingError(message, param=error.param, reason=error.reason) from None
+
+
+def preset_controls(preset: PresetFields) -> list[str]:
+    """The controls that a preset sets, as paths below `routing`."""
+    given = preset.model_dump(exclude_defaults=True)
+    nested = [f"{part}.{name}" for part in ("depth", "experts") for name in given.get(part) or ()]
+    return nested + (["effort"] if preset.effort is not None else [])
 
 
 def check_presets(presets: Mapping[str, PresetFields], capabilities: Capabilities) -> None:

@@ -8,6 +8,7 @@ those named here and the parameters of the methods (`sluice.models.depth.registr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,7 +23,9 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     create_model,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError, core_schema
 
 from sluice.models.depth.parameters import Choice, Flag, LayerShares, Number, Parameter
 from sluice.models.depth.registry import (
@@ -35,23 +38,29 @@ from sluice.models.depth.skip_order import Unit
 from sluice.models.policy.experts import BudgetMethod, RemixMethod, RemixScope
 from sluice.models.policy.policy import MissingKV, Phase
 from sluice.models.routing.errors import RoutingError
+from sluice.models.routing.problems import described, shortened, unknown_field
 
 _MOST_LAYERS = 4096
 _MOST_EXPERTS = 4096
-_MOST_ENTRIES = 65536
+_MOST_ENTRIES = 32768
+_MOST_DEPTH = 8
+_MOST_VALUES = 200_000
+"""Numbers, words, lists and objects in one `routing`; the largest models have 25,000 experts."""
 
-LayerList = Annotated[list[StrictInt], Field(max_length=_MOST_LAYERS)]
-ExpertList = Annotated[list[StrictInt], Field(max_length=_MOST_EXPERTS)]
+LayerList = Annotated[list[StrictInt], Field(max_length=_MOST_LAYERS, fail_fast=True)]
+ExpertList = Annotated[list[StrictInt], Field(max_length=_MOST_EXPERTS, fail_fast=True)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1)]
-Vector = Annotated[list[Real], Field(max_length=_MOST_ENTRIES)]
+_Entry = TypeVar("_Entry")
+Entries = Annotated[list[_Entry], Field(max_length=_MOST_ENTRIES, fail_fast=True)]
+Vector = Annotated[list[Real], Field(max_length=_MOST_ENTRIES, fail_fast=True)]
 
 
 def _one_or_per_layer(item: Any) -> PlainValidator:
     """One value or a list of them. A plain union would put its members' names into the paths."""
     one, many = (
         TypeAdapter(item),
-        TypeAdapter(Annotated[list[item], Field(max_length=_MOST_LAYERS)]),
+        TypeAdapter(Annotated[list[item], Field(max_length=_MOST_LAYERS, fail_fast=True)]),
     )
 
     def validate(value: Any) -> Any:
@@ -65,9 +74,25 @@ NumberPerLayer = Annotated[float | list[float], _one_or_per_layer(Real)]
 
 
 class StrictFields(BaseModel):
-    """Base of everything a user writes: frozen, unknown keys are errors."""
+    """Base of everything a user writes: frozen, unknown keys are errors, null is not given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, dict):
+            raise PydanticCustomError("not_an_object", "must be an object")
+        for name in value:
+            if name not in cls.model_fields:
+                context = {
+                    "text": unknown_field(str(name), cls.model_fields),
+                    "field": shortened(str(name)),
+                }
+                raise PydanticCustomError("unknown_field", "{text}", context)
+        return {name: child for name, child in value.items() if child is not None}
 
 
 class SkipFields(StrictFields):
@@ -118,7 +143,7 @@ def _field_type(parameter: Parameter) -> Any:
         case Flag():
             return StrictBool
         case LayerShares():
-            return Annotated[list[Share], Field(max_length=_MOST_LAYERS)]
+            return Annotated[list[Share], Field(max_length=_MOST_LAYERS, fail_fast=True)]
 
 
 @cache
@@ -130,32 +155,49 @@ def _with_parameters(
     return create_model(base.__name__, __base__=base, **more)
 
 
-def _of_methods(
-    base: type[_Fields], parameters: Callable[[], Mapping[str, Parameter]]
-) -> PlainValidator:
+@dataclass(frozen=True, slots=True)
+class _OfMethods:
     """Reads the fields of the methods that are there when a request comes."""
 
-    def validate(value: Any) -> _Fields | None:
-        if value is None or isinstance(value, base):
-            fields: _Fields | None = value
-            return fields
-        given: _Fields = _with_parameters(base, tuple(parameters().items())).model_validate(value)
-        return given
+    base: type[MethodFields]
+    parameters: Callable[[], Mapping[str, Parameter]]
 
-    return PlainValidator(validate)
+    def fields(self) -> type[MethodFields]:
+        """The model of the fields."""
+        return _with_parameters(self.base, tuple(self.parameters().items()))
+
+    def validate(self, value: Any) -> MethodFields:
+        """Read a value.
+
+        Raises:
+            pydantic.ValidationError: it is not valid.
+        """
+        if isinstance(value, self.base):
+            return value
+        return self.fields().model_validate(value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_plain_validator_function(self.validate)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
+        return handler(self.fields().__pydantic_core_schema__)
 
 
 class DepthFields(StrictFields):
     """`routing.depth`."""
 
     skip: SkipFields | None = None
-    exit: Annotated[
-        ExitFields | None, _of_methods(ExitFields, lambda: parameter_kinds(offered_exits()))
-    ] = None
-    adaptive: Annotated[
-        AdaptiveFields | None,
-        _of_methods(AdaptiveFields, lambda: parameter_kinds(adaptive_methods())),
-    ] = None
+    exit: (
+        Annotated[ExitFields, _OfMethods(ExitFields, lambda: parameter_kinds(offered_exits()))]
+        | None
+    ) = None
+    adaptive: (
+        Annotated[
+            AdaptiveFields,
+            _OfMethods(AdaptiveFields, lambda: parameter_kinds(adaptive_methods())),
+        ]
+        | None
+    ) = None
     phase: Phase | None = None
 
 
@@ -202,7 +244,7 @@ class RemixFields(StrictFields):
     bandwidth: Real | None = None
     max_similarity: Share | None = None
     embedding: Vector | None = None
-    pathway: Annotated[list[Vector], Field(max_length=_MOST_LAYERS)] | None = None
+    pathway: Annotated[list[Vector], Field(max_length=_MOST_LAYERS, fail_fast=True)] | None = None
 
 
 class ContrastFields(StrictFields):
@@ -216,10 +258,10 @@ class ContrastFields(StrictFields):
 class ExpertFields(StrictFields):
     """`routing.experts`: which experts serve the tokens. None is not given."""
 
-    deactivate: Annotated[list[NamedExperts], Field(max_length=_MOST_ENTRIES)] | None = None
+    deactivate: Entries[NamedExperts] | None = None
     mode: Literal["mask", "drop"] | None = None
-    activate: Annotated[list[ActivateFields], Field(max_length=_MOST_ENTRIES)] | None = None
-    bias: Annotated[list[BiasFields], Field(max_length=_MOST_ENTRIES)] | None = None
+    activate: Entries[ActivateFields] | None = None
+    bias: Entries[BiasFields] | None = None
     top_k: WholePerLayer | None = None
     top_p: Share | None = None
     skip_ratio: NumberPerLayer | None = None
@@ -254,20 +296,33 @@ def parse_routing(value: Any) -> RoutingFields:
     """Validate the `routing` object of a request body.
 
     Raises:
-        RoutingError: names the first offending field, and all of them in the message.
+        RoutingError: names the first offending field, and a few more in the message.
     """
+    _check_size(value)
     try:
         return RoutingFields.model_validate(value)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        named = [(dotted("routing", problem["loc"]), problem["msg"]) for problem in problems]
-        raise RoutingError(
-            "; ".join(f"{param}: {message}" for param, message in named),
-            param=named[0][0],
-            reason="invalid_field",
-        ) from None
+        param, message = described(error, "routing")
+        raise RoutingError(message, param=param, reason="invalid_field") from None
 
 
-def dotted(root: str, location: tuple[int | str, ...]) -> str:
-    """`("depth", "skip", "blocks", 0)` under `routing` as `routing.depth.skip.blocks.0`."""
-    return ".".join([root, *map(str, location)])
+def _check_size(value: Any) -> None:
+    """Refuse an object that no model has a use for, before anything is made of it."""
+    level, values = [value], 0
+    for _ in range(_MOST_DEPTH):
+        values += len(level)
+        if values > _MOST_VALUES:
+            raise _too_large(f"holds more than {_MOST_VALUES} values")
+        level = [
+            child
+            for each in level
+            if isinstance(each, dict | list)
+            for child in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return
+    raise _too_large(f"is nested over {_MOST_DEPTH} levels deep")
+
+
+def _too_large(what: str) -> RoutingError:
+    return RoutingError(f"routing {what}", param="routing", reason="invalid_field")

@@ -1,7 +1,7 @@
-"""Middleware that finds out who sent a request.
+"""Middleware that finds out who sent a request, before anything of it is read.
 
-It guards the paths that vLLM's `--api-key` would guard. It runs just before `RoutingMiddleware`,
-which reads the caller.
+With `--keys` every path needs a key but those of `sluice.server.endpoints.OPEN`, and paths that
+manage the server need one of capability `admin`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sluice.server.access.capability import Caller, Capability
+from sluice.server.access.capability import Caller, Capability, ForbiddenError
 from sluice.server.access.keys import Keys
-from sluice.server.asgi import route_path
+from sluice.server.asgi import refuse, route_path
+from sluice.server.endpoints import METRICS, Kind, kind_of
 
 _CALLER = "sluice_caller"
 _UNRESTRICTED = Caller(None, Capability.ADMIN)
@@ -24,39 +25,52 @@ _ANONYMOUS = Caller(None, Capability.BASIC)
 class CallerMiddleware:
     """Puts a `Caller` into the scope's state; answers 401 where a key is needed and none fits.
 
-    Without keys all callers are the same and have every capability. With keys, callers of paths
-    that need no key are anonymous and may only use presets.
+    Without keys all callers are the same and have every capability.
+
+    Args:
+        app: behind it.
+        keys: of the keys file, or None.
+        open_metrics: whether `/metrics` needs no key.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys | None) -> None:
-        from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
-
+    def __init__(self, app: ASGIApp, keys: Keys | None, *, open_metrics: bool) -> None:
         self._app = app
         self._keys = keys
-        self._guarded = GUARDED_PREFIX
+        self._open_metrics = open_metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection; the server's start and end pass untouched."""
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        caller = self._caller(scope)
+        path = route_path(scope)
+        kind = kind_of(scope.get("method", ""), path)
+        caller = self._caller(scope, kind, path)
         if caller is None:
             headers = {"WWW-Authenticate": "Bearer"}
             answer = JSONResponse(unauthorized_body(), 401, headers)
-            await answer(scope, receive, send)
+        elif kind is Kind.MANAGING and not caller.capability.covers(Capability.ADMIN):
+            answer = JSONResponse(_managing(path).body(), 403)
+        else:
+            scope.setdefault("state", {})[_CALLER] = caller
+            await self._app(scope, receive, send)
             return
-        scope.setdefault("state", {})[_CALLER] = caller
-        await self._app(scope, receive, send)
+        if scope["type"] == "http":
+            await refuse(answer, receive, send)
+        else:
+            await answer(scope, receive, send)
 
-    def _caller(self, scope: Scope) -> Caller | None:
+    def _caller(self, scope: Scope, kind: Kind, path: str) -> Caller | None:
         if self._keys is None:
             return _UNRESTRICTED
-        preflight = scope.get("method") == "OPTIONS"
-        if preflight or not route_path(scope).startswith(self._guarded):
+        if kind is Kind.OPEN or (path == METRICS and self._open_metrics):
             return _ANONYMOUS
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         return self._keys.caller(key) if scheme.lower() == "bearer" else None
+
+
+def _managing(path: str) -> ForbiddenError:
+    return ForbiddenError(f"{path[:100]} needs a key of capability 'admin'", param="path")
 
 
 def caller_of(scope: Scope) -> Caller:

@@ -19,7 +19,8 @@ from typing import Annotated, Self
 import yaml
 from pydantic import Field, StrictStr, ValidationError
 
-from sluice.models.routing.schema import StrictFields, dotted
+from sluice.models.routing.problems import first_problem
+from sluice.models.routing.schema import StrictFields
 from sluice.server.access.capability import Caller, Capability
 
 KEY = re.compile(r"[!-~]+")
@@ -74,9 +75,8 @@ class Keys:
         try:
             fields = _KeysFile.model_validate(content).keys
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = dotted(str(path), first["loc"]) if first["loc"] else str(path)
-            raise KeysFileError(f"keys file {where}: {first['msg']}") from None
+            where, text = first_problem(error, str(path))
+            raise KeysFileError(f"keys file {where}: {text}") from None
         digests = [bytes.fromhex(entry.sha256) for entry in fields]
         _check_unique([entry.id for entry in fields], path, "id")
         _check_unique(digests, path, "sha256")

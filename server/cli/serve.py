@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import secrets
 import tempfile
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,7 +22,8 @@ from sluice.models.profile.profile import PROFILE_ENV, Profile, ProfileError
 from sluice.models.routing.presets import PresetsFileError, all_presets
 from sluice.models.telemetry.counter_file import TELEMETRY_ENV
 from sluice.server.access.keys import Keys, KeysFileError
-from sluice.server.http import overload
+from sluice.server.admission import CACHE_SECRET_ENV
+from sluice.server.http import body_limit, overload
 
 PLUGIN = "sluice"
 _ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
@@ -57,6 +59,7 @@ def main(argv: list[str]) -> None:
     configure_logging_from_args(args)
     command = ServeSubcommand()
     command.validate(args)
+    os.environ.setdefault(CACHE_SECRET_ENV, secrets.token_hex(16))
     with tempfile.TemporaryDirectory(prefix="sluice-") as folder:
         os.environ[TELEMETRY_ENV] = folder
         command.cmd(args)
@@ -113,7 +116,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="serve a page at /console for trying policies and watching layers and experts",
     )
+    group.add_argument(
+        "--open-metrics",
+        action="store_true",
+        help="answer /metrics without a key where --keys is given",
+    )
     overload.add_arguments(group)
+    body_limit.add_arguments(group)
     make_arg_parser(parser)
     parser.set_defaults(host="127.0.0.1")
     return parser

@@ -19,9 +19,11 @@ from sluice.models.telemetry.counter_file import telemetry_folder
 from sluice.models.vllm_adapter.patches.tracing import RequestSpans
 from sluice.server.access.authentication import CallerMiddleware
 from sluice.server.access.keys import Keys
-from sluice.server.admission import Admission
+from sluice.server.admission import CACHE_SECRET_ENV, Admission
 from sluice.server.console.page import build_console_router
+from sluice.server.http.body_limit import BodyLimitMiddleware
 from sluice.server.http.middleware import RoutingMiddleware
+from sluice.server.http.openapi import describe_routing
 from sluice.server.http.overload import OverloadMiddleware
 from sluice.server.http.routes import build_router
 from sluice.server.http.state import Edge
@@ -59,10 +61,8 @@ class RoutingPlugin:
             app.include_router(build_console_router())
         keys = None if args.keys is None else Keys.load(args.keys)
         # `add_middleware` would put ours outside vLLM's authentication, which is added later.
-        app.user_middleware.append(Middleware(CallerMiddleware, keys=keys))
-        app.user_middleware.append(Middleware(RoutingMiddleware))
-        overload = {"limit": args.max_open_requests, "retry_after": args.retry_after}
-        app.user_middleware.append(Middleware(OverloadMiddleware, **overload))
+        app.user_middleware += edge_middleware(args, keys)
+        describe_routing(app)
         # Not in `sluice serve`: each API server process has logging of its own.
         show_audit_log()
 
@@ -90,4 +90,16 @@ class RoutingPlugin:
                 f"presets file {args.presets}: {error.param}: {error.message}"
             ) from None
         metrics, spans = RequestMetrics(presets, REGISTRY), RequestSpans.attach(engine_client)
-        state.sluice = Edge(Admission(capabilities, presets), metrics, engine_client, spans)
+        admission = Admission(capabilities, presets, os.environ[CACHE_SECRET_ENV])
+        state.sluice = Edge(admission, metrics, engine_client, spans)
+
+
+def edge_middleware(args: Namespace, keys: Keys | None) -> list[Middleware]:
+    """Our middleware, the outermost first: what costs least is asked before what costs more."""
+    overload = {"limit": args.max_open_requests, "retry_after": args.retry_after}
+    return [
+        Middleware(OverloadMiddleware, **overload),
+        Middleware(BodyLimitMiddleware, limit=args.max_body_bytes),
+        Middleware(CallerMiddleware, keys=keys, open_metrics=args.open_metrics),
+        Middleware(RoutingMiddleware),
+    ]

@@ -1,26 +1,51 @@
-"""The response's `routing` object, and where it goes in an answer."""
+"""Server-sent events as vLLM writes them: `data`, with the event's name before it or not."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
+
+_DATA = b"data: "
+_END = b"\n\n"
 
 
-def is_usage_chunk(event: bytes) -> bool:
-    """True for the server-sent event that closes a stream with usage and no choices."""
-    if not event.startswith(b"data: {") or b'"usage"' not in event:
-        return False
-    chunk = json.loads(event.removeprefix(b"data: "))
-    return bool(chunk.get("usage")) and chunk.get("choices") == []
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event.
 
+    Attributes:
+        head: what stands before the data, `data: ` included; all of it if there is no data.
+        data: JSON, `[DONE]`, or nothing (a comment that keeps the connection).
+    """
 
-def with_report(payload: bytes, report: dict[str, Any]) -> bytes:
-    """Add `routing` to a JSON answer or to a server-sent event holding one."""
-    prefix = b"data: " if payload.startswith(b"data: ") else b""
-    answer = json.loads(payload.removeprefix(prefix))
-    body = json.dumps({**answer, "routing": report}, ensure_ascii=False, separators=(",", ":"))
-    return prefix + body.encode() + (b"\n\n" if prefix else b"")
+    head: bytes
+    data: bytes
+
+    @classmethod
+    def read(cls, raw: bytes) -> Self:
+        """Split an event without its closing blank line."""
+        start = 0 if raw.startswith(_DATA) else raw.find(b"\n" + _DATA) + 1
+        if start == 0 and not raw.startswith(_DATA):
+            return cls(raw, b"")
+        cut = start + len(_DATA)
+        return cls(raw[:cut], raw[cut:])
+
+    @property
+    def name(self) -> bytes:
+        """What stands after `event: `; empty without it."""
+        first = self.head.partition(b"\n")[0]
+        return first.removeprefix(b"event: ") if first.startswith(b"event: ") else b""
+
+    def with_data(self, data: Any) -> Event:
+        """The event with other data."""
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        return Event(self.head, text.encode())
+
+    def encode(self) -> bytes:
+        """The event with its closing blank line."""
+        return self.head + self.data + _END
 
 
 class EventSplitter:
@@ -29,10 +54,10 @@ class EventSplitter:
     def __init__(self) -> None:
         self._rest = b""
 
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """Whole events, each with its closing blank line."""
-        *events, self._rest = (self._rest + chunk).split(b"\n\n")
-        yield from (event + b"\n\n" for event in events)
+    def feed(self, chunk: bytes) -> Iterator[Event]:
+        """Whole events."""
+        *events, self._rest = (self._rest + chunk).split(_END)
+        yield from (Event.read(event) for event in events)
 
     def flush(self) -> bytes:
         """What is left when the stream ends."""

@@ -137,3 +137,121 @@ def test_an_engine_without_depth_control_says_why() -> None:
     with pytest.raises(RoutingError, match="it is an OPT") as caught:
         Admission(refused, {}).admit(CHAT, {"routing": {"report": True}}, CALLER)
     assert (caught.value.param, caught.value.reason) == ("routing", "unsupported_model")
+
+
+def admitted_body(body: dict[str, object], path: str = CHAT, secret: str = "") -> dict[str, object]:
+    admitted = Admission(CAPABILITIES, PRESETS, secret).admit(path, body, CALLER)
+    assert admitted is not None
+    return admitted.body
+
+
+def test_nobody_can_name_a_salt_without_the_servers_secret() -> None:
+    salts = [
+        admitted_body({"routing": SKIP, "cache_salt": client}, secret=secret)["cache_salt"]
+        for secret in ("one", "another")
+        for client in (None, "mine")
+    ]
+    assert len({*salts}) == 4
+    assert admitted_body({"routing": SKIP}, secret="one")["cache_salt"] == salts[0]
+
+
+def test_a_salt_of_ours_is_refused_with_and_without_routing() -> None:
+    salt = admitted_body({"routing": SKIP}, secret="one")["cache_salt"]
+    for body in ({"cache_salt": salt}, {"cache_salt": salt, "routing": SKIP}):
+        for path in (CHAT, "/inference/v1/generate", "/v1/responses", "/invocations"):
+            with pytest.raises(RoutingError) as caught:
+                ADMISSION.admit(path, body, CALLER)
+            assert (caught.value.param, caught.value.reason) == ("cache_salt", "reserved_argument")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("cache_salt", ""),
+        ("cache_salt", 3),
+        ("cache_salt", "a/b"),
+        ("cache_salt", "x" * 129),
+        ("vllm_xargs", []),
+        ("vllm_xargs", ""),
+        ("vllm_xargs", 0),
+        ("stream_options", []),
+        ("stream_options", False),
+    ],
+)
+def test_what_vllm_refuses_is_left_for_it_to_refuse(field: str, value: object) -> None:
+    body = {"routing": {**SKIP, "report": True}, "stream": True, field: value}
+    assert admitted_body(body)[field] == value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "refused"),
+    [
+        ("use_beam_search", True, True),
+        ("use_beam_search", "true", True),
+        ("use_beam_search", 1, True),
+        ("use_beam_search", "false", False),
+        ("use_beam_search", 0, False),
+        ("use_beam_search", None, False),
+        ("use_beam_search", "perhaps", False),
+        ("use_beam_search", [True], False),
+        ("background", True, True),
+        ("background", False, False),
+        ("prompt_embeds", "AAAA", True),
+        ("prompt_embeds", None, False),
+    ],
+)
+def test_what_does_not_run_together(field: str, value: object, refused: bool) -> None:
+    """A value counts as vLLM reads it."""
+    body = {"routing": SKIP, field: value}
+    if not refused:
+        assert admitted_body(body)[field] == value
+        return
+    with pytest.raises(RoutingError) as caught:
+        ADMISSION.admit(CHAT, body, CALLER)
+    assert (caught.value.param, caught.value.reason) == (field, "unsupported_combination")
+
+
+def test_extra_body_sent_as_a_field_says_what_to_do() -> None:
+    for path in (CHAT, "/v1/messages", "/invocations"):
+        with pytest.raises(RoutingError, match="at the top level") as caught:
+            ADMISSION.admit(path, {"extra_body": {"routing": SKIP}}, CALLER)
+        assert caught.value.param == "extra_body.routing"
+    assert ADMISSION.admit(CHAT, {"extra_body": {"top_k": 3}}, CALLER) is None
+
+
+def test_usage_is_asked_for_where_it_is_a_choice() -> None:
+    body = {"stream": True, "routing": {"report": True}}
+    assert "stream_options" not in admitted_body(body, "/v1/responses")
+    assert "stream_options" not in admitted_body(body, "/v1/messages")
+    assert "stream_options" not in admitted_body({**body, "stream": "false"})
+
+
+@pytest.mark.parametrize(
+    ("routing", "message"),
+    [
+        (
+            {"preset": "light", **SKIP},
+            "effort leaves the choice to the server: it does not go together with depth.skip, "
+            "depth.exit or depth.adaptive (preset 'light' brings effort)",
+        ),
+        (
+            {"preset": "half", "depth": {"adaptive": {"method": "mod"}}},
+            "depth.adaptive does not go together with depth.skip (preset 'half' brings depth.skip)",
+        ),
+    ],
+)
+def test_a_clash_with_a_preset_says_what_the_preset_brings(routing: object, message: str) -> None:
+    with pytest.raises(RoutingError) as caught:
+        ADMISSION.admit(CHAT, {"routing": routing}, CALLER)
+    assert caught.value.message == message
+
+
+def test_the_answer_is_to_have_the_clients_name_of_the_model() -> None:
+    def names(model: str | None, routing: object = None) -> tuple[str, str] | None:
+        admitted = ADMISSION.admit(CHAT, {"model": model, "routing": routing}, CALLER)
+        assert admitted is not None
+        return admitted.model
+
+    assert names("m@half") == ("m", "m@half")
+    assert names("alias@x@half") == ("m", "alias@x@half")
+    assert names("m", {"preset": "half"}) is None

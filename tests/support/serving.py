@@ -29,12 +29,15 @@ class Server:
     url: str
     log: Path
     api_key: str = "EMPTY"
+    pid: int = 0
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0)
 
     def metrics_text(self) -> str:
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
+        headers = {"authorization": f"Bearer {self.api_key}"}
+        request = urllib.request.Request(f"{self.url}/metrics", headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as response:
             return str(response.read().decode())
 
     def samples(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -73,7 +76,7 @@ def running_server(log: Path, *arguments: str, api_key: str | None = None) -> It
             start_new_session=True,
         )
         try:
-            server = Server(f"http://127.0.0.1:{port}", log, api_key or "EMPTY")
+            server = Server(f"http://127.0.0.1:{port}", log, api_key or "EMPTY", process.pid)
             _await_health(server, process)
             yield server
         finally:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sluice.models.depth.prefix_sharing import (
+    SALT_PREFIX,
     private_generated,
     private_last_prompt,
     reads_whole_prompt,
@@ -44,7 +45,7 @@ def private_block_key(request: Any, end: int) -> tuple[str, str] | None:
     if not is_private(extra.policy):
         return None
     # The tag is vLLM's own for salts, so that its consumers of hash keys understand it.
-    return ("cache_salt", f"sluice-generated-{request.request_id}")
+    return ("cache_salt", f"{SALT_PREFIX}generated-{request.request_id}")
 
 
 def install() -> None:

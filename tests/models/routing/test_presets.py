@@ -197,13 +197,13 @@ def test_a_name_in_both_names_both(tmp_path: Path) -> None:
 BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "upper case": ("Fast", {}, r"frontier\.presets\.Fast: not a preset name"),
     "a label of its own": ("custom", {}, r"frontier\.presets\.custom: not a preset name"),
-    "an unknown field": ("fast", {"deep": 1}, r"frontier\.presets\.fast\.routing\.deep: Extra"),
-    "a preset": ("fast", {"preset": "x"}, r"frontier\.presets\.fast\.routing\.preset: Extra"),
-    "a description": ("fast", {"description": "x"}, r"routing\.description: Extra"),
+    "an unknown field": ("fast", {"deep": 1}, r"frontier\.presets\.fast\.routing\.deep: no such"),
+    "a preset": ("fast", {"preset": "x"}, r"frontier\.presets\.fast\.routing\.preset: no such"),
+    "a description": ("fast", {"description": "x"}, r"routing\.description: no such"),
     "a wrong type": (
         "fast",
         {"depth": {"skip": {"blocks": ["1"]}}},
-        r"frontier\.presets\.fast\.routing\.depth\.skip\.blocks\.0: Input",
+        r"frontier\.presets\.fast\.routing\.depth\.skip\.blocks\.0: must",
     ),
 }
 

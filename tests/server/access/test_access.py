@@ -13,7 +13,8 @@ from sluice.models.routing.resolve import merge_preset
 from sluice.models.routing.schema import PresetFields, RoutingFields, parse_routing
 from sluice.server.access import capability as access
 from sluice.server.access.capability import Caller, Capability, ForbiddenError, check_access
-from sluice.server.admission import ROUTED_PATHS, Admission
+from sluice.server.admission import Admission
+from sluice.server.endpoints import ROUTED
 
 BASIC, DEPTH, EXPERTS, ADMIN = Capability
 FEW: dict[str, Any] = {"top_k": 2}
@@ -108,7 +109,7 @@ def test_every_field_of_routing_has_a_capability() -> None:
     assert set(access._NEEDED) == set(RoutingFields.model_fields)
 
 
-PATHS = [*sorted(ROUTED_PATHS), "/v1/responses", "/v1/messages", "/invocations", "/nowhere"]
+PATHS = [*sorted(ROUTED), "/v1/chat/completions/batch", "/invocations", "/tokenize"]
 BODIES: dict[str, tuple[dict[str, Any], str]] = {
     "routing.experts": ({"routing": {"experts": FEW}}, "routing.experts"),
     "routing.depth": ({"routing": {"depth": SKIP}}, "routing.depth"),

@@ -18,7 +18,14 @@ ANONYMOUS = Caller(None, Capability.BASIC)
 CHAT = "/v1/chat/completions"
 
 
-def knock(keys: Keys | None, path: str = CHAT, key: str | None = None, **scope: Any) -> Any:
+def knock(
+    keys: Keys | None,
+    path: str = CHAT,
+    key: str | None = None,
+    *,
+    open_metrics: bool = False,
+    **scope: Any,
+) -> Any:
     """The caller that the app sees, or the answer without one."""
     headers = [] if key is None else [(b"authorization", key.encode("latin-1"))]
     seen: list[Caller] = []
@@ -27,13 +34,16 @@ def knock(keys: Keys | None, path: str = CHAT, key: str | None = None, **scope: 
     async def app(inner: Any, receive: Any, send: Any) -> None:
         seen.append(caller_of(inner))
 
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
     async def send(message: Any) -> None:
         sent.append(message)
 
     asyncio.run(
-        CallerMiddleware(app, keys)(
+        CallerMiddleware(app, keys, open_metrics=open_metrics)(
             {"type": "http", "method": "POST", "path": path, "headers": headers, **scope},
-            None,  # type: ignore[arg-type]
+            receive,
             send,
         )
     )
@@ -64,24 +74,43 @@ def test_the_key_tells_who_it_is() -> None:
     ],
 )
 def test_no_key_that_fits_is_401_in_openais_shape(key: str | None) -> None:
-    start, body = knock(KEYS, key=key)
+    start, body, _ = knock(KEYS, key=key)
     assert start["status"] == 401
     assert dict(start["headers"])[b"www-authenticate"] == b"Bearer"
     error = json.loads(body["body"])["error"]
     assert (error["type"], error["param"], error["code"]) == ("AuthenticationError", None, 401)
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v2/embed", "/inference/v1/generate", "/cohere/x"])
-def test_what_vllm_would_guard_is_guarded(path: str) -> None:
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/models", "/invocations", "/tokenize", "/generative_scoring", "/metrics", "/nowhere", "/"],
+)
+def test_every_path_is_guarded(path: str) -> None:
     assert status(knock(KEYS, path)) == 401
     assert status(knock(KEYS, path, method="GET")) == 401
+    assert knock(KEYS, path, key="Bearer a-key", method="GET") == ALICE
     assert knock(KEYS, path, method="OPTIONS") == ANONYMOUS
 
 
-@pytest.mark.parametrize("path", ["/health", "/metrics", "/invocations", "/tokenize"])
-def test_who_needs_no_key_may_next_to_nothing(path: str) -> None:
-    assert knock(KEYS, path) == ANONYMOUS
-    assert knock(KEYS, path, key="Bearer a-key") == ANONYMOUS
+@pytest.mark.parametrize("path", ["/health", "/ping", "/console", "/console/console.js"])
+def test_what_is_named_open_needs_no_key(path: str) -> None:
+    assert knock(KEYS, path, method="GET") == ANONYMOUS
+    if "." not in path:
+        assert status(knock(KEYS, f"{path}x", method="GET")) == 401
+
+
+def test_metrics_are_open_by_choice() -> None:
+    assert knock(KEYS, "/metrics", method="GET", open_metrics=True) == ANONYMOUS
+    assert status(knock(KEYS, "/metricsx", method="GET", open_metrics=True)) == 401
+
+
+@pytest.mark.parametrize("path", ["/scale_elastic_ep", "/v1/load_lora_adapter", "/sleep", "/new"])
+def test_managing_the_server_needs_an_admin(path: str) -> None:
+    start, body, _ = knock(KEYS, path, key="Bearer a-key")
+    assert start["status"] == 403
+    assert json.loads(body["body"])["error"]["type"] == "PermissionDeniedError"
+    admin = Caller("root", Capability.ADMIN)
+    assert knock(Keys(((digest_of("b"), admin),)), path, key="Bearer b") == admin
 
 
 @pytest.mark.parametrize(

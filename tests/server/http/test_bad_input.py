@@ -187,7 +187,7 @@ def test_the_client_raises_bad_request_and_the_next_request_is_served(server: Se
     ("path", "body", "param"),
     [
         ("/v1/completions", {"vllm_xargs": {"sluice": "{}"}}, "vllm_xargs.sluice"),
-        ("/v1/messages", {"vllm_xargs": {"sluice": "{}"}}, "vllm_xargs.sluice"),
+        ("/tokenize", {"vllm_xargs": {"sluice": "{}"}}, "vllm_xargs.sluice"),
         ("/v1/responses", {"vllm_xargs": {"sluice": "{}"}}, "vllm_xargs.sluice"),
         ("/v1/chat/completions/batch", {"vllm_xargs": {"sluice": 1}}, "vllm_xargs.sluice"),
         ("/invocations", {"vllm_xargs": {"sluice": "{}"}}, "vllm_xargs.sluice"),
@@ -196,10 +196,13 @@ def test_the_client_raises_bad_request_and_the_next_request_is_served(server: Se
             {"token_ids": [1], "sampling_params": {"extra_args": {"sluice": "{}"}}},
             "sampling_params.extra_args.sluice",
         ),
-        ("/v1/responses", {"routing": {"report": True}}, "routing"),
-        ("/v1/messages", {"routing": {"report": True}}, "routing"),
+        ("/v1/chat/completions/batch", {"routing": {"report": True}}, "routing"),
+        ("/v1/chat/completions/render", {"routing": {"report": True}}, "routing"),
+        ("/inference/v1/generate", {"routing": {"report": True}}, "routing"),
         ("/invocations", {"routing": {"report": True}}, "routing"),
-        ("/v1/responses", {"model": "demo@shallow"}, "model"),
+        ("/invocations", {"model": "demo@shallow"}, "model"),
+        ("/inference/v1/generate", {"cache_salt": "sluice-x"}, "cache_salt"),
+        ("/v1/responses", {"cache_salt": "sluice-x"}, "cache_salt"),
     ],
 )
 def test_other_endpoints_neither_smuggle_nor_ignore(

@@ -20,6 +20,7 @@ from sluice.models.profile.writer import write_profile
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.presets import PresetsFileError, preset_policy
 from sluice.server.access.capability import Caller, Capability, ForbiddenError
+from sluice.server.admission import CACHE_SECRET_ENV
 from sluice.server.http import plugin
 
 ADMIN = Caller(None, Capability.ADMIN)
@@ -54,6 +55,7 @@ def started(
         return replace(MOE, expert_routing=expert_routing, profile=profile)
 
     monkeypatch.setenv(PROFILE_ENV, str(folder or ""))
+    monkeypatch.setenv(CACHE_SECRET_ENV, "secret")
     monkeypatch.setattr(Capabilities, "of", of)
     monkeypatch.setattr(plugin, "REGISTRY", registry or CollectorRegistry())
     cards = [SimpleNamespace(name="m")]

@@ -7,13 +7,15 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.telemetry.report import build_report
 from sluice.models.telemetry.request_record import ExpertUse, RoutingRecord
-from sluice.server.http.sse import EventSplitter, is_usage_chunk, with_report
+from sluice.server.http.protocols import api_of
+from sluice.server.http.sse import Event, EventSplitter
 
 STREAM = (
     b'data: {"choices":[{"delta":{"content":"a\\n\\nb \\"usage\\""}}]}\n\n'
@@ -32,16 +34,31 @@ def test_events_survive_any_cut(cuts: list[int]) -> None:
         for start, end in itertools.pairwise(edges)
         for event in splitter.feed(STREAM[start:end])
     ]
-    assert b"".join(events) == STREAM
+    assert b"".join(event.encode() for event in events) == STREAM
     assert len(events) == 4
     assert splitter.flush() == b""
-    assert [is_usage_chunk(event) for event in events] == [False, False, True, False]
+    closes = api_of("/v1/completions").closes
+    assert [closes(event) for event in events] == [False, False, True, False]
 
 
-def test_report_joins_an_event_and_an_answer() -> None:
-    event = with_report(b'data: {"id":"\xc3\xa9","choices":[]}\n\n', {"a": 1})
-    assert event == 'data: {"id":"é","choices":[],"routing":{"a":1}}\n\n'.encode()
-    assert json.loads(with_report(b'{"id":1}', {"a": 1})) == {"id": 1, "routing": {"a": 1}}
+@pytest.mark.parametrize(
+    ("raw", "name", "data"),
+    [
+        (b'data: {"a":1}', b"", b'{"a":1}'),
+        (b'event: message_stop\ndata: {"a":1}', b"message_stop", b'{"a":1}'),
+        (b": keep-alive", b"", b""),
+        (b"", b"", b""),
+    ],
+)
+def test_an_event_is_its_head_and_its_data(raw: bytes, name: bytes, data: bytes) -> None:
+    event = Event.read(raw)
+    assert (event.name, event.data) == (name, data)
+    assert event.encode() == raw + b"\n\n"
+
+
+def test_an_event_gets_other_data() -> None:
+    event = Event.read(b"event: x\ndata: {}").with_data({"id": "é"})
+    assert event.encode() == 'event: x\ndata: {"id":"é"}\n\n'.encode()
 
 
 def test_a_lost_record_is_said() -> None:

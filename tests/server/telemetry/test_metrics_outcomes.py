@@ -29,7 +29,9 @@ class Refuses:
             raise self._error
 
 
-def counted(route: Any, error: RoutingError | None = None) -> dict[tuple[str, str], float]:
+def counted(
+    route: Any, error: RoutingError | None = None, path: str = "/v1/completions"
+) -> dict[tuple[str, str], float]:
     """Requests by preset and outcome after one that `route` answers."""
     registry = CollectorRegistry()
     edge = Edge(Refuses(error), RequestMetrics(["fast"], registry), None)  # type: ignore[arg-type]
@@ -43,11 +45,15 @@ def counted(route: Any, error: RoutingError | None = None) -> dict[tuple[str, st
     scope = {
         "type": "http",
         "method": "POST",
-        "path": "/v1/completions",
+        "path": path,
         "headers": [],
         "app": SimpleNamespace(state=SimpleNamespace(sluice=edge)),
     }
-    asyncio.run(CallerMiddleware(RoutingMiddleware(route), keys=None)(scope, receive, send))
+    asyncio.run(
+        CallerMiddleware(RoutingMiddleware(route), keys=None, open_metrics=False)(
+            scope, receive, send
+        )
+    )
     return {
         (sample.labels["preset"], sample.labels["outcome"]): sample.value
         for family in registry.collect()
@@ -75,6 +81,45 @@ def test_an_answer_that_breaks_off_was_aborted() -> None:
 def test_an_answer_that_nobody_waited_for_was_aborted() -> None:
     """vLLM answers `null` where the client left before there was an answer."""
     assert counted(JSONResponse(None)) == {("none", "aborted"): 1}
+
+
+def streaming(*chunks: bytes) -> Any:
+    async def route(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for chunk in chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    return route
+
+
+def failed(code: object) -> bytes:
+    error = {"message": '"choices"', "type": "x", "param": None, "code": code}
+    return b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
+
+
+TEXT = b'data: {"id":"1","choices":[{"text":"{\\"error\\": 1}"}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "path", "outcome"),
+    [
+        ((TEXT, DONE), "/v1/completions", "ok"),
+        ((TEXT, failed(400), DONE), "/v1/completions", "rejected"),
+        ((TEXT, failed(503), DONE), "/v1/completions", "rejected"),
+        ((TEXT, failed(500), DONE), "/v1/chat/completions", "error"),
+        ((TEXT, failed("x"), DONE), "/v1/chat/completions", "error"),
+        ((TEXT + failed(500)[:9], failed(500)[9:], DONE), "/v1/chat/completions", "error"),
+        ((b'event: error\ndata: {"type":"error"}\n\n',), "/v1/messages", "error"),
+        ((b'event: response.failed\ndata: {"type":"x"}\n\n',), "/v1/responses", "error"),
+        ((b'event: message_stop\ndata: {"type":"message_stop"}\n\n',), "/v1/messages", "ok"),
+        ((b"event: error\ndata: {}\n\n",), "/v1/completions", "ok"),
+    ],
+)
+def test_a_stream_counts_by_its_events(chunks: tuple[bytes, ...], path: str, outcome: str) -> None:
+    assert counted(streaming(*chunks), path=path) == {("none", outcome): 1}
 
 
 @pytest.mark.parametrize("preset", ["fast", None])
