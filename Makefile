@@ -39,7 +39,7 @@ bench: $(STAMP)
 
 # The short scenarios, against a server that it starts and stops.
 load: $(STAMP)
-	cd $(VENV) && HF_HUB_OFFLINE=1 $(BIN)/python -m sluice.loadtest steady burst mixed --serve --out $(CURDIR)/load-results
+	HF_HUB_OFFLINE=1 $(BIN)/sluice loadtest steady burst mixed --serve --out load-results
 
 # The demo model's profile; a run that was stopped goes on where it was.
 DEMO_DATA := build/demo-calibration
@@ -55,6 +55,7 @@ $(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt -r requirements/dev.txt
 	@$(BIN)/python -c "import torch, sys; torch.version.cuda and sys.exit('pip chose a CUDA build of torch: see Set-up in README.md')"
+	$(BIN)/pip uninstall --quiet --quiet --yes sluice  # The name before it was vllm-sluice.
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
 

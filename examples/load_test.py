@@ -1,7 +1,7 @@
 """Load test: a short mix of policies, and what each did to latency and throughput.
 
-Shows a scenario file, `data/scenario.yaml`, played by `python -m sluice.loadtest`, and how to read
-the report that it writes (docs/load.md). Needs the extra `loadtest`.
+Shows a scenario file, `data/scenario.yaml`, played by `sluice loadtest`, and how to read the report
+that it writes (docs/load.md). Needs the extra `loadtest`.
 
     .venv/bin/python examples/load_test.py [--url http://127.0.0.1:8000]
 """
@@ -22,7 +22,8 @@ def main() -> None:
     """Play the scenario and print a line for each policy."""
     with tempfile.TemporaryDirectory() as folder, server(url_argument(__doc__)) as url:
         scenario = DATA / "scenario.yaml"
-        command = [sys.executable, "-m", "sluice.loadtest", scenario, "--url", url, "--out", folder]
+        sluice = Path(sys.executable).parent / "sluice"
+        command = [sluice, "loadtest", scenario, "--url", url, "--out", folder]
         # Exit status 1 is a bar that was missed: the report says which.
         subprocess.run(command, cwd=folder, check=False)
         report = Path(folder) / "scenario"

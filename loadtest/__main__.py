@@ -1,4 +1,4 @@
-"""`python -m sluice.loadtest SCENARIO --url URL --out FOLDER`."""
+"""`sluice loadtest SCENARIO --url URL --out FOLDER`, also `python -m sluice.loadtest`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m sluice.loadtest",
+        prog="sluice loadtest",
         description="Runs load test scenarios against a server and writes a report of each.",
     )
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))
+
+
+def pytest_configure() -> None:
+    """Refuse to run on an installation with an earlier name: its entry points may differ."""
+    try:
+        version("vllm-sluice")
+    except PackageNotFoundError:
+        install = "pip install --no-deps --no-build-isolation --editable ."
+        pytest.exit(f"vllm-sluice is not installed: run make, or .venv/bin/{install}", 2)
 
 
 @pytest.hookimpl(tryfirst=True)

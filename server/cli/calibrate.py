@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sluice.server.cli.extras import require_vllm
+from sluice.server.cli.parser import STOPPED_STATUS, OneLineParser
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from sluice.models.offline.calibrate.step import Calibration, Step
-
-_STOPPED = 130
-"""Exit status of a program that Ctrl-C stopped."""
 
 
 def main(argv: list[str]) -> None:
@@ -26,6 +26,7 @@ def main(argv: list[str]) -> None:
         SystemExit: 2 for arguments, examples or a model that do not fit, 1 for a file that cannot
             be written, 130 for Ctrl-C.
     """
+    require_vllm("sluice calibrate")
     from sluice.models.offline.calibrate.registry import STEPS
     from sluice.models.offline.hf_model.examples import CalibrationError
 
@@ -42,14 +43,14 @@ def main(argv: list[str]) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
-        raise SystemExit(_STOPPED) from None
+        raise SystemExit(STOPPED_STATUS) from None
 
 
-def _parser(steps: Sequence[type[Step]], named: type[Step] | None) -> argparse.ArgumentParser:
+def _parser(steps: Sequence[type[Step]], named: type[Step] | None) -> OneLineParser:
     from sluice.models.offline.calibrate.registry import STEPS
 
     every = "; ".join(f"{step.name}: {step.help}" for step in STEPS)
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=f"sluice calibrate {named.name}" if named else "sluice calibrate",
         description=named.help
         if named

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sluice.models.offline.demo import DEMO_MODEL_DIR
 from sluice.models.routing.presets import MODEL_SEPARATOR
+from sluice.server.cli.extras import require_vllm
 from sluice.server.cli.policies import (
     add_policy_argument,
     measure_all,
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
         _run_policies(args)
         return
     if args.url is None:
+        require_vllm(args.parser.prog)
         scores = evaluate.evaluate_local(DEMO_MODEL_DIR, args.items, args.seed)
     else:
         try:

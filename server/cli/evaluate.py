@@ -14,6 +14,7 @@ from sluice.models.offline.evaluate.evaluation import MAX_TOKENS, EvaluationErro
 from sluice.models.offline.evaluate.http_backend import CONCURRENCY, HttpBackend
 from sluice.models.offline.hf_model.examples import CalibrationError, Example, read_tasks
 from sluice.models.routing.presets import MODEL_SEPARATOR, NO_PRESET
+from sluice.server.cli.extras import require_vllm
 from sluice.server.cli.policies import (
     Policies,
     add_policy_argument,
@@ -102,6 +103,8 @@ def run(args: argparse.Namespace) -> None:
             policy that is refused; what was measured before it is shown.
     """
     _check(args)
+    if args.url is None:
+        require_vllm(args.parser.prog)
     try:
         policies = _policies(args)
         tasks = by_task(read_tasks(args.tasks))

@@ -9,20 +9,31 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import logging
 import os
 import secrets
+import signal
 import tempfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from sluice.models.engine.workers import CPU_KV_CACHE_BYTES, V2_RUNNER_ENV, worker_class
 from sluice.models.offline.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
-from sluice.models.profile.fingerprint import FingerprintError
-from sluice.models.profile.profile import PROFILE_ENV, Profile, ProfileError
-from sluice.models.routing.presets import PresetsFileError, all_presets
+from sluice.models.profile.profile import PROFILE_ENV
 from sluice.models.telemetry.counter_file import TELEMETRY_ENV
-from sluice.server.access.keys import Keys, KeysFileError
 from sluice.server.admission import CACHE_SECRET_ENV
+from sluice.server.cli.ctrl_c import handle_ctrl_c
+from sluice.server.cli.extras import require_vllm
+from sluice.server.cli.parser import OneLineParser
+from sluice.server.cli.serve_checks import (
+    check_address,
+    check_keys,
+    check_model,
+    check_presets,
+    check_profile,
+    choose_profile,
+    refuse_unsupported,
+)
 from sluice.server.http import body_limit, overload
 
 PLUGIN = "sluice"
@@ -32,12 +43,51 @@ DEMO_PRESETS = DEMO_MODEL_DIR.parent / "presets.yaml"
 DEMO_KV_CACHE_BYTES = 512 * 1024**2
 _AS_LONG_AS_FITS = -1
 """Of vLLM's `--max-model-len`, which has `auto` for it: the model's context, or what fits."""
+LOG_LEVEL_ENV = "VLLM_LOGGING_LEVEL"
+QUIET_LEVEL = "WARNING"
+UVICORN_LEVEL = "info"
+"""vLLM's own default."""
+
+PROG = "sluice serve"
+USAGE = "sluice serve [MODEL] [options]"
+DESCRIPTION = (
+    "Serve MODEL (default: the demo model). Takes every flag of `vllm serve`; `--help=all` lists "
+    "them."
+)
+VLLM_FLAGS = (
+    ("--host", "HOST", "address to listen on (default: 127.0.0.1)"),
+    ("--port", "PORT", "port to listen on (default: 8000)"),
+    ("--uds", "PATH", "Unix domain socket to listen on instead"),
+    ("--api-key", "KEY", "key that clients must send"),
+    ("--served-model-name", "NAME", "model id of requests (default: MODEL)"),
+    ("--max-model-len", "TOKENS", "longest prompt and answer together"),
+    ("--dtype", "TYPE", "data type of the weights"),
+    ("--kv-cache-memory-bytes", "BYTES", "size of the K/V cache"),
+    ("--tensor-parallel-size", "N", "processes that share each layer"),
+    ("--enforce-eager", None, "start sooner, without compiling the model"),
+)
+"""Flag, name of its value or None, help."""
 
 
 def main(argv: list[str]) -> None:
-    """Serve until interrupted; does not return before that."""
+    """Serve until interrupted; does not return before that.
+
+    Raises:
+        SystemExit: 2 for arguments, files or an address that do not fit, 130 for Ctrl-C before the
+            server answers. After that, Ctrl-C makes it return.
+    """
+    if {"-h", "--help"} & {*argv}:
+        print(first_page(), end="")
+        return
+    require_vllm(PROG)
+    handle_ctrl_c()
     allow_plugin()
     os.environ.setdefault(V2_RUNNER_ENV, "0")
+    chosen = LOG_LEVEL_ENV in os.environ
+    if not chosen and "--verbose" not in argv:
+        os.environ[LOG_LEVEL_ENV] = QUIET_LEVEL
+        # It warns on every CPU, on import, that Triton has no part for CPUs.
+        logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
     # vLLM reads the environment on import.
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -48,21 +98,53 @@ def main(argv: list[str]) -> None:
     refuse_unsupported(parser, args)
     if args.model_tag is None and args.model == parser.get_default("model"):
         apply_demo_defaults(args)
+    args.model_tag = args.model_tag or args.model
+    check_model(parser, args)
     limit_cpu_cache(parser, args)
     profile = choose_profile(parser, args)
-    check_model(parser, profile, args.model_tag or args.model)
+    check_profile(parser, profile, args.model_tag)
     check_presets(parser, args.presets, profile)
     check_keys(parser, args)
     choose_expert_routing(parser, args)
+    check_address(parser, args)
     if args.worker_cls == "auto":
         args.worker_cls = worker_class()
+    if args.verbose and not chosen:
+        os.environ.pop(LOG_LEVEL_ENV, None)  # `--verbose` stood in a file of `--config`.
+    args.quiet = not args.verbose and args.uvicorn_log_level is None
+    args.uvicorn_log_level = args.uvicorn_log_level or UVICORN_LEVEL
     configure_logging_from_args(args)
     command = ServeSubcommand()
     command.validate(args)
     os.environ.setdefault(CACHE_SECRET_ENV, secrets.token_hex(16))
-    with tempfile.TemporaryDirectory(prefix="sluice-") as folder:
-        os.environ[TELEMETRY_ENV] = folder
-        command.cmd(args)
+    try:
+        with tempfile.TemporaryDirectory(prefix="sluice-") as folder:
+            os.environ[TELEMETRY_ENV] = folder
+            command.cmd(args)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if args.uds:
+            Path(args.uds).unlink(missing_ok=True)
+
+
+def first_page() -> str:
+    """What `--help` prints: our flags, and how to see vLLM's. vLLM itself takes seconds to load."""
+    parser = OneLineParser(
+        prog=PROG,
+        usage=USAGE,
+        description=DESCRIPTION,
+        epilog="--help=all lists every flag of vLLM, --help=NAME those that a name matches, for "
+        "example --help=kv-cache.",
+        add_help=False,
+    )
+    add_flags(parser)
+    group = parser.add_argument_group("often used flags of vLLM")
+    for flag, metavar, text in VLLM_FLAGS:
+        if metavar is None:
+            group.add_argument(flag, action="store_true", help=text)
+        else:
+            group.add_argument(flag, metavar=metavar, help=text)
+    return parser.format_help()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,12 +152,18 @@ def build_parser() -> argparse.ArgumentParser:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser: argparse.ArgumentParser = FlexibleArgumentParser(
-        prog="sluice serve",
-        usage="sluice serve [MODEL] [options]",
-        description="Serve MODEL (default: the demo model). Takes every flag of `vllm serve`; "
-        "`--help=all` lists them.",
-    )
+    class ServeParser(FlexibleArgumentParser, OneLineParser):  # type: ignore[misc]
+        """vLLM's parser, with errors of one line."""
+
+    parser: argparse.ArgumentParser = ServeParser(prog=PROG, usage=USAGE, description=DESCRIPTION)
+    add_flags(parser)
+    make_arg_parser(parser)
+    parser.set_defaults(host="127.0.0.1", uvicorn_log_level=None)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add our own flags."""
     group = parser.add_argument_group("sluice")
     group.add_argument(
         "--presets",
@@ -121,11 +209,14 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="answer /metrics without a key where --keys is given",
     )
+    group.add_argument(
+        "--verbose",
+        action="store_true",
+        help="print all that vLLM and uvicorn say. Without it, only warnings, errors and the "
+        "requests are printed",
+    )
     overload.add_arguments(group)
     body_limit.add_arguments(group)
-    make_arg_parser(parser)
-    parser.set_defaults(host="127.0.0.1")
-    return parser
 
 
 def apply_demo_defaults(args: argparse.Namespace) -> None:
@@ -160,56 +251,6 @@ def limit_cpu_cache(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         args.max_model_len = _AS_LONG_AS_FITS
 
 
-def choose_profile(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Profile | None:
-    """Check the profile, if there is one, and name it to every process by `PROFILE_ENV`."""
-    folder: Path | None = args.profile
-    if folder is None and os.environ.get(PROFILE_ENV):
-        folder = Path(os.environ[PROFILE_ENV])
-    if folder is None:
-        return None
-    try:
-        profile = Profile.load(folder)
-    except ProfileError as error:
-        parser.error(str(error))
-    os.environ[PROFILE_ENV] = str(folder.resolve())
-    return profile
-
-
-def check_model(parser: argparse.ArgumentParser, profile: Profile | None, model: str) -> None:
-    """Refuse the profile of another model, if this one is a folder.
-
-    A model of the hub may not be downloaded yet; the engine checks it when it loads it.
-    """
-    if profile is None or not Path(model).is_dir():
-        return
-    try:
-        profile.check_folder(Path(model))
-    except (ProfileError, FingerprintError) as error:
-        parser.error(str(error))
-
-
-def check_presets(
-    parser: argparse.ArgumentParser, presets: Path | None, profile: Profile | None
-) -> None:
-    """Check the presets of the file and of the profile, as far as that can be without an engine."""
-    try:
-        all_presets(presets, profile)
-    except (PresetsFileError, ProfileError) as error:
-        parser.error(str(error))
-
-
-def check_keys(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Check the keys file, if there is one, and that vLLM's own keys are not used too."""
-    if args.keys is None:
-        return
-    if any(args.api_key or [os.environ.get("VLLM_API_KEY")]):
-        parser.error("give either --keys or --api-key (VLLM_API_KEY), not both")
-    try:
-        Keys.load(args.keys)
-    except KeysFileError as error:
-        parser.error(str(error))
-
-
 def choose_expert_routing(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Decide about `--expert-routing` if the user has not; refuse it if anybody could use it."""
     local = bool(args.uds) or is_loopback(args.host)
@@ -232,14 +273,6 @@ def is_loopback(host: str | None) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse front ends without our plugin: they would ignore routing."""
-    if getattr(args, "grpc", False):
-        parser.error("--grpc is not supported: routing is an extension of the OpenAI HTTP API")
-    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        parser.error("VLLM_USE_RUST_FRONTEND is not supported: it runs no endpoint plugins")
 
 
 def allow_plugin() -> None:

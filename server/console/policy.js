@@ -5,14 +5,10 @@ is moved writes it again. */
 
 import { ExitControls } from "./exit.js";
 import { readable } from "./json.js";
-import { Presets } from "./presets.js";
 import { shortened, Slider } from "./slider.js";
 
 const FOLLOWS = "Follows the controls above. Edit it to ask for anything else that the API takes.";
 const EDITED = "Edited by hand: this text is sent. Moving a control replaces it.";
-
-/** The field of `routing` that each choice of depth writes. */
-const DEPTH_FIELDS = { effort: "effort", exit: "depth.exit" };
 
 const SOURCES = {
   frontier: "Read from the profile's measured frontier.",
@@ -28,9 +24,7 @@ export class Policy {
   #effort = null;
   #exit;
   #topK = null;
-  #presets;
-  #routable = false;
-  #topKRefusal = null;
+  #presets = new Map();
 
   /**
    * @param {HTMLFormElement} form
@@ -41,7 +35,7 @@ export class Policy {
     this.#changed = changed;
     this.#text = form.elements.routing;
     this.#exit = new ExitControls(form, () => this.#write());
-    this.#presets = new Presets(at("presets"), () => this.#write());
+    form.elements.preset.addEventListener("change", () => this.#write());
     form.elements["top-k-on"].addEventListener("change", () => this.#write());
     for (const radio of form.elements.depth) radio.addEventListener("change", () => this.#write());
     this.#text.addEventListener("input", () => {
@@ -54,7 +48,7 @@ export class Policy {
   /** Set the controls up as the server describes them. */
   offer(capabilities, presets) {
     this.#refuse("policy-refused", capabilities.supported ? null : capabilities.reason);
-    this.#presets.offer(presets);
+    this.#offerPresets(presets);
     this.#offerDepth(capabilities);
     this.#offerTopK(capabilities.experts_routing);
     // With another key the same text may go through.
@@ -70,13 +64,29 @@ export class Policy {
     return this.#text.value.trim() === "" ? undefined : JSON.parse(this.#text.value);
   }
 
+  #offerPresets(presets) {
+    const select = this.#form.elements.preset;
+    this.#presets = new Map(presets.map((preset) => [preset.id, preset]));
+    select.replaceChildren(new Option("none", ""));
+    for (const preset of presets) {
+      const option = new Option(
+        preset.available ? preset.id : `${preset.id} (not here: ${preset.reason})`,
+        preset.id,
+      );
+      option.disabled = !preset.available;
+      select.append(option);
+    }
+    select.value = presets.find((preset) => preset.available)?.id ?? "";
+  }
+
   #offerDepth({ supported, reason, layers, depth, effort }) {
-    this.#routable = supported;
+    for (const radio of this.#form.elements.depth)
+      radio.disabled = !supported && radio.value !== "";
     this.#refuse("depth-refused", supported ? null : reason);
     const parent = at("effort-slider");
     parent.replaceChildren();
     this.#effort = null;
-    this.#form.elements.depth[0].checked = true;
+    this.#form.elements.depth.value = "";
     if (supported) {
       const range = { label: "Effort", low: effort.lowest, high: 1, value: 1 };
       this.#effort = new Slider(parent, range, () => this.#write());
@@ -98,7 +108,7 @@ export class Policy {
     if (supported && !enabled)
       refusal = "expert routing is off on this server (--expert-routing turns it on)";
     box.checked = false;
-    this.#topKRefusal = refusal;
+    box.disabled = refusal !== null;
     this.#refuse("top-k-refused", refusal);
     if (refusal === null) {
       const { low, high, default: value } = control.parameters.top_k;
@@ -107,41 +117,16 @@ export class Policy {
     }
   }
 
-  /** Switch off what does not go together with the chosen preset, and say so. */
-  #exclude() {
-    const { depth, "top-k-on": topKOn } = this.#form.elements;
-    const preset = this.#presets.chosen;
-    const clashes = (field) => preset !== undefined && !preset.combines_with.includes(field);
-    const choices = [...depth].filter((radio) => radio.value !== "");
-    const clashing = choices.filter((radio) => clashes(DEPTH_FIELDS[radio.value]));
-    for (const radio of choices) {
-      radio.disabled = !this.#routable || clashing.includes(radio);
-      // Assigning "" to the list's own `value` chooses nothing.
-      if (radio.disabled && radio.checked) depth[0].checked = true;
-    }
-    const names = clashing.map((radio) => radio.parentElement.textContent.trim());
-    at("depth-clash").hidden = !this.#routable || names.length === 0;
-    at("depth-clash").textContent =
-      `Preset ${preset?.id} cannot be combined with ${names.join(" or ")}.`;
-    const topKClashes = this.#topKRefusal === null && clashes("experts.top_k");
-    at("top-k-clash").hidden = !topKClashes;
-    at("top-k-clash").textContent = `Preset ${preset?.id} cannot be combined with it.`;
-    topKOn.disabled = this.#topKRefusal !== null || topKClashes;
-    if (topKOn.disabled) topKOn.checked = false;
-  }
-
   /** The text from the controls. */
   #write() {
-    this.#exclude();
-    const { depth } = this.#form.elements;
-    const preset = this.#presets.value;
+    const { preset, depth } = this.#form.elements;
     const topKOn = this.#form.elements["top-k-on"].checked;
     at("effort-controls").hidden = depth.value !== "effort";
     at("exit-controls").hidden = depth.value !== "exit";
     at("top-k-slider").hidden = !topKOn;
-    at("preset-note").textContent = described(this.#presets.chosen);
+    at("preset-note").textContent = described(this.#presets.get(preset.value));
     const routing = {
-      ...(preset ? { preset } : {}),
+      ...(preset.value ? { preset: preset.value } : {}),
       ...(depth.value === "effort" ? { effort: this.#effort.value } : {}),
       ...(depth.value === "exit" ? { depth: { exit: this.#exit.value() } } : {}),
       ...(topKOn ? { experts: { top_k: this.#topK.value } } : {}),

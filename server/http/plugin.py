@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -26,6 +27,7 @@ from sluice.server.http.middleware import RoutingMiddleware
 from sluice.server.http.openapi import describe_routing
 from sluice.server.http.overload import OverloadMiddleware
 from sluice.server.http.routes import build_router
+from sluice.server.http.startup import announce, hide_uvicorn_information, ready_line
 from sluice.server.http.state import Edge
 from sluice.server.telemetry.audit import show_audit_log
 from sluice.server.telemetry.build_info import BuildInfoCollector
@@ -65,6 +67,8 @@ class RoutingPlugin:
         describe_routing(app)
         # Not in `sluice serve`: each API server process has logging of its own.
         show_audit_log()
+        if args.quiet:
+            hide_uvicorn_information()
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Read capabilities, profile and presets once the engine is there.
@@ -92,6 +96,9 @@ class RoutingPlugin:
         metrics, spans = RequestMetrics(presets, REGISTRY), RequestSpans.attach(engine_client)
         admission = Admission(capabilities, presets, os.environ[CACHE_SECRET_ENV])
         state.sluice = Edge(admission, metrics, engine_client, spans)
+        if engine_client.vllm_config.parallel_config._api_process_rank == 0:
+            line = ready_line(args, served[0], len(presets))
+            state.announcement = asyncio.create_task(announce(state, line))
 
 
 def edge_middleware(args: Namespace, keys: Keys | None) -> list[Middleware]:

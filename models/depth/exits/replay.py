@@ -21,7 +21,6 @@ class Replay(Confidence):
     """Generated token i leaves after layer `script[i % len(script)]` at the latest."""
 
     name = "replay"
-    description = "where a recording left"
     source = "recorded exits"
     parameters = {}
     decays = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from sluice.models.offline.bench.expert_rows import expert_rows
@@ -22,6 +23,8 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--compiled", action="store_true", help="both engines with torch.compile")
     args = parser.parse_args()
+    if find_spec("matplotlib") is None:  # It is used at the very end.
+        parser.error('matplotlib not installed: pip install "vllm-sluice[bench]"')
     if args.repeats < 5:
         parser.error("--repeats must be at least 5")
     rows = (*depth_rows(RecordedPlans.load()), *expert_rows())

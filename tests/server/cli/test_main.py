@@ -47,5 +47,5 @@ def test_the_extra_for_gpus_pins_the_same_vllm() -> None:
 def test_help_names_every_command() -> None:
     ended = run("--help")
     assert ended.returncode == 0
-    for command in ("serve", "calibrate", "eval", "report", "demo", "keys"):
+    for command in ("serve", "calibrate", "loadtest", "eval", "report", "demo", "keys"):
         assert f"\n    {command} " in ended.stdout

@@ -18,7 +18,7 @@ from sluice.models.offline.demo import DEMO_MODEL_DIR
 from sluice.models.profile.fingerprint import fingerprint
 from sluice.models.profile.profile import PROFILE_ENV, Profile
 from sluice.models.profile.writer import write_profile
-from sluice.server.cli import serve
+from sluice.server.cli import serve, serve_checks
 
 
 def test_naming_our_plugin_keeps_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_front_ends_without_our_plugin_are_refused(
 ) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", rust)
     with pytest.raises(SystemExit):
-        serve.refuse_unsupported(argparse.ArgumentParser(), argparse.Namespace(grpc=grpc))
+        serve_checks.refuse_unsupported(argparse.ArgumentParser(), argparse.Namespace(grpc=grpc))
     assert "not supported" in capsys.readouterr().err
 
 
@@ -52,7 +52,7 @@ def profile_folder(folder: Path, made_for: str = "0" * 64, **fields: Any) -> Pat
 
 
 def chosen(profile: Path | None) -> str | None:
-    serve.choose_profile(argparse.ArgumentParser(), argparse.Namespace(profile=profile))
+    serve_checks.choose_profile(argparse.ArgumentParser(), argparse.Namespace(profile=profile))
     return os.environ.get(PROFILE_ENV)
 
 
@@ -88,17 +88,19 @@ def test_the_profile_of_another_model_stops_the_server(
     served = write_checkpoint(tmp_path / "served")
     fitting = Profile.load(profile_folder(tmp_path / "fitting", fingerprint(served)))
     other = Profile.load(profile_folder(tmp_path / "other"))
-    serve.check_model(parser, fitting, str(served))
-    serve.check_model(parser, None, str(served))
-    serve.check_model(parser, other, "someone/on-the-hub")  # The engine's part, once it is here.
+    serve_checks.check_profile(parser, fitting, str(served))
+    serve_checks.check_profile(parser, None, str(served))
+    serve_checks.check_profile(
+        parser, other, "someone/on-the-hub"
+    )  # The engine's part, once it is here.
     with pytest.raises(SystemExit):
-        serve.check_model(parser, other, str(served))
+        serve_checks.check_profile(parser, other, str(served))
     complaint = capsys.readouterr().err
     for name in (other.folder, "0" * 12, served, fingerprint(served)[:12]):
         assert str(name) in complaint
     (served / "model-0.safetensors").unlink()
     with pytest.raises(SystemExit):
-        serve.check_model(parser, fitting, str(served))
+        serve_checks.check_profile(parser, fitting, str(served))
     assert f"{served}: no safetensors weights" in capsys.readouterr().err
 
 
@@ -110,22 +112,22 @@ def test_presets_are_checked_before_the_engine_starts(
     profile = Profile.load(profile_folder(tmp_path / "profile", frontier=measured))
     presets = tmp_path / "presets.yaml"
     presets.write_text("presets: {mine: {effort: 0.5}}")
-    serve.check_presets(parser, presets, profile)
-    serve.check_presets(parser, None, None)
+    serve_checks.check_presets(parser, presets, profile)
+    serve_checks.check_presets(parser, None, None)
     presets.write_text("presets: {fast: {effort: 0.5}}")
-    serve.check_presets(parser, presets, None)
+    serve_checks.check_presets(parser, presets, None)
     with pytest.raises(SystemExit):
-        serve.check_presets(parser, presets, profile)
+        serve_checks.check_presets(parser, presets, profile)
     complaint = capsys.readouterr().err
     assert all(str(name) in complaint for name in ("'fast'", presets, profile.folder))
     presets.write_text("presets: {fast: {effort: 2}}")
     with pytest.raises(SystemExit):
-        serve.check_presets(parser, presets, None)
+        serve_checks.check_presets(parser, presets, None)
     assert "presets.fast.effort" in capsys.readouterr().err
     odd = frontier([point("full", depth={"deep": 1})], {"fast": "full"})
     profile = Profile.load(profile_folder(tmp_path / "odd", frontier=odd))
     with pytest.raises(SystemExit):
-        serve.check_presets(parser, None, profile)
+        serve_checks.check_presets(parser, None, profile)
     assert "frontier.presets.fast.routing.depth.deep" in capsys.readouterr().err
 
 
@@ -232,7 +234,7 @@ def test_a_model_is_served_without_a_flag_about_memory(tmp_path: Path) -> None:
 
 def check_keys(keys: Path | None, api_key: list[str] | None = None) -> None:
     args = argparse.Namespace(keys=keys, api_key=api_key)
-    serve.check_keys(argparse.ArgumentParser(), args)
+    serve_checks.check_keys(argparse.ArgumentParser(), args)
 
 
 @pytest.fixture

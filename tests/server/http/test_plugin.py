@@ -24,7 +24,10 @@ from sluice.server.admission import CACHE_SECRET_ENV
 from sluice.server.http import plugin
 
 ADMIN = Caller(None, Capability.ADMIN)
-CONFIG = SimpleNamespace(observability_config=SimpleNamespace(otlp_traces_endpoint=None))
+CONFIG = SimpleNamespace(
+    observability_config=SimpleNamespace(otlp_traces_endpoint=None),
+    parallel_config=SimpleNamespace(_api_process_rank=1),
+)
 FEW = {"model": "m", "routing": {"experts": {"top_k": 2}}}
 
 
