@@ -141,8 +141,9 @@ def _run(args: argparse.Namespace, kinds: Sequence[type[Step]], named: type[Step
     ]
     console = Console(stderr=True)
     say = partial(console.print, markup=False)
-    with _progress(console) as progress:
-        calibration = _calibration(args, progress)
+    progress = _progress(console)
+    calibration = _calibration(args, progress)
+    with progress:
         open_workspace(calibration, args.out)
         if named:
             _add_earlier_parts(calibration, named)

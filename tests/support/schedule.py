@@ -52,6 +52,7 @@ SHARED = {
 SLOW = (
     *SHARED["server"],
     *SHARED["console"],
+    "distribution",
     "examples",
     "kernels/bench",
     "kernels/ops/test_route_topk.py",

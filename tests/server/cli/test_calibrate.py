@@ -92,6 +92,26 @@ def test_arguments_that_do_not_fit(
     assert not (tmp_path / "profile" / "profile.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ([], "the following arguments are required: MODEL, --prompts, --out"),
+        (["importance"], "the following arguments are required: MODEL, --prompts, --out"),
+        (["x", "--prompts", "y", "--out", "z", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["x", "--prompts", "nowhere.jsonl", "--out", "z"], "nowhere.jsonl: No such file"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    why: str,
+) -> None:
+    (line,) = refused(monkeypatch, capsys, *arguments).splitlines()
+    command = "sluice calibrate importance" if arguments == ["importance"] else "sluice calibrate"
+    assert line.startswith(f"{command}: error: {why}")
+
+
 def test_a_wrong_line_of_the_prompts_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
