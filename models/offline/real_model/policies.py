@@ -1,0 +1,65 @@
+"""The policies of the table: presets of the profile, LLM-Drop's orders, confidence exits.
+
+``python -m sluice.models.offline.real_model.policies --profile FOLDER --out FILE`` writes them as
+JSON, `routing` objects by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sluice.models.profile.profile import Profile
+
+LAYERS = 30
+_BLOCKS = (1, 2, 4, 8)
+_ATTENTIONS = (2, 4, 8, 15)
+_EXITS = ((15, 0.9), (20, 0.9), (25, 0.5), (25, 0.9), (28, 0.99))
+"""Layers that have run at an exit, and its threshold."""
+
+Policies = dict[str, Mapping[str, Any]]
+
+
+def policies(presets: Mapping[str, str]) -> Policies:
+    """All of them, by name.
+
+    Args:
+        presets: points of the profile's frontier by preset. Presets that are one point are one row.
+    """
+    named: dict[str, list[str]] = {}
+    for preset, point in presets.items():
+        named.setdefault(point, []).append(preset)
+    found: Policies = {}
+    for names in named.values():
+        found[f"preset {', '.join(f'`{name}`' for name in names)}"] = {"preset": names[0]}
+    for unit, counts in (("block", _BLOCKS), ("attention", _ATTENTIONS)):
+        for count in counts:
+            name = f"{count} of {LAYERS} {unit}s left out"
+            # Rounded to the nearest number of layers.
+            skip = {"fraction": round(count / LAYERS, 3), "by": unit}
+            found[name] = {"depth": {"skip": skip}}
+    for count, threshold in _EXITS:
+        rule = {"method": "confidence", "threshold": threshold, "layers": [count - 1]}
+        name = f"exit after {count} layers, confidence {threshold}"
+        found[name] = {"depth": {"exit": rule}}
+    return found
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sluice.models.offline.real_model.policies", description=__doc__
+    )
+    parser.add_argument("--profile", type=Path, required=True, help="the model's profile")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    args = parser.parse_args()
+    frontier = Profile.load(args.profile).fields.frontier
+    found = policies({} if frontier is None else frontier.presets)
+    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
