@@ -19,7 +19,8 @@ from pathlib import Path
 
 from sluice.models.engine.workers import CPU_KV_CACHE_BYTES, V2_RUNNER_ENV, worker_class
 from sluice.models.offline.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
-from sluice.models.profile.profile import PROFILE_ENV
+from sluice.models.profile.profile import PROFILE_ENV, ProfileError
+from sluice.models.routing.presets import PresetsFileError
 from sluice.models.telemetry.counter_file import TELEMETRY_ENV
 from sluice.server.admission import CACHE_SECRET_ENV
 from sluice.server.cli.ctrl_c import handle_ctrl_c
@@ -121,6 +122,8 @@ def main(argv: list[str]) -> None:
         with tempfile.TemporaryDirectory(prefix="sluice-") as folder:
             os.environ[TELEMETRY_ENV] = folder
             command.cmd(args)
+    except (PresetsFileError, ProfileError) as error:  # Only the engine could find it.
+        parser.error(str(error))
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if args.uds:

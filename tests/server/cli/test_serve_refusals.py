@@ -13,6 +13,8 @@ import pytest
 
 from sluice.models.engine.workers import V2_RUNNER_ENV
 from sluice.models.offline.demo import DEMO_MODEL_DIR
+from sluice.models.profile.profile import ProfileError
+from sluice.models.routing.presets import PresetsFileError
 from sluice.server.cli import serve
 
 DEMO = str(DEMO_MODEL_DIR)
@@ -128,6 +130,19 @@ def test_files_that_are_wrong(refusal: Any, tmp_path: Path) -> None:
 def test_the_runner_that_ours_is_not(refusal: Any, environment: pytest.MonkeyPatch) -> None:
     environment.setenv(V2_RUNNER_ENV, "1")
     assert refusal(DEMO) == f"{V2_RUNNER_ENV}=1 is not supported: Sluice runs on the V1 runner"
+
+
+@pytest.mark.parametrize("error", [PresetsFileError, ProfileError])
+def test_what_only_the_engine_finds_is_said_in_one_line_too(
+    refusal: Any, environment: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    def start(args: object) -> None:
+        raise error("presets.few.experts.top_k: the model has 16 experts")
+
+    environment.setattr(ServeSubcommand, "cmd", staticmethod(start))
+    assert refusal(DEMO, "--port", 0) == "presets.few.experts.top_k: the model has 16 experts"
 
 
 def test_what_can_be_served_starts(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
