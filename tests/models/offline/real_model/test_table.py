@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sluice.models.offline.real_model.policies import policies
 from sluice.models.offline.real_model.table import BEGIN, END, joined, table, with_table
+
+DOCS = Path(__file__).parents[4] / "docs"
 
 
 def share(value: float, difference: float = 0.0) -> dict[str, Any]:
@@ -56,3 +60,10 @@ def test_presets_that_are_one_point_are_one_row() -> None:
     assert names == ["preset `quality`, `balanced`", "preset `fast`"]
     assert found[names[0]] == {"preset": "quality"}
     assert len(policies({})) == len(found) - 2
+
+
+def test_the_document_shows_the_file_beside_it() -> None:
+    found = json.loads((DOCS / "real-model.json").read_text())
+    document = (DOCS / "real-model.md").read_text()
+    assert with_table(document, table(found)) == document
+    assert {*policies({})} < {*found["policies"]}
