@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -39,8 +40,10 @@ from sluice.loadtest.workload.schedule import (
     policy_requests,
     saturation_scenario,
 )
+from sluice.models.offline.report.environment import machine
 
 _WARM_UP_CLIENTS = 4
+_BUILD_INFO = "sluice_build_info"
 
 Say = Callable[[str], None]
 
@@ -72,6 +75,7 @@ async def run_scenario(scenario: Scenario, url: str, api_key: str | None, say: S
         ServerNotFoundError: its memory is to be watched and it is not on this machine.
         ScenarioError: fewer clients than policies, or none to leave.
     """
+    began = datetime.now(UTC)
     watch = MemoryWatch(url) if scenario.memory else None
     with tempfile.TemporaryDirectory(prefix="sluice-load-") as folder:
         async with (
@@ -103,7 +107,10 @@ async def run_scenario(scenario: Scenario, url: str, api_key: str | None, say: S
         left=left,
         idle_seconds=seconds,
         memory=None if watch is None else watch.memory,
-        versions={"sluice": version("vllm-sluice"), "guidellm": version("guidellm")},
+        versions={"sluice": version("vllm-sluice"), "guidellm": version("guidellm")}
+        | _server_versions(after),
+        date=began.isoformat(timespec="seconds"),
+        hardware=machine(),
     )
 
 
@@ -158,6 +165,13 @@ async def _first_model(client: httpx.AsyncClient) -> str:
 
 async def _metrics(client: httpx.AsyncClient, scenario: Scenario) -> Scrape:
     return await scrape(client) if scenario.metrics else parse("")
+
+
+def _server_versions(scraped: Scrape) -> dict[str, str]:
+    """What the server says of itself, if it does."""
+    labels = next((dict(s.labels) for s in scraped.values if s.name == _BUILD_INFO), {})
+    names = {"version": "server's sluice", "vllm_version": "server's vLLM"}
+    return {title: labels[name] for name, title in names.items() if name in labels}
 
 
 async def _try_policies(client: httpx.AsyncClient, scenario: Scenario, model: str) -> None:

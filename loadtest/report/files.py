@@ -12,7 +12,7 @@ from sluice.loadtest.clients.request_result import RequestResult
 from sluice.loadtest.report.page import report_page
 from sluice.loadtest.report.results import Results, Row
 from sluice.loadtest.report.summary import PERCENTILES, TIMES
-from sluice.loadtest.report.verdict import verdicts
+from sluice.loadtest.report.verdict import overall_verdict, verdicts
 
 _SCHEMA = 1
 
@@ -49,6 +49,9 @@ def to_wire(results: Results) -> dict[str, Any]:
         "model": results.model,
         "rate": results.rate,
         "versions": results.versions,
+        "date": results.date,
+        "hardware": results.hardware,
+        "verdict": asdict(overall_verdict(results)),
         "verdicts": [asdict(verdict) for verdict in verdicts(results)],
         "rows": [
             {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
+from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 
 from sluice.loadtest.report.plots import charts
 from sluice.loadtest.report.results import Results
 from sluice.loadtest.report.summary import PERCENTILES, TIMES
-from sluice.loadtest.report.verdict import verdicts
+from sluice.loadtest.report.verdict import overall_verdict, verdicts
 from sluice.models.offline.report.template import page_template
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
@@ -33,6 +36,9 @@ def report_page(results: Results) -> str:
         written=yaml.safe_dump(written, sort_keys=False, allow_unicode=True),
         rows=results.rows(),
         verdicts=verdicts(results),
+        overall=overall_verdict(results),
+        local=is_loopback(results.url),
+        date=None if results.date is None else _moment(results.date),
         charts=charts(results),
         ratios=ratios,
         compared="goodput" if policies else "throughput",
@@ -41,6 +47,20 @@ def report_page(results: Results) -> str:
         slope=results.memory_slope(),
         scrape_ms={rank: results.scrape_ms(rank) for rank in (50, 99)},
     )
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a server's address is of the machine that asks it."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _moment(date: str) -> str:
+    """An ISO 8601 moment, to the minute, UTC."""
+    return f"{datetime.fromisoformat(date).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _number(value: float | None) -> str:

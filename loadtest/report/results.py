@@ -73,6 +73,8 @@ class Results:
         idle_seconds: how long it took until none was left, or until the run stopped waiting.
         memory: of the server, or None.
         versions: of what took part, by name.
+        date: when it began, UTC, ISO 8601; None if nobody said.
+        hardware: of the client's machine; None if nobody said.
     """
 
     scenario: Scenario
@@ -85,6 +87,8 @@ class Results:
     idle_seconds: float
     memory: Memory | None
     versions: dict[str, str]
+    date: str | None = None
+    hardware: str | None = None
 
     @property
     def requests(self) -> tuple[RequestResult, ...]:

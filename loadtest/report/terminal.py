@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sluice.loadtest.report.results import Results
-from sluice.loadtest.report.verdict import verdicts
+from sluice.loadtest.report.verdict import overall_verdict, verdicts
 
 
 def print_table(results: Results, folder: Path) -> None:
@@ -41,4 +41,8 @@ def print_table(results: Results, folder: Path) -> None:
         style = "green" if verdict.met else "red"
         console.print(f"[{style}]{'met   ' if verdict.met else 'missed'}[/] ", end="")
         console.print(f"{verdict.bar}: {verdict.found}", markup=False, highlight=False)
+    overall = overall_verdict(results)
+    style = "green" if overall.met else "red"
+    console.print(f"[bold {style}]{overall.bar}[/]: ", end="")
+    console.print(overall.found, markup=False, highlight=False)
     console.print(f"report: {folder / 'report.html'}", markup=False, highlight=False)

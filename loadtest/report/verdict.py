@@ -42,6 +42,17 @@ def verdicts(results: Results) -> list[Verdict]:
     return [*always, *_scenario_bars(results)]
 
 
+def overall_verdict(results: Results) -> Verdict:
+    """One verdict of all bars."""
+    each = verdicts(results)
+    missed = [verdict.bar for verdict in each if not verdict.met]
+    if not missed:
+        return Verdict("Passed", f"all {len(each)} bars were met", True)
+    return Verdict(
+        "Failed", f"{len(missed)} of {len(each)} bars missed: {'; '.join(missed)}", False
+    )
+
+
 def _answered(results: Results) -> int:
     return sum(each.ending == "answered" for each in results.requests)
 

@@ -55,6 +55,7 @@ class DepthMethod(ABC):
 
     Attributes:
         name: as requests write it.
+        description: a few plain words for lists: when a token leaves, or which layers run.
         source: the paper that the method is from.
         parameters: what it takes, by name; each name is a field of the request.
         profile_tensors: names of the trained tensors it needs, without the method's own prefix.
@@ -62,6 +63,7 @@ class DepthMethod(ABC):
     """
 
     name: ClassVar[str]
+    description: ClassVar[str]
     source: ClassVar[str]
     parameters: ClassVar[Mapping[str, Parameter]]
     profile_tensors: ClassVar[tuple[str, ...]] = ()

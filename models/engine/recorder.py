@@ -68,6 +68,7 @@ class Recorder:
         segments, table = outcome.segments, self._table
         counts, exits = count_outcomes(segments, step.passes, table.skip, table.fill)
         self._counters.add(counts.sum(axis=(0, 1)), exits.sum(axis=0))
+        last_masks = {each.request: each.mask for each in segments if not each.pending}
         for index, state in step.states.items():
             sums = self._requests.get(state.extra.request_key)
             sums.counts += counts[index]
@@ -75,6 +76,11 @@ class Recorder:
             sums.skipped = state.decided_skip
             if index in outcome.exit_layers:
                 sums.exit_layers.append(outcome.exit_layers[index])
+            token = step.last_position(index) + 1 - state.prompt_tokens
+            if state.extra.policy.report and token >= 0:
+                ran = np.flatnonzero(~table.skip[last_masks[index]].all(axis=1))
+                layer = int(ran[-1]) if len(ran) else 0
+                sums.add_token(step.requests.ids[index], token, layer)
 
     def count_experts_later(self, step: RoutedStep) -> None:
         """Have the next `count_experts` count a step whose routers have just run."""

@@ -21,13 +21,16 @@ class RoutingExtraArgs:
 
     def encode(self) -> str:
         """Canonical JSON, the value of `extra_args[EXTRA_ARGS_KEY]`."""
-        return canonical_json({"policy": self.policy.to_dict(), "request_key": self.request_key})
+        wire = {"policy": self.policy.to_dict(), "request_key": self.request_key}
+        # The worker keeps more of a request that reports.
+        return canonical_json({**wire, "report": True} if self.policy.report else wire)
 
     @classmethod
     def decode(cls, text: str) -> Self:
         """Inverse of `encode`."""
         wire = json.loads(text)
-        return cls(policy=RoutingPolicy.from_dict(wire["policy"]), request_key=wire["request_key"])
+        policy = RoutingPolicy.from_dict(wire["policy"], report=wire.get("report", False))
+        return cls(policy=policy, request_key=wire["request_key"])
 
     @classmethod
     def from_extra_args(cls, extra_args: dict[str, Any] | None) -> Self | None:

@@ -28,11 +28,14 @@ class ModelFields(Strict):
         layers: number of decoder layers.
         hidden: width of the residual stream.
         fingerprint: `sluice.models.profile.fingerprint`.
+        name: of its folder, or of its repository on the hub; None in profiles made before it was
+            kept.
     """
 
     layers: int
     hidden: int
     fingerprint: str
+    name: str | None = None
 
 
 class StepFields(Strict):
@@ -43,12 +46,16 @@ class StepFields(Strict):
         examples: how many it was run on.
         data: digest of those examples.
         key: digest of all that the step's result depends on.
+        date: UTC day on which it was run, ISO 8601; None in profiles made before it was kept.
+        versions: of what ran it, by package; empty in profiles made before they were kept.
     """
 
     settings: dict[str, Any]
     examples: int
     data: str
     key: str
+    date: str | None = None
+    versions: dict[str, str] = {}
 
 
 class ImportanceFields(Strict):

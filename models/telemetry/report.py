@@ -17,8 +17,8 @@ _NEIGHBOURS = (
 def build_report(policy: RoutingPolicy, record: RoutingRecord | None) -> dict[str, Any]:
     """What ran, as counted by the worker, in JSON values.
 
-    `exit_layers` is there under an exit rule, `mask` where the prompt decided one, `experts` with
-    expert controls.
+    `exit_layers` is there under an exit rule, `token_layers` for a single sample, `mask` where the
+    prompt decided one, `experts` with expert controls.
 
     Args:
         policy: the effective policy.
@@ -43,6 +43,8 @@ def build_report(policy: RoutingPolicy, record: RoutingRecord | None) -> dict[st
     ]
     if record.exit_layers:
         report["exit_layers"] = list(record.exit_layers)
+    if record.token_layers:
+        report["token_layers"] = list(record.token_layers)
     report["generated"] = _generated(record)
     if record.mask is not None:
         report["mask"] = record.mask

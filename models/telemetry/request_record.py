@@ -29,6 +29,8 @@ from sluice.models.policy.axes import (
 from sluice.models.policy.expert_shape import ExpertShape
 
 _MAX_RECORDS = 16_384
+_MAX_TOKEN_LAYERS = 16_384
+"""Tokens of a request of which the layers are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ class RoutingRecord:
         generated_compute_fraction: the same on generated tokens.
         exit_layers: layer after which each generated token under an exit rule left, in the order
             in which they ran.
+        token_layers: last layer that ran for each token of the answer, in its order; empty unless
+            a report was asked for, and where several samples share the record.
         mask: layers that a prompt method left out, by module, or None.
         experts: what experts it ran, or None without expert controls.
     """
@@ -87,6 +91,7 @@ class RoutingRecord:
     compute_fraction: float
     generated_compute_fraction: float
     exit_layers: tuple[int, ...] = ()
+    token_layers: tuple[int, ...] = ()
     mask: Mapping[str, list[int]] | None = None
     experts: ExpertUse | None = None
 
@@ -98,6 +103,7 @@ class RoutingRecord:
             "compute_fraction": self.compute_fraction,
             "generated_compute_fraction": self.generated_compute_fraction,
             "exit_layers": list(self.exit_layers),
+            "token_layers": list(self.token_layers),
             "mask": self.mask,
             "experts": self.experts and self.experts.to_wire(),
         }
@@ -112,6 +118,7 @@ class RoutingRecord:
             compute_fraction=wire["compute_fraction"],
             generated_compute_fraction=wire["generated_compute_fraction"],
             exit_layers=tuple(wire["exit_layers"]),
+            token_layers=tuple(wire["token_layers"]),
             mask=wire["mask"],
             experts=None if experts is None else ExpertUse.from_wire(experts),
         )
@@ -199,6 +206,7 @@ class RequestSums:
         counts: as in `RoutingRecord`.
         exits: as in `RoutingRecord`.
         exit_layers: as in `RoutingRecord`.
+        token_layers: as in `RoutingRecord`, by sample.
         skipped: the mask a prompt method decided on, bool, (layers, 2 modules), or None.
         experts: what the routers did, or None without expert controls.
     """
@@ -206,8 +214,23 @@ class RequestSums:
     counts: IntArray
     exits: IntArray
     exit_layers: list[int] = field(default_factory=list)
+    token_layers: dict[str, list[int]] = field(default_factory=dict)
     skipped: BoolArray | None = None
     experts: ExpertSums | None = None
+
+    def add_token(self, sample: str, index: int, layer: int) -> None:
+        """Note the last layer that ran for a token of the answer.
+
+        A token that is computed again after a preemption is noted already, and so ignored.
+
+        Args:
+            sample: which of the request's samples it belongs to.
+            index: of the token in that answer, from 0.
+            layer: 0-based.
+        """
+        layers = self.token_layers.setdefault(sample, [])
+        if index == len(layers) < _MAX_TOKEN_LAYERS:
+            layers.append(layer)
 
     def record(self, cost: ModuleCost, shape: ExpertShape | None) -> RoutingRecord:
         """The record of the request, now that it has ended.
@@ -229,6 +252,7 @@ class RequestSums:
             compute_fraction=cost.fraction(self.counts.sum(axis=0), more),
             generated_compute_fraction=cost.fraction(self.counts[DECODE], more_generated),
             exit_layers=tuple(self.exit_layers),
+            token_layers=tuple(*self.token_layers.values()) if len(self.token_layers) == 1 else (),
             mask=mask,
             experts=None if self.experts is None else self.experts.use(),
         )

@@ -3,6 +3,7 @@
 import { events } from "./events.js";
 
 const V1 = new URL("../v1/", import.meta.url);
+const HEALTH = new URL("../health", import.meta.url);
 
 /** Where clients find the API. */
 export const BASE_URL = V1.href.replace(/\/$/, "");
@@ -35,6 +36,11 @@ export class Api {
   /** Whether requests carry a key. */
   get keyed() {
     return this.#key !== "";
+  }
+
+  /** Ask whether the server and its engine run; throws an ApiError if they do not. */
+  async health(signal) {
+    await this.#fetch(HEALTH, { signal });
   }
 
   /** JSON of a path below `/v1/`. */

@@ -2,9 +2,6 @@
 
 import { shortened, Slider } from "./slider.js";
 
-/** The method that takes one layer and no number. */
-const FIXED = "fixed";
-
 export class ExitControls {
   #select;
   #calibrated;
@@ -43,10 +40,8 @@ export class ExitControls {
     this.#layers = layers;
     this.#select.replaceChildren();
     for (const [name, method] of Object.entries(methods)) {
-      const option = new Option(
-        method.available ? name : `${name} (not here: ${method.reason})`,
-        name,
-      );
+      const words = method.available ? method.description : `not here: ${method.reason}`;
+      const option = new Option(`${name}: ${words}`, name);
       option.disabled = !method.available;
       this.#select.append(option);
     }
@@ -57,16 +52,17 @@ export class ExitControls {
   /** The object that goes into a request. */
   value() {
     const method = this.#select.value;
-    if (method === FIXED) return { method, layers: [this.#layer.value] };
+    if (!this.#methods[method].per_token) return { method, ...this.#given(), layers: [this.#layer.value] };
     if (this.#calibrated.checked) return { method };
-    const numbers = Object.fromEntries(
-      [...this.#numbers].map(([name, slider]) => [name, slider.value]),
-    );
     return {
       method,
-      ...numbers,
+      ...this.#given(),
       ...(this.#layer.value > 0 ? { min_layer: this.#layer.value } : {}),
     };
+  }
+
+  #given() {
+    return Object.fromEntries([...this.#numbers].map(([name, slider]) => [name, slider.value]));
   }
 
   #build() {
@@ -84,10 +80,9 @@ export class ExitControls {
     for (const [name, range] of Object.entries(method.parameters)) {
       this.#numbers.set(name, new Slider(parent, sliderOf(name, range, last + 1), this.#changed));
     }
-    const [label, value] =
-      this.#select.value === FIXED
-        ? ["leave after layer", last]
-        : ["first layer to leave after", 0];
+    const [label, value] = method.per_token
+      ? ["first layer to leave after", 0]
+      : ["leave after layer", last];
     this.#layer = new Slider(
       parent,
       { label, low: 0, high: last, value, integer: true },
@@ -104,26 +99,22 @@ export class ExitControls {
 
 /**
  * @param {string} name of the number.
- * @param {{low: number, high: number, default: number | null}} range as the server lists it.
+ * @param {{low: number, high: number, default: number | null, integer: boolean}} range as the
+ *   server lists it.
  * @param {number} exits that the model has.
  */
-function sliderOf(name, { low, high, default: given }, exits) {
-  // `patience` alone is whole. It counts exits in a row, so that more than there are mean nothing.
-  if (name !== "patience") return { label: name, low, high, value: given ?? (low + high) / 2 };
-  return {
-    label: name,
-    low,
-    high: Math.min(high, Math.max(low, exits)),
-    value: given ?? low,
-    integer: true,
-  };
+function sliderOf(name, { low, high, default: given, integer }, exits) {
+  if (!integer) return { label: name, low, high, value: given ?? (low + high) / 2 };
+  // A whole number counts exits, so that more than there are mean nothing.
+  const most = Math.min(high, Math.max(low, exits));
+  return { label: name, low, high: most, value: given ?? low, integer };
 }
 
-function noteOf({ source, calibrated: [entry], parameters }) {
+function noteOf({ description, source, calibrated: [entry], parameters }) {
   const open = Object.entries(parameters).filter(([, range]) => range.default === null);
   const named = open.map(([name]) => name).join(", ");
   return [
-    `${source}.`,
+    `A token leaves ${description}. Source: ${source}.`,
     ...(entry
       ? [
           `Calibrated: threshold ${shortened(entry.threshold)} after layers ${entry.layers.join(", ")}.`,

@@ -18,6 +18,8 @@ export class Heatmap {
   #readout;
   #map = null;
   #over = null;
+  /** Room that the names of the rows take, in pixels. */
+  #gutter = 0;
 
   /**
    * @param {HTMLCanvasElement} canvas
@@ -60,6 +62,8 @@ export class Heatmap {
       channels(style.getPropertyValue(`--ramp-${stop}`)),
     );
     const { rows, columns, value } = this.#map;
+    pen.font = `11px ${style.fontFamily}`;
+    this.#gutter = Math.max(0, ...rows.map((name) => pen.measureText(name).width + 8));
     const cell = this.#cell();
     const gap = cell.width >= 5 ? 1 : 0;
     for (let row = 0; row < rows.length; row += 1) {
@@ -77,7 +81,6 @@ export class Heatmap {
       }
     }
     pen.fillStyle = style.getPropertyValue("--soft");
-    pen.font = `11px ${style.fontFamily}`;
     this.#names(pen, cell);
   }
 
@@ -102,7 +105,7 @@ export class Heatmap {
 
   #cell() {
     const { rows, columns } = this.#map;
-    const left = rows.some(Boolean) ? GUTTER : 0;
+    const left = rows.some(Boolean) ? Math.max(GUTTER, this.#gutter) : 0;
     return {
       left,
       width: (this.#canvas.clientWidth - left) / columns.length,

@@ -5,10 +5,14 @@ is moved writes it again. */
 
 import { ExitControls } from "./exit.js";
 import { readable } from "./json.js";
+import { Presets } from "./presets.js";
 import { shortened, Slider } from "./slider.js";
 
 const FOLLOWS = "Follows the controls above. Edit it to ask for anything else that the API takes.";
 const EDITED = "Edited by hand: this text is sent. Moving a control replaces it.";
+
+/** The field of `routing` that each choice of depth writes. */
+const DEPTH_FIELDS = { effort: "effort", exit: "depth.exit" };
 
 const SOURCES = {
   frontier: "Read from the profile's measured frontier.",
@@ -24,7 +28,9 @@ export class Policy {
   #effort = null;
   #exit;
   #topK = null;
-  #presets = new Map();
+  #presets;
+  #routable = false;
+  #topKRefusal = null;
 
   /**
    * @param {HTMLFormElement} form
@@ -35,7 +41,7 @@ export class Policy {
     this.#changed = changed;
     this.#text = form.elements.routing;
     this.#exit = new ExitControls(form, () => this.#write());
-    form.elements.preset.addEventListener("change", () => this.#write());
+    this.#presets = new Presets(at("presets"), () => this.#write());
     form.elements["top-k-on"].addEventListener("change", () => this.#write());
     for (const radio of form.elements.depth) radio.addEventListener("change", () => this.#write());
     this.#text.addEventListener("input", () => {
@@ -48,7 +54,7 @@ export class Policy {
   /** Set the controls up as the server describes them. */
   offer(capabilities, presets) {
     this.#refuse("policy-refused", capabilities.supported ? null : capabilities.reason);
-    this.#offerPresets(presets);
+    this.#presets.offer(presets);
     this.#offerDepth(capabilities);
     this.#offerTopK(capabilities.experts_routing);
     // With another key the same text may go through.
@@ -64,29 +70,13 @@ export class Policy {
     return this.#text.value.trim() === "" ? undefined : JSON.parse(this.#text.value);
   }
 
-  #offerPresets(presets) {
-    const select = this.#form.elements.preset;
-    this.#presets = new Map(presets.map((preset) => [preset.id, preset]));
-    select.replaceChildren(new Option("none", ""));
-    for (const preset of presets) {
-      const option = new Option(
-        preset.available ? preset.id : `${preset.id} (not here: ${preset.reason})`,
-        preset.id,
-      );
-      option.disabled = !preset.available;
-      select.append(option);
-    }
-    select.value = presets.find((preset) => preset.available)?.id ?? "";
-  }
-
   #offerDepth({ supported, reason, layers, depth, effort }) {
-    for (const radio of this.#form.elements.depth)
-      radio.disabled = !supported && radio.value !== "";
+    this.#routable = supported;
     this.#refuse("depth-refused", supported ? null : reason);
     const parent = at("effort-slider");
     parent.replaceChildren();
     this.#effort = null;
-    this.#form.elements.depth.value = "";
+    this.#form.elements.depth[0].checked = true;
     if (supported) {
       const range = { label: "Effort", low: effort.lowest, high: 1, value: 1 };
       this.#effort = new Slider(parent, range, () => this.#write());
@@ -108,7 +98,7 @@ export class Policy {
     if (supported && !enabled)
       refusal = "expert routing is off on this server (--expert-routing turns it on)";
     box.checked = false;
-    box.disabled = refusal !== null;
+    this.#topKRefusal = refusal;
     this.#refuse("top-k-refused", refusal);
     if (refusal === null) {
       const { low, high, default: value } = control.parameters.top_k;
@@ -117,16 +107,41 @@ export class Policy {
     }
   }
 
+  /** Switch off what does not go together with the chosen preset, and say so. */
+  #exclude() {
+    const { depth, "top-k-on": topKOn } = this.#form.elements;
+    const preset = this.#presets.chosen;
+    const clashes = (field) => preset !== undefined && !preset.combines_with.includes(field);
+    const choices = [...depth].filter((radio) => radio.value !== "");
+    const clashing = choices.filter((radio) => clashes(DEPTH_FIELDS[radio.value]));
+    for (const radio of choices) {
+      radio.disabled = !this.#routable || clashing.includes(radio);
+      // Assigning "" to the list's own `value` chooses nothing.
+      if (radio.disabled && radio.checked) depth[0].checked = true;
+    }
+    const names = clashing.map((radio) => radio.parentElement.textContent.trim());
+    at("depth-clash").hidden = !this.#routable || names.length === 0;
+    at("depth-clash").textContent =
+      `Preset ${preset?.id} cannot be combined with ${names.join(" or ")}.`;
+    const topKClashes = this.#topKRefusal === null && clashes("experts.top_k");
+    at("top-k-clash").hidden = !topKClashes;
+    at("top-k-clash").textContent = `Preset ${preset?.id} cannot be combined with it.`;
+    topKOn.disabled = this.#topKRefusal !== null || topKClashes;
+    if (topKOn.disabled) topKOn.checked = false;
+  }
+
   /** The text from the controls. */
   #write() {
-    const { preset, depth } = this.#form.elements;
+    this.#exclude();
+    const { depth } = this.#form.elements;
+    const preset = this.#presets.value;
     const topKOn = this.#form.elements["top-k-on"].checked;
     at("effort-controls").hidden = depth.value !== "effort";
     at("exit-controls").hidden = depth.value !== "exit";
     at("top-k-slider").hidden = !topKOn;
-    at("preset-note").textContent = described(this.#presets.get(preset.value));
+    at("preset-note").textContent = described(this.#presets.chosen);
     const routing = {
-      ...(preset.value ? { preset: preset.value } : {}),
+      ...(preset ? { preset } : {}),
       ...(depth.value === "effort" ? { effort: this.#effort.value } : {}),
       ...(depth.value === "exit" ? { depth: { exit: this.#exit.value() } } : {}),
       ...(topKOn ? { experts: { top_k: this.#topK.value } } : {}),

@@ -6,10 +6,19 @@
  */
 const SHORTEST = 50;
 
+/**
+ * @typedef {object} Piece a part of the answer's text, as it came
+ * @property {string} text
+ * @property {number} first index of its first token among those generated.
+ * @property {number} end index behind its last token.
+ */
+
 export class Run {
   /** Text so far, and that of the model's reasoning where the server tells them apart. */
   text = "";
   reasoning = "";
+  /** @type {Piece[]} the text in the chunks that it came in. */
+  pieces = [];
   /** Generated tokens so far. */
   tokens = 0;
   /** `routing` of the closing chunk, or null. */
@@ -22,6 +31,8 @@ export class Run {
   #first = null;
   #last = null;
   #firstTokens = 0;
+  /** Tokens that have text by now: one may wait for the rest of its letter. */
+  #written = 0;
 
   /** @param {object} body of a chat completion. */
   constructor(body) {
@@ -56,8 +67,6 @@ export class Run {
 
   #take(chunk) {
     const choice = chunk.choices?.[0];
-    this.text += choice?.delta?.content ?? "";
-    this.reasoning += choice?.delta?.reasoning ?? "";
     this.finish = choice?.finish_reason ?? this.finish;
     this.report = chunk.routing ?? this.report;
     const tokens = chunk.usage?.completion_tokens ?? this.tokens;
@@ -69,5 +78,15 @@ export class Run {
         this.#firstTokens = tokens;
       }
     }
+    this.#write(choice?.delta?.content ?? "", choice?.delta?.reasoning ?? "");
+  }
+
+  #write(text, reasoning) {
+    this.text += text;
+    this.reasoning += reasoning;
+    if (!text && !reasoning) return;
+    const first = Math.max(0, Math.min(this.#written, this.tokens - 1));
+    if (text) this.pieces.push({ text, first, end: Math.max(this.tokens, first + 1) });
+    this.#written = this.tokens;
   }
 }

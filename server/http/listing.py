@@ -73,6 +73,8 @@ def _exit(method: ExitMethod | StaticExit, capabilities: Capabilities) -> dict[s
         parameters,
         method.source,
         capabilities.missing_for(method),
+        description=method.description,
+        per_token=per_token,
         decay=isinstance(method, ExitMethod) and method.decays,
         kv=[kv.value for kv in MissingKV] if per_token else [],
         calibrated=[entry.model_dump(mode="json", exclude={"method"}) for entry in calibrated],
@@ -82,7 +84,13 @@ def _exit(method: ExitMethod | StaticExit, capabilities: Capabilities) -> dict[s
 
 def _adaptive(method: AdaptiveMethod, capabilities: Capabilities) -> dict[str, Any]:
     parameters, more = _parameters(method, capabilities)
-    return listed(parameters, method.source, capabilities.missing_for(method), **more)
+    return listed(
+        parameters,
+        method.source,
+        capabilities.missing_for(method),
+        description=method.description,
+        **more,
+    )
 
 
 def _parameters(
@@ -97,7 +105,7 @@ def _parameters(
     for name, parameter in method.parameters.items():
         match parameter:
             case Number():
-                ranges[name] = number(parameter.low, parameter.high, parameter.default)
+                ranges[name] = numbers({name: parameter})[name]
             case LayerShares():
                 ranges[name] = number(0.0, 1.0, [*method.default_shares(capabilities.layers)])
             case Choice():
@@ -276,12 +284,14 @@ def listed(
 
 def numbers(parameters: Mapping[str, Number]) -> dict[str, Any]:
     """Ranges and defaults by name."""
-    return {name: number(p.low, p.high, p.default) for name, p in parameters.items()}
+    return {
+        name: number(p.low, p.high, p.default, integer=p.integer) for name, p in parameters.items()
+    }
 
 
-def number(low: float, high: float, default: Any) -> dict[str, Any]:
-    """Range and default of one number."""
-    return {"low": low, "high": high, "default": default}
+def number(low: float, high: float, default: Any, *, integer: bool = False) -> dict[str, Any]:
+    """Range and default of one number, and whether it is a whole one."""
+    return {"low": low, "high": high, "default": default, "integer": integer}
 
 
 def choice(values: Sequence[Any], default: Any) -> dict[str, Any]:

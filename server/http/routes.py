@@ -8,9 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from sluice.models.routing.combining import combining_fields
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.presets import MODEL_SEPARATOR, measured_preset, preset_policy
 from sluice.server.admission import Admission
+from sluice.server.http.examples import example_prompts
 from sluice.server.http.listing import capabilities_listing
 from sluice.server.http.state import Edge
 from sluice.server.telemetry.utilization import utilization
@@ -27,10 +29,11 @@ def build_router(registry: CollectorRegistry, folder: Path) -> APIRouter:
 
     @router.get("/v1/routing/capabilities")
     async def capabilities(request: Request) -> dict[str, Any]:
-        return capabilities_listing(_edge(request).admission.capabilities)
+        listing = capabilities_listing(_edge(request).admission.capabilities)
+        return {**listing, "examples": example_prompts(request.app.state.args.model)}
 
     @router.get("/v1/routing/presets")
-    async def presets(request: Request) -> dict[str, Any]:
+    def presets(request: Request) -> dict[str, Any]:
         admission = _edge(request).admission
         return {
             "object": "list",
@@ -73,6 +76,7 @@ def preset_listing(admission: Admission, name: str) -> dict[str, Any]:
         "description": admission.presets[name].description,
         "model": f"{capabilities.models[0]}{MODEL_SEPARATOR}{name}",
         "policy": _policy(admission, name),
+        "combines_with": combining_fields(name, admission.presets, capabilities),
         "available": refusal is None,
         "reason": refusal and refusal.message,
         "measured": measured_preset(profile, name) if profile else None,

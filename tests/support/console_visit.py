@@ -47,7 +47,16 @@ class Visit:
     def open(self, connection: str = "Connected.") -> Page:
         self.page.goto(f"{self.origin}/console")
         expect(self.page.locator("#connection")).to_contain_text(connection)
+        self.rounds(1)
         return self.page
+
+    def rounds(self, count: int) -> None:
+        """Have each request sent so many times, in turn."""
+        self.page.locator("#rounds").select_option(str(count))
+
+    def at_once(self) -> None:
+        """Have both requests run at the same time."""
+        self.page.get_by_label("both at once").check()
 
     def column(self, title: str) -> Locator:
         return self.page.get_by_role("region", name=title, exact=True).and_(
@@ -64,12 +73,14 @@ class Visit:
         return self.column(title).locator(".text").text_content() or ""
 
     def run(self) -> list[dict[str, Any]]:
-        """Run both to their ends; the bodies that were sent, full depth first."""
+        """Run both to their ends; the bodies that were sent first, full depth first."""
         sent = len(self.bodies)
+        rounds = self.page.locator("#rounds")
+        count = int(rounds.input_value()) if rounds.is_enabled() else 1
         self.page.get_by_role("button", name="Run both").click()
         self.ended()
-        assert len(self.bodies) == sent + 2
-        return self.bodies[sent:]
+        assert len(self.bodies) == sent + 2 * count
+        return self.bodies[sent : sent + 2]
 
     def ended(self) -> None:
         """Wait until both columns have ended."""
@@ -118,9 +129,13 @@ class Visit:
         if prompt:
             self.page.get_by_label("Message", exact=True).fill(prompt)
         if preset is not None:
-            self.page.get_by_label("Preset").select_option(preset)
+            self.preset(preset).check()
         if depth:
             self.page.get_by_role("radio", name=depth, exact=True).check()
+
+    def preset(self, name: str) -> Locator:
+        """The choice of a preset; that of none for an empty name."""
+        return self.page.locator(f'#presets input[value="{name}"]')
 
     def routing(self) -> Any:
         return json.loads(self.editor.input_value())

@@ -17,7 +17,13 @@ class Relay:
         self._target = (parts.hostname, parts.port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
-        self.origin = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._address = self._listener.getsockname()
+        self.origin = f"http://127.0.0.1:{self._address[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def restore(self) -> None:
+        """Pass connections on again, at the same address, after `cut`."""
+        self._listener = socket.create_server(self._address)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
@@ -28,9 +34,10 @@ class Relay:
             each.close()
 
     def _accept(self) -> None:
+        listener = self._listener
         with suppress(OSError):
             while True:
-                near, _ = self._listener.accept()
+                near, _ = listener.accept()
                 far = socket.create_connection(self._target)
                 self._open += [near, far]
                 for ends in ((near, far), (far, near)):

@@ -24,6 +24,7 @@ class First(PromptMethod):
     """A block is kept if `sigmoid(mean(w_l . h + b_l))` is at least the threshold."""
 
     name = "first"
+    description = "trained routers choose the layers from the prompt"
     source = "FiRST (arXiv 2410.12513)"
     parameters = {
         "threshold": Number(0.0, 1.0, default=0.5),

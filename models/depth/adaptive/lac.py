@@ -27,6 +27,7 @@ from sluice.models.policy.policy import AdaptiveRule
 if TYPE_CHECKING:
     from torch import Tensor
 
+_DESCRIPTION = "leaves out layers that add little to the last prompt token"
 _SOURCE = "Void in Language Models (arXiv 2505.14467)"
 _PARAMETERS: Mapping[str, Parameter] = {
     "mode": Choice(("readout", "replace", "predict"), default="predict"),
@@ -38,6 +39,7 @@ class LAC(PromptMethod):
     """Mode `predict`; the other two are methods of another kind."""
 
     name = "lac"
+    description = _DESCRIPTION
     source = _SOURCE
     parameters = _PARAMETERS
     pool = "last"
@@ -67,6 +69,7 @@ class _Readout(TokenMethod):
     """Mode `readout`."""
 
     name = LAC.name
+    description = _DESCRIPTION
     source = _SOURCE
     parameters = _PARAMETERS
     replaces = False

@@ -33,6 +33,7 @@ class MixtureOfDepths(PromptTokenMethod):
     """Each layer keeps a share of the prompt's tokens, the most important ones."""
 
     name = "mod"
+    description = "each layer reads the most important prompt tokens only"
     source = "Mixture-of-Depths (arXiv 2404.02258), schedule of p-MoD (arXiv 2412.04449)"
     parameters = {"retention": LayerShares()}
 

@@ -28,6 +28,7 @@ class Similarity(PromptMethod):
     """
 
     name = "similarity"
+    description = "leaves out the layers that change the prompt least"
     source = "after LLM-Drop (arXiv 2406.15786)"
     parameters = {
         "threshold": Number(-1.0, 1.0, optional=True),

@@ -19,6 +19,7 @@ class Entropy(ExitMethod):
     """Entropy of the distribution at the exit is at most the threshold, in nats."""
 
     name = "entropy"
+    description = "once few choices are left"
     source = "BranchyNet (arXiv 1709.01686), DeeBERT (arXiv 2004.12993)"
     parameters = {"threshold": Number(0.0, 20.0)}
     needs_logits = True

@@ -14,6 +14,7 @@ class Fixed(StaticExit):
     """Every token leaves after one layer."""
 
     name = "fixed"
+    description = "after one layer, for every token"
     source = "SortedNet (arXiv 2309.00255), LayerSkip (arXiv 2404.16710)"
     parameters = {}
 

@@ -20,6 +20,7 @@ class Patience(ExitMethod):
     """The answer has stayed what it was at the exit before, `patience` times in a row."""
 
     name = "patience"
+    description = "once several layers in a row agree"
     source = "PABEE (NeurIPS 2020)"
     parameters = {"patience": Number(1, 1000, integer=True)}
     needs_logits = True

@@ -21,6 +21,7 @@ class Replay(Confidence):
     """Generated token i leaves after layer `script[i % len(script)]` at the latest."""
 
     name = "replay"
+    description = "where a recording left"
     source = "recorded exits"
     parameters = {}
     decays = False

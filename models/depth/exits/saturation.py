@@ -19,6 +19,7 @@ class Saturation(ExitMethod):
     """Cosine of the residual stream before and after the layer is at least the threshold."""
 
     name = "saturation"
+    description = "once a layer hardly changes it"
     source = "CALM (arXiv 2207.07061), MuE (arXiv 2211.11152)"
     parameters = {"threshold": Number(-1.0, 1.0)}
     needs_previous = True

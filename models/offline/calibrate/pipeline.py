@@ -6,6 +6,7 @@ import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.engine import OfflineEngine, offline_engine
 from sluice.models.offline.hf_model.examples import CalibrationError, digest
 from sluice.models.offline.hf_model.model import HFModel
+from sluice.models.offline.report.environment import installed_versions
 from sluice.models.profile.profile import Profile
 from sluice.models.profile.writer import JSON_NAME, write_profile
 
@@ -168,6 +170,7 @@ def profile_parts(calibration: Calibration) -> dict[str, Any]:
             "layers": model.layers,
             "hidden": model.hidden,
             "fingerprint": model.fingerprint,
+            "name": model.name,
         },
         "calibration": {},
     }
@@ -187,4 +190,9 @@ def profile_parts(calibration: Calibration) -> dict[str, Any]:
 
 def _record(calibration: Calibration, step: Step) -> dict[str, Any]:
     examples = calibration.prompts + (calibration.tasks if step.reads_tasks else ())
-    return {"examples": len(examples), "data": digest(examples)}
+    return {
+        "examples": len(examples),
+        "data": digest(examples),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": installed_versions(),
+    }

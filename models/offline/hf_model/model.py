@@ -19,6 +19,9 @@ from sluice.models.vllm_adapter.families import FAMILIES, DecoderFamily, family_
 BATCH_TOKENS = 4096
 """Tokens, padding included, that the model runs at a time."""
 
+_HUB = "models--"
+"""Beginning of a repository's folder in the hub's cache."""
+
 
 @dataclass
 class HFModel:
@@ -70,6 +73,13 @@ class HFModel:
                 f"{folder}: architecture {architecture} is not supported (supported: {known})"
             )
         return cls(folder, family, config, found, torch.device(device), dtype)
+
+    @property
+    def name(self) -> str:
+        """Name of the folder, or of the repository if it is a snapshot in the hub's cache."""
+        folder = self.folder.resolve()
+        cached = next((each.name for each in folder.parents if each.name.startswith(_HUB)), None)
+        return cached.removeprefix(_HUB).replace("--", "/") if cached else folder.name
 
     @property
     def causal_lm(self) -> Any:

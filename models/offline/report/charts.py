@@ -8,6 +8,7 @@ from textwrap import shorten
 from typing import Any
 
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -32,6 +33,10 @@ _BLUES = LinearSegmentedColormap.from_list(
     [to_rgba(SERIES[0], 0.04), to_rgba(SERIES[0], 1.0)],
 )
 _CELL = 0.19
+_REACH = 0.5
+"""How far an axis goes beyond its values for their intervals, over how far the values go."""
+_MARGIN = 0.03
+"""Room at each end of an axis, over its length."""
 _MARKS: dict[str, dict[str, Any]] = {
     "super": {"marker": "s", "facecolors": "none", "edgecolors": SERIES[3], "s": 70, "lw": 1.8},
     "behaviour": {"marker": "o", "facecolors": SERIES[4], "edgecolors": GROUND, "s": 40, "lw": 0.8},
@@ -139,8 +144,9 @@ def frontier_chart(fields: FrontierFields) -> Chart:
     points = fields.points
     speed, quality = [point.speed for point in points], [point.quality for point in points]
     x, y = [each.value for each in speed], [100 * each.value for each in quality]
-    x_errors, y_errors = _errors(speed), _errors(quality, 100)
-    axes.errorbar(x, y, y_errors, x_errors, fmt="none", ecolor=LINE, elinewidth=1, zorder=1)
+    left, right = _limits(x, speed)
+    beyond = _interval_lines(axes, x, y, speed, quality, (left, right))
+    axes.set_xlim(left, right)
     dots = axes.scatter(
         x,
         y,
@@ -175,6 +181,7 @@ def frontier_chart(fields: FrontierFields) -> Chart:
     description = (
         f"{len(points)} settings, {best} of them on the frontier, ringed; "
         "the table below has all numbers."
+        + (f" {beyond} intervals of speed reach beyond the chart." if beyond else "")
     )
     labels = [
         f"{point.name}: {fields.measure} {percent(point.quality)}, "
@@ -229,6 +236,58 @@ def write_plots(fields: FrontierFields, folder: Path) -> tuple[Path, ...]:
         chart.figure.suptitle(f"{chart.title}: {measured_on(fields)}", fontsize=10)
         chart.figure.savefig(folder / name, dpi=120)
     return tuple(folder / name for name in charts)
+
+
+def _limits(
+    values: Sequence[float], intervals: Sequence[Interval], scale: float = 1.0
+) -> tuple[float, float]:
+    """Ends of an axis that shows all values, and of the intervals what lies near enough to them.
+
+    One that is much wider than the values are apart would press these together.
+    """
+    reach = _REACH * (max(values) - min(values) or max(map(abs, values)) or 1.0)
+    low = max(min(values) - reach, scale * min(each.low for each in intervals))
+    high = min(max(values) + reach, scale * max(each.high for each in intervals))
+    margin = _MARGIN * (high - low)
+    return low - margin, high + margin
+
+
+def _interval_lines(
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    across: Sequence[Interval],
+    upright: Sequence[Interval],
+    limits: tuple[float, float],
+) -> int:
+    """Draw the intervals of points as far as the axis goes, with an arrow where they go on.
+
+    Args:
+        axes: to draw into.
+        x: of the points.
+        y: of the points.
+        across: intervals of `x`.
+        upright: intervals of `y`, which is in percent.
+        limits: of the x axis.
+
+    Returns:
+        How many of `across` go on.
+    """
+    left, right = limits
+    inside = [
+        each.model_copy(update={"low": max(each.low, left), "high": min(each.high, right)})
+        for each in across
+    ]
+    y_errors = _errors(upright, 100)
+    axes.errorbar(x, y, y_errors, _errors(inside), fmt="none", ecolor=LINE, elinewidth=1, zorder=1)
+    beyond = [n for n, each in enumerate(across) if each.low < left or each.high > right]
+    for end, marker, cut in (
+        (left, "<", [n for n in beyond if across[n].low < left]),
+        (right, ">", [n for n in beyond if across[n].high > right]),
+    ):
+        arrows = [y[n] for n in cut]
+        axes.plot([end] * len(arrows), arrows, marker, color=SOFT, markersize=4, clip_on=False)
+    return len(beyond)
 
 
 def _errors(intervals: Iterable[Interval], scale: float = 1.0) -> list[list[float]]:

@@ -44,16 +44,16 @@ def frontier_table(fields: FrontierFields) -> Table:
 
 
 def preset_lines(fields: FrontierFields) -> str:
-    """What each preset is, a line each; says so where only full depth was good enough."""
+    """What the presets are, a line a point; says so where only full depth was good enough."""
     full, by_name = fields.points[0], {point.name: point for point in fields.points}
     lines = []
-    for preset, name in fields.presets.items():
+    for name, presets in presets_by_point(fields).items():
         point = by_name[name]
         points = 100 * (point.quality.value - full.quality.value)
         gain = f"{point.speed.value:.2f} times full depth's speed, {points:+.1f} points"
         if point == full:
             gain = "as nothing else that loses so little gains anything"
-        lines.append(f"{preset}: {name}, {gain}")
+        lines.append(f"{', '.join(presets)}: {name}, {gain}")
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ _METRICS = {
 }
 """Titles of the charts of layer metrics."""
 PARTS = {
+    "frontier": ("Frontier", "frontier"),
     "importance": ("Importance of layers", "importance"),
     "metrics": ("Other measures of layers", "importance"),
     "exits": ("Exits and their risk", "exits"),
@@ -38,7 +39,6 @@ PARTS = {
     "skip-ratios": ("Skip ratios", "skip-ratios"),
     "references": ("Re-mix references", "references"),
     "skip-sets": ("Skip sets found by search", "search"),
-    "frontier": ("Frontier", "frontier"),
 }
 """Headings of the page's parts, and the step of `sluice calibrate` that makes each."""
 
@@ -46,6 +46,7 @@ PARTS = {
 def report_page(profile: Profile) -> str:
     """The page, UTF-8 HTML; everything that the profile says is escaped."""
     fields = profile.fields
+    steps = fields.calibration
     filters = {"number": _number, "percent": _percent, "wire": _wire}
     return page_template(_TEMPLATE, filters).render(
         name=profile.folder.resolve().name,
@@ -55,8 +56,19 @@ def report_page(profile: Profile) -> str:
         missing=missing(fields),
         charts=_charts(fields),
         metrics=_metrics(fields),
+        date=max((made.date for made in steps.values() if made.date), default=None),
+        versions={name: v for made in steps.values() for name, v in made.versions.items()},
+        data=_steps_by_data(fields),
         presets={} if fields.frontier is None else presets_by_point(fields.frontier),
     )
+
+
+def _steps_by_data(fields: ProfileFields) -> dict[str, list[str]]:
+    """Steps of the calibration by the digest of the examples that they were run on."""
+    steps: dict[str, list[str]] = {}
+    for name, made in fields.calibration.items():
+        steps.setdefault(made.data, []).append(name)
+    return steps
 
 
 def missing(fields: ProfileFields) -> tuple[str, ...]:

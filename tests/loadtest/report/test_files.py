@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def test_json_and_csv_say_the_same(run: Results, folder: Path) -> None:
     assert wire["left"]["vllm:num_requests_running"] == 0
     assert wire["memory"]["resident_mb"] == [100, 101, 102]
     assert [verdict["met"] for verdict in wire["verdicts"]][:2] == [False, True]
+    assert wire["verdict"]["met"] is False
     ratio = wire["ratios"]["goodput"][0]
     assert (ratio["turn"], ratio["base"], len(ratio["values"])) == ("b", NASTY, 1)
 
@@ -130,6 +131,28 @@ def test_the_page_shows_the_numbers(run: Results, folder: Path) -> None:
     assert len(ratios) == 3
     added = tables["Series that only grow and did, without buckets"][1:]
     assert [line[3] for line in added] == [[2], [7], [2], [4.5]]
+
+
+def test_the_page_starts_with_one_verdict_and_what_it_was_measured_with(
+    run: Results, tmp_path: Path
+) -> None:
+    told = replace(run, date="2026-01-02T03:04:05+00:00", hardware="a computer, 2 cores")
+    write_report(told, tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    head = page.text[: page.text.index("Verdicts\n")]
+    missed = "Failed: 1 of 6 bars missed: no request hangs"
+    for text in (missed, "2026-01-02 03:04 UTC", "a computer, 2 cores", "sluice 1"):
+        assert text in head
+    wire = json.loads((tmp_path / "report.json").read_text())
+    assert (wire["date"], wire["hardware"]) == (told.date, told.hardware)
+    phases = tuple(
+        replace(each, requests=tuple(r for r in each.requests if r.ending != "hung"))
+        for each in run.phases
+    )
+    write_report(replace(run, phases=phases), tmp_path)
+    passed = Page((tmp_path / "report.html").read_text())
+    assert "Passed: all 6 bars were met" in passed.text
+    assert len(passed.of("p", **{"class": "overall met"})) == 1
 
 
 def test_the_same_run_makes_the_same_page(run: Results, folder: Path, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class Deepest(ExitMethod):
     """A token leaves after the first exit at or behind a layer."""
 
     name = "deepest"
+    description = "at a layer or behind it"
     source = "this test"
     parameters = {"deepest": Number(0, 1000, integer=True)}
 
@@ -65,6 +66,7 @@ class Stride(PromptMethod):
     """Generated tokens skip every so manieth block."""
 
     name = "stride"
+    description = "leaves out every so manieth layer"
     source = "this test"
     parameters = {
         "stride": Number(2, 8, default=2, integer=True),
@@ -147,16 +149,18 @@ class TestAddedMethods:
     def test_capabilities_list_them(self) -> None:
         found = capabilities_listing(CAPABILITIES)["depth"]
         assert found["exit"]["deepest"] == {
-            "parameters": {"deepest": {"low": 0, "high": 1000, "default": None}},
+            "parameters": {"deepest": {"low": 0, "high": 1000, "default": None, "integer": True}},
             "source": "this test",
             "available": True,
             "reason": None,
+            "description": "at a layer or behind it",
+            "per_token": True,
             "decay": False,
             "kv": ["propagate", "recompute"],
             "calibrated": [],
         }
         assert found["adaptive"]["stride"]["parameters"] == {
-            "stride": {"low": 2, "high": 8, "default": 2}
+            "stride": {"low": 2, "high": 8, "default": 2, "integer": True}
         }
         assert found["adaptive"]["stride"]["sides"] == ["first", "last"]
         assert found["adaptive"]["stride"]["whole"] is False
@@ -165,7 +169,7 @@ class TestAddedMethods:
         folder = make_model("llama", models_folder / "added")
         reference = Reference(folder)
         tested = tuple(range(TINY_LAYERS - 1))
-        leaves = RoutingPolicy(exit=ExitRule("deepest", tested, deepest=2))
+        leaves = RoutingPolicy(exit=ExitRule("deepest", tested, deepest=2), report=True)
         strides = RoutingPolicy(adaptive=AdaptiveRule("stride", stride=3, side="last"))
         with engine(folder) as running:
             outputs = running.run([PROMPT, PROMPT], [leaves, strides], TOKENS, ("a", "b"))
@@ -183,6 +187,9 @@ class TestAddedMethods:
         assert left["policy"]["depth"]["exit"]["method"] == "deepest"
         assert left["policy"]["depth"]["exit"]["deepest"] == 2
         assert left["exit_layers"] == [2] * (TOKENS - 1)
+        # The first token of the answer is the prompt's, which no exit tests.
+        assert left["token_layers"] == [TINY_LAYERS - 1, *left["exit_layers"]]
+        assert "token_layers" not in strode, "nobody asked for a report"
         assert strode["policy"]["depth"]["adaptive"] == {
             "method": "stride",
             "stride": 3,
@@ -211,6 +218,7 @@ FAULTS = {
     "of another kind": (exits, STRIDE, "must define one public ExitMethod or StaticExit"),
     "no test": (exits, DEEPEST.replace("def leaves", "def leave"), "Deepest lacks leaves"),
     "no name": (exits, DEEPEST.replace("name =", "title ="), "Deepest lacks name"),
+    "no words": (exits, DEEPEST.replace("description =", "about ="), "lacks description"),
     "no parameters": (exits, DEEPEST.replace("parameters =", "params ="), "lacks parameters"),
     "no threshold": (exits, DEEPEST.replace("def threshold", "def limit"), "'threshold'"),
     "a name twice": (exits, DEEPEST.replace('"deepest"\n', '"lac"\n'), "both called 'lac'"),

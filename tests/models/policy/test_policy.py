@@ -154,3 +154,9 @@ def test_no_ticket_is_stock() -> None:
 def test_report_changes_no_digest() -> None:
     skip = SkipSet.of(blocks=(1,))
     assert RoutingPolicy(skip, report=True).digest == RoutingPolicy(skip).digest
+
+
+def test_the_worker_learns_whether_a_report_was_asked_for() -> None:
+    for report in (True, False):
+        text = RoutingExtraArgs(RoutingPolicy(report=report), "key").encode()
+        assert RoutingExtraArgs.decode(text).policy.report is report

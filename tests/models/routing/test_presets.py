@@ -97,6 +97,7 @@ def test_what_was_measured_is_listed(file: Path) -> None:
         "policy": {
             "depth": {"skip": {"attention": [5], "mlp": [5]}, "phase": "both"},
         },
+        "combines_with": listed["combines_with"],
         "available": True,
         "reason": None,
         "measured": {

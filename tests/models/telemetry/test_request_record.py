@@ -70,6 +70,8 @@ def test_a_record_crosses_to_the_server_whole() -> None:
     sums.counts += np.arange(sums.counts.size).reshape(sums.counts.shape)
     sums.exits += 2
     sums.exit_layers += [0, 2]
+    for index, layer in ((0, 2), (1, 0), (0, 1), (2, 1), (4, 0)):
+        sums.add_token("one", index, layer)
     sums.skipped = np.array([[True, False], [False, True], [True, True]])
     sums.experts = ExpertSums(neighbour_dependent=True, loaded=9, layers=4)
     sums.experts.ran[DECODE, [ACTIVE, TAKEN, ROUTED]] = 6, 1, 4
@@ -82,11 +84,15 @@ def test_a_record_crosses_to_the_server_whole() -> None:
         assert np.array_equal(came.counts, record.counts)
         assert np.array_equal(came.exits, record.exits)
         assert came.exit_layers == record.exit_layers
+        assert came.token_layers == record.token_layers
         assert came.mask == record.mask
         assert came.experts == record.experts
         assert came.compute_fraction == record.compute_fraction
         assert came.generated_compute_fraction == record.generated_compute_fraction
     record = sums.record(cost, None)
+    assert record.token_layers == (2, 0, 1), "neither one computed again nor one out of order"
+    sums.add_token("another", 0, 2)
+    assert sums.record(cost, None).token_layers == (), "of several samples nobody knows whose"
     assert record.mask == {"attention": [0, 2], "mlp": [1, 2]}
     assert record.experts is not None
     assert record.experts.active_mean == 1.5

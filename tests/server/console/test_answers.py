@@ -35,8 +35,8 @@ def test_the_page_names_the_server_and_its_policies(visit: Visit, console_server
     )
     with urllib.request.urlopen(f"{console_server.url}/v1/routing/presets", timeout=30) as response:
         presets = [preset["id"] for preset in json.load(response)["data"]]
-    options = visit.page.get_by_label("Preset").locator("option")
-    assert options.all_text_contents() == ["none", *presets]
+    names = visit.page.locator("#presets .name").all_text_contents()
+    assert sorted(name for row in names for name in row.split(", ")) == sorted(["none", *presets])
     assert visit.routing() == {"preset": presets[0], "report": True}
     assert {*visit.urls} >= {
         f"{console_server.url}/console",
@@ -66,7 +66,7 @@ def test_both_columns_show_what_the_api_answers(
         assert float(visit.meter(title, "first").removesuffix(" ms")) > 0
         visit.column(title).get_by_text("Policy that ran").click()
         assert json.loads(visit.column(title).locator(".ran pre").inner_text()) == report["policy"]
-        shares = visit.column(title).locator(".strip canvas").get_attribute("aria-label") or ""
+        shares = visit.column(title).locator("canvas.layers").get_attribute("aria-label") or ""
         assert re.findall(r"layer \d+ (\d+) %", shares) == [
             fixed(100 * ((layer["attention"]["executed"] + layer["mlp"]["executed"]) / rows), 0)
             for layer in report["layers"]
@@ -119,8 +119,8 @@ def test_the_policys_text_is_what_is_sent(visit: Visit, console_server: Server) 
     _, chosen = visit.run()
     assert "routing" not in chosen
     assert visit.meter(POLICY, "layers") == "\u2013"
-    visit.controls(preset="shallow")
-    assert visit.routing() == {"preset": "shallow", "report": True}
+    visit.controls(preset="half-depth")
+    assert visit.routing() == {"preset": "half-depth", "report": True}
 
 
 def test_a_refusal_says_why_and_where(visit: Visit) -> None:
@@ -131,7 +131,7 @@ def test_a_refusal_says_why_and_where(visit: Visit) -> None:
     problem = visit.column(POLICY).get_by_role("alert")
     expect(problem).to_contain_text("400: layer 8 does not exist: the model has layers 0 to 7")
     expect(problem.locator("code")).to_have_text("routing.depth.skip.blocks.0")
-    visit.controls(preset="shallow")
+    visit.controls(preset="half-depth")
     visit.run()
     assert visit.state(POLICY) == "done"
     expect(problem).to_be_hidden()
@@ -141,6 +141,7 @@ def test_meters_move_while_it_streams_and_stop_ends_it(
     visit: Visit, console_server: Server
 ) -> None:
     visit.endless()
+    visit.at_once()
     aborted = ("sluice_requests_total", frozenset({("preset", "custom"), ("outcome", "aborted")}))
     before = console_server.samples()[aborted]
     visit.editor.fill(json.dumps(SKIPS))
@@ -166,7 +167,7 @@ def test_meters_move_while_it_streams_and_stop_ends_it(
 
 def test_one_after_the_other(visit: Visit) -> None:
     page = visit.page
-    page.get_by_label("one after the other").check()
+    expect(page.get_by_label("one after the other")).to_be_checked()
     visit.endless()
     page.get_by_role("button", name="Run both").click()
     assert visit.running(1, FULL) == ["running", "waiting"]
@@ -182,6 +183,7 @@ def test_one_after_the_other(visit: Visit) -> None:
 
 def test_a_new_run_takes_the_place_of_one_that_runs(visit: Visit) -> None:
     visit.endless()
+    visit.at_once()
     visit.page.get_by_role("button", name="Run both").click()
     visit.running(tokens=3)
     visit.page.unroute(CHAT)
@@ -197,6 +199,7 @@ def test_a_server_that_goes_away(console_server: Server, visiting: Callable[...,
         visit.refusals = True
         visit.open()
         visit.endless()
+        visit.at_once()
         visit.page.get_by_role("button", name="Run both").click()
         visit.running(tokens=3)
         relay.cut()
@@ -206,11 +209,23 @@ def test_a_server_that_goes_away(console_server: Server, visiting: Callable[...,
             problem = visit.column(title).get_by_role("alert")
             expect(problem).to_contain_text("The connection broke before the answer was complete")
             assert int(visit.meter(title, "tokens")) >= 3
+        page, gone = visit.page, visit.page.locator("#gone")
+        expect(page.locator("#connection")).to_contain_text("No look at what runs")
+        expect(gone).to_contain_text("No server since")
+        expect(gone).to_contain_text("The server cannot be reached")
+        run = page.get_by_role("button", name="Run both")
+        controls = (run, visit.preset("shallow"), page.get_by_role("radio", name="early exit"))
+        for control in controls:
+            expect(control).to_be_disabled()
+        page.get_by_label("Message", exact=True).fill("sort 3 1 2 8")
+        relay.restore()
+        expect(gone).to_be_empty()
+        for control in controls:
+            expect(control).to_be_enabled()
+        expect(page.locator("#connection")).to_have_text("Connected.")
+        page.unroute(CHAT)
         visit.run()
-        for title in (FULL, POLICY):
-            problem = visit.column(title).get_by_role("alert")
-            expect(problem).to_contain_text("The server cannot be reached")
-        expect(visit.page.locator("#connection")).to_contain_text("No look at what runs")
+        assert visit.text(FULL) == "1 2 3 8"
 
 
 def test_events_are_cut_right_wherever_the_network_cuts(visit: Visit) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Route, expect
-from support.console_visit import FULL, POLICY, Visit
+from support.console_visit import FULL, POLICY, Visit, fixed
 from support.serving import Server
+
+from sluice.server.console import page
 
 
 def capabilities(server: Server) -> Any:
@@ -97,7 +101,7 @@ def test_the_controls_are_the_servers(
     method = page.get_by_label("Exit method")
     entropy = method.locator('option[value="entropy"]')
     expect(entropy).to_be_disabled()
-    expect(entropy).to_have_text("entropy (not here: nothing was trained)")
+    expect(entropy).to_have_text("entropy: not here: nothing was trained")
     method.select_option("confidence")
     threshold = page.get_by_label("threshold", exact=True)
     expect(threshold).to_be_disabled()
@@ -130,3 +134,93 @@ def test_a_server_without_routing(console_server: Server, visiting: Callable[...
     full, _ = visit.run()
     assert "routing" not in full
     assert visit.state(FULL) == "done"
+
+
+def test_presets_say_what_was_measured_and_same_ones_are_one_row(
+    visit: Visit, console_server: Server
+) -> None:
+    with urllib.request.urlopen(f"{console_server.url}/v1/routing/presets", timeout=30) as response:
+        presets = json.load(response)["data"]
+    rows = visit.page.locator("label.preset")
+    policies = {json.dumps(preset["policy"]) for preset in presets}
+    assert len(policies) < len(presets), "the demo's profile has presets that are one setting"
+    assert rows.count() == 1 + len(policies)
+    measured = [preset for preset in presets if preset["measured"]]
+    for preset in measured:
+        named = visit.page.locator(".name", has_text=re.compile(rf"\b{preset['id']}\b"))
+        row = rows.filter(has=named)
+        figures = preset["measured"]
+        for text in (
+            f"{fixed(100 * figures['quality']['value'], 1)} %",
+            f"{fixed(figures['speed']['value'], 2)}\u00d7",
+            f"{fixed(100 * figures['compute_fraction'], 0)} %",
+        ):
+            expect(row).to_contain_text(text)
+    expect(
+        visit.page.get_by_role("radio", name="quality, balanced, fast: quality 1")
+    ).to_have_count(1)
+
+
+def test_what_clashes_with_the_preset_is_not_offered(visit: Visit) -> None:
+    page = visit.page
+    effort = page.get_by_role("radio", name="effort", exact=True)
+    early = page.get_by_role("radio", name="early exit", exact=True)
+    note = page.locator("#depth-clash")
+    visit.controls(preset="", depth="effort")
+    expect(note).to_be_hidden()
+    visit.controls(preset="half-depth")
+    expect(effort).to_be_disabled()
+    expect(effort).not_to_be_checked()
+    expect(early).to_be_enabled()
+    expect(note).to_have_text("Preset half-depth cannot be combined with effort.")
+    assert visit.routing() == {"preset": "half-depth", "report": True}
+    visit.controls(preset="prompt-chosen")
+    expect(early).to_be_disabled()
+    expect(note).to_have_text("Preset prompt-chosen cannot be combined with effort or early exit.")
+    visit.controls(preset="light")
+    expect(effort).to_be_enabled()
+    expect(early).to_be_disabled()
+
+
+def test_what_is_offered_beside_a_preset_is_accepted(visit: Visit) -> None:
+    page = visit.page
+    for radio in page.locator("#presets input:enabled").all():
+        radio.check()
+        for control in page.locator('input[name="depth"]:enabled').all():
+            control.check()
+            own_threshold(visit)
+            visit.run()
+            assert visit.state(POLICY) == "done", visit.routing()
+            if not control.is_enabled():
+                break
+        page.get_by_role("radio", name="not set").check()
+
+
+def test_examples_are_the_servers_and_fill_the_message(
+    visit: Visit, console_server: Server
+) -> None:
+    examples = capabilities(console_server)["examples"]
+    buttons = visit.page.get_by_role("group", name="Example prompts").get_by_role("button")
+    assert buttons.all_text_contents() == [*examples]
+    message = visit.page.get_by_label("Message", exact=True)
+    expect(message).to_have_value(next(iter(examples.values())))
+    buttons.get_by_text("reverse").click()
+    expect(message).to_have_value(examples["reverse"])
+    full, _ = visit.run()
+    assert full["messages"][-1]["content"] == examples["reverse"]
+
+
+def test_exit_methods_are_in_words(visit: Visit, console_server: Server) -> None:
+    methods = capabilities(console_server)["depth"]["exit"]
+    visit.controls(preset="", depth="early exit")
+    options = visit.page.get_by_label("Exit method").locator("option").all_text_contents()
+    assert options == [f"{name}: {method['description']}" for name, method in methods.items()]
+    expect(visit.page.locator("#exit-note")).to_contain_text("A token leaves ")
+
+
+def test_no_method_is_known_by_its_name(console_server: Server) -> None:
+    names = [*capabilities(console_server)["depth"]["exit"]]
+    names += [*capabilities(console_server)["depth"]["adaptive"]]
+    for path in Path(page.__file__).parent.glob("*.js"):
+        for name in names:
+            assert not re.search(rf"""["'`]{name}["'`]""", path.read_text()), (path.name, name)

@@ -89,6 +89,7 @@ def test_maps_show_what_ran(visit: Visit, console_server: Server) -> None:
 
 def test_maps_are_live(visit: Visit) -> None:
     visit.endless(1000)
+    visit.at_once()
     visit.editor.fill(json.dumps(SKIPS))
     visit.run()
     painted = cells(visit, "time-map", rows=8, columns=60)

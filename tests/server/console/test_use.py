@@ -151,6 +151,30 @@ def test_nothing_lies_beside_the_screen(visit: Callable[..., Visit], width: int)
         assert box["x"] + box["width"] <= width
 
 
+@pytest.mark.parametrize(("width", "height"), [(1440, 900), (1280, 720), (1280, 600)])
+def test_the_actions_are_always_there_and_cover_no_field(
+    visit: Callable[..., Visit], width: int, height: int
+) -> None:
+    visited = visit(viewport={"width": width, "height": height})
+    page = connected(visited)
+    visited.controls(preset="", depth="early exit")
+    covered = """selector => [...document.querySelectorAll(selector)].filter(field => {
+        if (!field.checkVisibility()) return false;
+        field.scrollIntoView({block: "nearest"});
+        const box = field.getBoundingClientRect();
+        const points = [0.1, 0.5, 0.9].map(share =>
+            document.elementFromPoint(box.x + box.width / 2, box.y + share * box.height));
+        return points.some(point => !(field.contains(point) || point?.contains(field)));
+    }).map(field => field.id || field.outerHTML)"""
+    assert page.evaluate(covered, "#request :is(input, select, textarea, button)") == []
+    for scrolled in (0, 10_000):
+        page.evaluate("place => scrollTo(0, place)", scrolled)
+        for name in ("Run both", "Stop"):
+            box = page.get_by_role("button", name=name).bounding_box()
+            assert box
+            assert 0 <= box["y"] <= height - box["height"]
+
+
 FOCUS = """() => {
     const element = document.activeElement, style = getComputedStyle(element);
     const box = element.getBoundingClientRect();
@@ -187,9 +211,12 @@ def test_by_keyboard_alone(visit: Callable[..., Visit]) -> None:
     tab_to("prompt")
     keys.press("Control+a")
     keys.type("sort 7 1 8 2 8")
-    tab_to("preset")
-    keys.press("Home")
-    # The radios are one stop; arrows choose.
+    tab_to("sort")
+    tab_to("temperature")
+    # The radios of a group are one stop; arrows choose. The choice of no preset is the first.
+    keys.press("Tab")
+    while visited.routing().get("preset"):
+        keys.press("ArrowUp")
     keys.press("Tab")
     keys.press("ArrowDown")
     keys.press("ArrowDown")
@@ -214,7 +241,7 @@ def test_by_keyboard_alone(visit: Callable[..., Visit]) -> None:
     tab_to("Copy as Python")
     for wanted in ("watch", "module", "Layers as a table", "since", "Experts as a table"):
         tab_to(wanted)
-    order = ["key", "Use key", "system", "prompt", "max-tokens", "temperature", "preset"]
+    order = ["key", "Use key", "prompt", "system", "max-tokens", "temperature", "exit-method"]
     assert [name for name in seen if name in order] == order
 
 
@@ -266,7 +293,7 @@ def test_landmarks_and_names(visit: Callable[..., Visit]) -> None:
     page = connected(visit())
     expect(page.get_by_role("banner")).to_have_count(1)
     expect(page.get_by_role("main")).to_have_count(1)
-    for name in ("Prompt", "Policy", "Answers", FULL, "What ran", "Layers over time"):
+    for name in ("Prompt", "Policy", "Answers", FULL, "What the server ran", "Layers over time"):
         assert page.get_by_role("region", name=name, exact=True).count() >= 1, name
     expect(page.get_by_role("heading", level=1)).to_have_text("Sluice console")
     expect(page.get_by_role("img", name="Experts by layer")).to_have_count(1)

@@ -66,14 +66,21 @@ def test_every_method_with_its_parameters_and_source(kind: str, methods: dict[st
     for name, method in methods.items():
         entry = found[name]
         assert entry["source"] == method.source
+        assert entry["description"] == method.description
+        assert len(method.description) <= 60
         assert {key: part for key, part in entry["parameters"].items() if key != "retention"} == {
-            key: {"low": p.low, "high": p.high, "default": p.default}
+            key: {"low": p.low, "high": p.high, "default": p.default, "integer": p.integer}
             for key, p in method.parameters.items()
             if isinstance(p, Number)
         }
         assert entry["available"] == (not method.profile_tensors)
         assert (entry["reason"] is None) == entry["available"]
     assert all(entry["source"] for entry in found.values())
+
+
+def test_an_exit_says_whether_it_decides_for_each_token() -> None:
+    per_token = {name for name, entry in listed("exit").items() if entry["per_token"]}
+    assert {*listed("exit")} - per_token == {"fixed"}
 
 
 def test_a_profile_makes_its_methods_available() -> None:
@@ -189,9 +196,12 @@ def test_what_can_be_asked_of_the_experts() -> None:
     assert found["references"]["tales"] == {"layers": [4, 5], "width": 3, "encoder": "sentences"}
     controls = found["controls"]
     assert {*controls} | {"mode"} == {*ExpertFields.model_fields}
-    assert controls["top_k"]["parameters"]["top_k"] == {"low": 1, "high": 8, "default": 3}
+    whole = {"low": 1, "high": 8, "default": 3, "integer": True}
+    assert controls["top_k"]["parameters"]["top_k"] == whole
     assert controls["budget"]["oea"]["parameters"]["k0"]["high"] == 3
-    assert controls["remix"]["kernel"]["parameters"]["top"] == {"low": 3, "high": 8, "default": 8}
+    remixed = controls["remix"]["kernel"]["parameters"]
+    assert remixed["top"] == {"low": 3, "high": 8, "default": 8, "integer": True}
+    assert remixed["alpha"]["integer"] is False
     entries = [*controls["budget"].values(), *controls["remix"].values()]
     entries += [entry for name, entry in controls.items() if name not in ("budget", "remix")]
     assert all(entry["source"] and entry["available"] for entry in entries)

@@ -35,8 +35,10 @@ def queries() -> Iterator[tuple[str, str]]:
 
 
 def substituted(expr: str) -> str:
-    """A query as Grafana sends it with every server chosen, at a scrape a second."""
-    whole = expr.replace("$__rate_interval", "10s").replace("$instance", ".*")
+    """A query as Grafana sends it with every job and server chosen, at a scrape a second."""
+    whole = expr.replace("$__rate_interval", "10s")
+    for variable in ("$job", "$instance"):
+        whole = whole.replace(variable, ".*")
     assert "$" not in whole.replace("$1", "")
     return whole
 
@@ -153,13 +155,32 @@ def test_the_rules_run_and_a_healthy_server_is_up(watched: Watched) -> None:
     assert (target["health"], target["labels"]["job"]) == ("up", "sluice")
 
 
-def test_the_variable_finds_the_server(server: Server, watched: Watched) -> None:
-    (variable,) = [one for one in DASHBOARD["templating"]["list"] if one["type"] == "query"]
-    found = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
-    assert found is not None
+def test_the_variables_find_the_job_and_the_server(server: Server, watched: Watched) -> None:
+    variables = [one for one in DASHBOARD["templating"]["list"] if one["type"] == "query"]
     address = server.url.removeprefix("http://")
-    path = f"label/{found[2]}/values"
-    assert watched.prometheus.get(path, **{"match[]": found[1]}) == [address]
+    for variable, values in zip(variables, (["sluice"], [address]), strict=True):
+        query = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
+        assert query is not None
+        path = f"label/{query[2]}/values"
+        assert watched.prometheus.get(path, **{"match[]": substituted(query[1])}) == values
+    assert [variable["name"] for variable in variables] == ["job", "instance"]
+
+
+def test_every_query_goes_by_the_chosen_job() -> None:
+    for title, expr in queries():
+        selectors = re.findall(r"\{([^}]*)\}", expr)
+        assert selectors, title
+        for selector in selectors:
+            assert 'job=~"$job", instance=~"$instance"' in selector, title
+
+
+def test_the_top_row_is_of_single_numbers() -> None:
+    heading, *rest = DASHBOARD["panels"]
+    assert (heading["type"], heading["gridPos"]["y"]) == ("row", 0)
+    top = [panel for panel in rest if panel["gridPos"]["y"] == 1]
+    assert {panel["type"] for panel in top} == {"stat"}
+    assert sum(panel["gridPos"]["w"] for panel in top) == 24
+    assert not [panel for panel in rest if panel["type"] == "stat" and panel not in top]
 
 
 def test_the_dashboard_bakes_no_data_source_in() -> None:
@@ -167,7 +188,7 @@ def test_the_dashboard_bakes_no_data_source_in() -> None:
     assert variables["datasource"]["type"] == "datasource"
     assert "current" not in variables["datasource"]
     sources = [part["datasource"] for panel in PANELS for part in (panel, *panel["targets"])]
-    sources += [variables["instance"]["datasource"]]
+    sources += [variables[name]["datasource"] for name in ("job", "instance")]
     sources += [own["datasource"] for own in DASHBOARD["annotations"]["list"]]
     assert all(own == {"type": "prometheus", "uid": "${datasource}"} for own in sources)
 

@@ -153,6 +153,24 @@ def test_points_and_their_intervals_are_the_frontiers() -> None:
     assert chart.labels["points"][2].startswith("slow: exact match 50.0 (40.0-55.0), speed 0.70")
 
 
+def test_one_wide_interval_does_not_press_the_points_together() -> None:
+    """As of a single slow round: the axis stays at the points, and an arrow says where it goes."""
+    wide = measured("wide", 0.7, 0.9, 0.9, False)
+    wide = wide.model_copy(update={"speed": Interval(value=0.9, low=0.2, high=15.0)})
+    fields = FRONTIER.model_copy(update={"points": (*FRONTIER.points, wide)})
+    chart = frontier_chart(fields)
+    axes, _ = chart.figure.axes
+    left, right = axes.get_xlim()
+    assert right - left < 3 * (2.0 - 0.7)
+    lines = [each for each in axes.collections if isinstance(each, LineCollection)]
+    ends = [x for each in lines for segment in each.get_segments() for x, _ in segment]
+    assert all(left <= x <= right for x in ends)
+    arrows = {line.get_marker(): [*line.get_xdata()] for line in axes.lines}
+    assert arrows[">"] == [right]
+    assert "1 intervals of speed reach beyond the chart" in chart.description
+    assert "reach beyond" not in frontier_chart(FRONTIER).description
+
+
 def test_other_choices_lie_by_their_compute() -> None:
     chart = equal_compute_chart(FRONTIER)
     (axes,) = chart.figure.axes

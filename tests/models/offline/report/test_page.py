@@ -44,13 +44,15 @@ def units(first: float) -> dict[str, list[float]]:
 
 
 FIELDS: dict[str, Any] = {
-    "model": {"layers": LAYERS, "hidden": 64, "fingerprint": "ab" * 32},
+    "model": {"layers": LAYERS, "hidden": 64, "fingerprint": "ab" * 32, "name": "org/model"},
     "calibration": {
         "importance": {
             "settings": {"future_prompts": 11},
             "examples": 17,
             "data": "cd" * 32,
             "key": "ef" * 32,
+            "date": "2026-01-02",
+            "versions": {"sluice": "9.8.7", "vllm": "6.5.4"},
         }
     },
     "importance": units(0.71),
@@ -227,10 +229,40 @@ def test_what_is_to_be_copied_is_what_was_measured(whole: Page) -> None:
 
 def test_how_it_was_made(whole: Page) -> None:
     (caption,) = (name for name in whole.tables if name.startswith("Steps of"))
-    _, (step, examples, data, _) = whole.tables[caption]
-    assert (step, examples, data) == (["importance"], ["17"], ["cd" * 6])
+    _, (step, date, examples, _) = whole.tables[caption]
+    assert (step, date, examples) == (["importance"], ["2026-01-02"], ["17"])
     for text in ("ab" * 32, "4 layers, hidden size 64", "123 items", "some processor"):
         assert text in whole.text
+
+
+def test_it_starts_with_what_a_reader_wants_and_ends_with_digests(whole: Page) -> None:
+    starts = (
+        "org/model",
+        "4 layers, hidden size 64",
+        "2026-01-02",
+        "sluice 9.8.7, vllm 6.5.4",
+        "quality",
+    )
+    ends = (
+        "All settings, as they were measured",
+        "Thresholds",
+        "Steps of",
+        "ab" * 32,
+        "cd" * 6,
+    )
+    places = [whole.text.index(text) for text in starts]
+    places += [whole.text.rindex(text) for text in ends]
+    assert places == sorted(places)
+    assert "not recorded" not in whole.text
+
+
+def test_presets_of_one_setting_are_one_row(whole: Page) -> None:
+    (caption,) = (name for name in whole.tables if name.startswith("Presets of"))
+    assert "one row" in caption
+    shown = columns(whole.tables[caption])
+    assert shown["preset"] == [["quality"], ["balanced, fast"]]
+    assert shown["setting"] == [["full depth"], ["without two"]]
+    assert numbers(shown["compute, generated"]) == [0.6875, 0.6875]
 
 
 def test_a_whole_profile_misses_nothing(whole: Page) -> None:

@@ -134,6 +134,7 @@ def test_capabilities_list_them_with_their_risk() -> None:
         "low": 0.0,
         "high": 1.0,
         "default": 0.75,
+        "integer": False,
     }
     first, second = exits["confidence"]["calibrated"]
     assert first == {
