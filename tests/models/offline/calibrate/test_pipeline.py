@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,10 @@ def test_a_profile_of_all_parts(llama: Path, tmp_path: Path) -> None:
     assert profile.methods == {"classifier"}
     assert profile.fields.calibration["first"].settings == {"value": 0.5}
     assert profile.fields.calibration["second"].examples == 2
+    assert profile.fields.model.name == calibration.model.folder.name
+    for made in profile.fields.calibration.values():
+        assert date.fromisoformat(made.date or "") <= datetime.now(UTC).date()
+        assert made.versions["torch"] == version("torch")
     profile.check_model(LAYERS, 64, calibration.model.fingerprint)
     assert lines == ["first: a number a layer", "second: twice that, and a head"]
 
