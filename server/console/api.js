@@ -40,7 +40,12 @@ export class Api {
 
   /** Ask whether the server and its engine run; throws an ApiError if they do not. */
   async health(signal) {
-    await this.#fetch(HEALTH, { signal });
+    try {
+      await this.#fetch(HEALTH, { signal });
+    } catch (error) {
+      if (!error.status) throw error;
+      throw new ApiError(`The server is there, but its engine is not (${error.status}).`);
+    }
   }
 
   /** JSON of a path below `/v1/`. */

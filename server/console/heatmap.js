@@ -92,14 +92,15 @@ export class Heatmap {
       pen.fillText(rows[row], cell.left - 6, (row + 0.5) * cell.height);
     }
     pen.textAlign = "center";
-    let free = 0;
+    const named = columns.filter(Boolean);
+    const widest = Math.max(0, ...named.map((name) => pen.measureText(name).width));
+    // Every one of them, or every second, third and so on, as there is room.
+    const step = named.length > 1 ? Math.ceil((widest + 4) / cell.width) : 1;
     columns.forEach((name, column) => {
-      const half = pen.measureText(name).width / 2;
-      const right = this.#canvas.clientWidth - half;
+      if (!name || column % step) return;
+      const right = this.#canvas.clientWidth - pen.measureText(name).width / 2;
       const x = Math.min(cell.left + (column + 0.5) * cell.width, right);
-      if (!name || x - half < free) return;
       pen.fillText(name, x, rows.length * cell.height + AXIS / 2 + 1);
-      free = x + half + 6;
     });
   }
 

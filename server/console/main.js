@@ -98,6 +98,8 @@ function serverChanged(since, error) {
   at("gone").textContent = gone
     ? `No server since ${since.toLocaleTimeString()}: ${error.message} This page looks for it every few seconds.`
     : "";
+  // The bar says it.
+  at("connection").hidden = gone;
   if (!gone) connect();
 }
 

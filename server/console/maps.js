@@ -188,6 +188,7 @@ export class Maps {
     const fromRun = at("since").value === "run" && this.#began !== null;
     const span = fromRun ? "the last run began" : "the server started";
     at("expert-note").textContent = experts ? `Since ${span}.` : "This engine counts no experts.";
+    at("expert-map").closest("section").toggleAttribute("data-empty", !experts);
     if (!experts) return;
     const shares = experts.selections.map(expertShares);
     const most = Math.max(0, ...shares.flat());

@@ -183,7 +183,7 @@ function described(preset) {
   if (!measured) return description;
   const percent = (value) => `${(100 * value).toFixed(1)} %`;
   return (
-    `${description}. ${measured.quality.measure} ${percent(measured.quality.value)} on ${measured.items} items, ` +
+    `${description}. Measured on ${measured.items} items: ${measured.quality.measure} ${percent(measured.quality.value)}, ` +
     `${measured.speed.value.toFixed(2)} times full depth's tokens/s (batch ${measured.batch}, ${measured.device}), ` +
     `${percent(measured.compute_fraction)} of its compute.`
   );

@@ -19,7 +19,7 @@ class Classifier(ExitMethod):
     """`sigmoid(w . h + b)` at the exit is at least the threshold."""
 
     name = "classifier"
-    description = "once a trained classifier is sure"
+    description = "once its trained head is sure"
     source = "CALM (arXiv 2207.07061)"
     parameters = {"threshold": Number(0.0, 1.0)}
     decays = True

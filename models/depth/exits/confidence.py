@@ -18,7 +18,7 @@ class Confidence(ExitMethod):
     """Top-1 minus top-2 probability at the exit is at least the threshold."""
 
     name = "confidence"
-    description = "once its first choice is well ahead"
+    description = "once one choice is well ahead"
     source = "CALM (arXiv 2207.07061)"
     parameters = {"threshold": Number(0.0, 1.0)}
     needs_logits = True

@@ -19,7 +19,7 @@ class QExit(ExitMethod):
     """`1 - prod(1 - lambda_j)` over the exits so far is more than the threshold."""
 
     name = "q_exit"
-    description = "once a trained head expects no more gain"
+    description = "once a trained head sees no more gain"
     source = "PALBERT (NeurIPS 2022)"
     parameters = {"threshold": Number(0.0, 1.0, default=0.5)}
     needs_previous = True

@@ -213,6 +213,7 @@ def test_a_server_that_goes_away(console_server: Server, visiting: Callable[...,
         expect(page.locator("#connection")).to_contain_text("No look at what runs")
         expect(gone).to_contain_text("No server since")
         expect(gone).to_contain_text("The server cannot be reached")
+        expect(page.locator("#connection")).to_be_hidden()
         run = page.get_by_role("button", name="Run both")
         controls = (run, visit.preset("shallow"), page.get_by_role("radio", name="early exit"))
         for control in controls:
@@ -226,6 +227,18 @@ def test_a_server_that_goes_away(console_server: Server, visiting: Callable[...,
         page.unroute(CHAT)
         visit.run()
         assert visit.text(FULL) == "1 2 3 8"
+
+
+def test_an_engine_that_ends_is_noticed(visit: Visit) -> None:
+    """What such a server says, by hand: the other tests need the engine."""
+    visit.refusals = True
+    health, gone = "**/health", visit.page.locator("#gone")
+    visit.page.route(health, lambda route: route.fulfill(status=503))
+    expect(gone).to_contain_text("its engine is not (503)")
+    expect(visit.page.get_by_role("button", name="Run both")).to_be_disabled()
+    visit.page.unroute(health)
+    expect(gone).to_be_empty()
+    expect(visit.page.get_by_role("button", name="Run both")).to_be_enabled()
 
 
 def test_events_are_cut_right_wherever_the_network_cuts(visit: Visit) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
-from playwright.sync_api import expect
-from support.console_visit import SKIPS, Visit, fixed
+from playwright.sync_api import Route, expect
+from support.console_visit import FULL, SKIPS, Visit, fixed
 from support.serving import Server
 
 Colour = tuple[int, ...]
@@ -137,3 +138,23 @@ def test_counters_that_began_anew_are_no_difference(visit: Visit, console_server
     assert visit.page.evaluate(script, [now, anew]) is None
     since_start = visit.page.evaluate(script, [None, now])
     assert since_start["experts"]["selections"] == now["experts"]["selections"]
+
+
+def test_a_model_without_experts_has_no_map_of_them(
+    console_server: Server, visiting: Callable[..., Visit]
+) -> None:
+    """What a dense model's server says, by hand: the demo model has experts."""
+    visit = visiting(console_server.url)
+
+    def dense(route: Route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, json={**answer.json(), "experts": None})
+
+    visit.page.route("**/v1/routing/utilization", dense)
+    visit.open()
+    expect(visit.page.locator("#expert-note")).to_have_text("This engine counts no experts.")
+    expect(visit.page.locator("#expert-map")).to_be_hidden()
+    visit.run()
+    expect(visit.page.locator("#time-map")).to_be_visible()
+    expect(visit.column(FULL).locator(".request-map")).to_be_visible()
+    expect(visit.column(FULL).locator(".request-map .experts")).to_be_hidden()
