@@ -2,7 +2,7 @@
 
 /** Milliseconds between two questions, and after which one is given up. */
 const INTERVAL = 3000;
-const LIMIT = 5000;
+const LIMIT = 15000;
 
 export class Heartbeat {
   #api;
