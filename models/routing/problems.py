@@ -24,6 +24,8 @@ _WORDS: Mapping[str, str] = {
     "finite_number": "must be a finite number",
     "bool_type": "must be true or false",
     "string_type": "must be a string",
+    "string_unicode": "must be a string",
+    "string_pattern_mismatch": "must match {pattern}",
     "list_type": "must be a list",
     "dict_type": "must be an object",
     "greater_than": "must be greater than {gt:g}",
@@ -31,6 +33,8 @@ _WORDS: Mapping[str, str] = {
     "less_than_equal": "must be at most {le:g}",
     "too_long": "must have at most {max_length} entries",
     "too_short": "must have at least {min_length} entries",
+    "not_an_object": "must be an object",
+    "unknown_field": "{text}",
     "enum": "must be {expected}",
     "literal_error": "must be {expected}",
 }
@@ -84,5 +88,5 @@ def _problem(problem: Mapping[str, Any], root: str) -> tuple[str, str]:
     if "field" in context:
         # The validator of the whole object found it, so the place lacks the field's name.
         location = (*location, context["field"])
-    words = _WORDS.get(problem["type"])
-    return dotted(root, location), words.format(**context) if words else problem["msg"]
+    words = _WORDS.get(problem["type"], "is not valid")
+    return dotted(root, location), words.format(**context)

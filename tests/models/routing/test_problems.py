@@ -35,6 +35,10 @@ SAID: dict[str, tuple[Any, str]] = {
         {"depth": {"phase": "always"}},
         "routing.depth.phase: must be 'prefill', 'decode' or 'both'",
     ),
+    "a word that is none": (
+        {"depth": {"phase": "\ud800"}},
+        "routing.depth.phase: must be a string",
+    ),
     "missing": ({"depth": {"exit": {}}}, "routing.depth.exit.method: is missing"),
     "null for what must be there": (
         {"depth": {"exit": {"method": None}}},
