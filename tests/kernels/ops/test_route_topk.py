@@ -96,7 +96,11 @@ def test_slots_that_nobody_uses(choice: str, routing: Routing, more: int, repeat
     wide = routing.selected(choice, more=more, repeat=repeat)
     narrow = routing.selected(choice)
     if repeat or choice == REFERENCE:
-        assert dispatched(wide, repeat=repeat) == dispatched(narrow)
+        rows = zip(dispatched(wide, repeat=repeat), dispatched(narrow), strict=True)
+        for filled, chosen in rows:
+            # A sum over more slots may round in another order.
+            assert filled.keys() == chosen.keys()
+            assert filled == pytest.approx(chosen, rel=1e-5, abs=1e-30)
     if choice == AUTO:
         # On a CPU nobody waits to know how wide the widest row is.
         assert wide.ids.shape[1] == max(wide.active)

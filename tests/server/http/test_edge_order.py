@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from argparse import Namespace
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -25,12 +26,17 @@ GOOD = {"authorization": "Bearer a-key"}
 BAD_ROUTING = {"model": "m", "routing": {"dept": 1}}
 
 
+def finish(steps: Coroutine[Any, Any, None]) -> None:
+    """Run the steps of a test; what would wait for ever fails."""
+    asyncio.run(asyncio.wait_for(steps, 30))
+
+
 class App:
     """Our middleware around one route, with room for one request of 1000 bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_body_bytes: int = 1000) -> None:
         args = Namespace(
-            max_open_requests=1, retry_after=7, max_body_bytes=1000, open_metrics=False
+            max_open_requests=1, retry_after=7, max_body_bytes=max_body_bytes, open_metrics=False
         )
         self.app = FastAPI(middleware=edge_middleware(args, KEYS))
         self.registry = CollectorRegistry()
@@ -48,7 +54,7 @@ class App:
         self, path: str, body: Any, headers: dict[str, str] = GOOD
     ) -> tuple[int, int, dict[str, str]]:
         """Status, how many parts of the body were read before it, and the headers of the answer."""
-        raw = json.dumps(body).encode()
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         parts = [raw[start : start + 100] for start in range(0, len(raw), 100)]
         read = 0
         before = 0
@@ -105,7 +111,7 @@ def test_a_full_server_reads_and_checks_nothing(
         app.let.set()
         assert (await first)[0] == 200
 
-    asyncio.run(run())
+    finish(run())
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/nowhere", "/tokenize"])
@@ -115,7 +121,7 @@ def test_nothing_is_read_of_a_caller_without_a_key(path: str) -> None:
         assert (await app.post(path, BAD_ROUTING, {}))[:2] == (401, 0)
         assert app.refusals() == 0
 
-    asyncio.run(run())
+    finish(run())
 
 
 @pytest.mark.parametrize(
@@ -128,7 +134,7 @@ def test_only_paths_that_can_hold_routing_are_read(path: str, status: int) -> No
         assert (found, read > 0) == (status, status == 400)
         assert app.refusals() == (status == 400)
 
-    asyncio.run(run())
+    finish(run())
 
 
 def test_a_body_over_the_limit_is_not_parsed() -> None:
@@ -138,4 +144,24 @@ def test_a_body_over_the_limit_is_not_parsed() -> None:
         assert (status, read) == (413, 11)
         assert app.refusals() == 0
 
-    asyncio.run(run())
+    finish(run())
+
+
+@pytest.mark.parametrize(
+    ("junk", "status"),
+    [
+        ("[" + "{}," * 60_000 + "{}]", 400),
+        ("[" + "0," * 60_000 + "0]", 200),
+        ('"' + "{" * 60_000 + '"', 200),
+    ],
+)
+def test_a_body_of_very_many_objects_is_not_parsed(junk: str, status: int) -> None:
+    """Small ones take a hundred times their bytes of memory, and seconds of the event loop."""
+
+    async def run() -> None:
+        app = App(max_body_bytes=10**6)
+        app.let.set()
+        raw = b'{"prompt": "p", "junk": ' + junk.encode() + b"}"
+        assert (await app.post("/v1/completions", raw))[0] == status
+
+    finish(run())
