@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,19 @@ class Server:
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0)
+
+    def post(self, path: str, raw: bytes, api_key: str | None = None) -> tuple[int, bytes]:
+        """Status and body of the answer to a JSON body."""
+        headers = {
+            "content-type": "application/json",
+            "authorization": f"Bearer {api_key or self.api_key}",
+        }
+        request = urllib.request.Request(f"{self.url}{path}", raw, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return response.status, response.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
 
     def metrics_text(self) -> str:
         headers = {"authorization": f"Bearer {self.api_key}"}

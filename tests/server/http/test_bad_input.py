@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,16 +21,8 @@ def post(
     server: Server, path: str, body: Any, api_key: str | None = None
 ) -> tuple[int, dict[str, Any]]:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {
-        "content-type": "application/json",
-        "authorization": f"Bearer {api_key or server.api_key}",
-    }
-    request = urllib.request.Request(f"{server.url}{path}", raw, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+    status, answer = server.post(path, raw, api_key)
+    return status, json.loads(answer)
 
 
 def routed(routing: Any, **changes: Any) -> dict[str, Any]:

@@ -16,19 +16,6 @@ CHAT = {"model": "demo", "messages": [{"role": "user", "content": "copy abc"}], 
 MIB = 1024**2
 
 
-def post(server: Server, path: str, raw: bytes) -> tuple[int, bytes]:
-    headers = {
-        "content-type": "application/json",
-        "authorization": f"Bearer {server.api_key}",
-    }
-    request = urllib.request.Request(f"{server.url}{path}", raw, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=120) as response:
-            return response.status, response.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
-
-
 def peak_memory(server: Server) -> int:
     """The most memory that the API server has held, in bytes."""
     for line in Path(f"/proc/{server.pid}/status").read_text().splitlines():
@@ -44,9 +31,9 @@ def bomb(most: int = 2500) -> dict[str, Any]:
 @pytest.mark.parametrize("path", ["/nowhere", "/v1/chat/completions", "/tokenize", "/invocations"])
 def test_a_long_key_over_many_children_takes_no_memory(server: Server, path: str) -> None:
     """It took half a gigabyte, since a dotted path was made for every child."""
-    post(server, path, json.dumps(CHAT).encode())
+    server.post(path, json.dumps(CHAT).encode())
     before = peak_memory(server)
-    status, answer = post(server, path, json.dumps({**CHAT, **bomb()}).encode())
+    status, answer = server.post(path, json.dumps({**CHAT, **bomb()}).encode())
     assert status in (200, 400, 404)
     assert peak_memory(server) - before < 32 * MIB
     assert len(answer) < 10_000
@@ -64,8 +51,8 @@ def test_a_long_key_over_many_children_takes_no_memory(server: Server, path: str
     ],
 )
 def test_a_refusal_is_short_whatever_it_refuses(server: Server, routing: Any) -> None:
-    status, answer = post(
-        server, "/v1/chat/completions", json.dumps({**CHAT, "routing": routing}).encode()
+    status, answer = server.post(
+        "/v1/chat/completions", json.dumps({**CHAT, "routing": routing}).encode()
     )
     assert status == 400
     assert len(answer) < 3000
@@ -74,7 +61,7 @@ def test_a_refusal_is_short_whatever_it_refuses(server: Server, routing: Any) ->
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/nowhere", "/tokenize"])
 def test_a_body_over_the_limit_is_413(server: Server, path: str) -> None:
     raw = json.dumps({**CHAT, "junk": [0] * 3_000_000}).encode()
-    status, answer = post(server, path, raw)
+    status, answer = server.post(path, raw)
     assert status == 413
     assert b"--max-body-bytes" in answer
 
@@ -111,7 +98,7 @@ def test_what_no_text_can_hold_is_a_counted_400(server: Server, raw: bytes, fiel
         )
 
     before = refusals()
-    status, answer = post(server, "/v1/chat/completions", raw)
+    status, answer = server.post("/v1/chat/completions", raw)
     assert (status, json.loads(answer)["error"]["param"]) == (400, field)
     assert refusals() == before + 1
 
@@ -121,7 +108,7 @@ def test_a_lone_surrogate_beside_routing_is_answered_as_without(server: Server) 
     plain = {**CHAT, "messages": [message]}
     routed = {**plain, "routing": {"depth": {"skip": {"mlp": [1]}}}}
     statuses = {
-        post(server, "/v1/chat/completions", json.dumps(body).encode())[0]
+        server.post("/v1/chat/completions", json.dumps(body).encode())[0]
         for body in (plain, routed)
     }
     assert len(statuses) == 1
@@ -136,7 +123,7 @@ def test_a_wrong_field_of_vllms_is_answered_as_without_routing(
     answers = []
     for routing in ({}, {"routing": {"depth": {"skip": {"mlp": [1]}}, "report": True}}):
         body = {**CHAT, "stream": True, **changes, **routing}
-        answers.append(post(server, "/v1/chat/completions", json.dumps(body).encode()))
+        answers.append(server.post("/v1/chat/completions", json.dumps(body).encode()))
     (stock, said), (status, answer) = answers
     assert status == stock == 400
     assert json.loads(said)["error"]["param"] == json.loads(answer)["error"]["param"]
@@ -158,6 +145,6 @@ def test_a_slash_at_the_end_redirects_as_stock_does(server: Server) -> None:
 
 
 def test_the_server_goes_on(server: Server) -> None:
-    status, answer = post(server, "/v1/chat/completions", json.dumps(CHAT).encode())
+    status, answer = server.post("/v1/chat/completions", json.dumps(CHAT).encode())
     assert status == 200
     assert json.loads(answer)["choices"]
