@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterable
 from importlib.metadata import distribution, requires
 from pathlib import Path
@@ -15,6 +19,7 @@ from packaging.requirements import Requirement
 
 SITE = Path(get_path("purelib"))
 OURS = re.compile(r"(__editable__.*sluice|sluice-|vllm_sluice-)")
+START_LIMIT_SECONDS = 300
 
 
 def environment_with(folder: Path, wheel: Path, entries: Iterable[str]) -> Path:
@@ -89,6 +94,33 @@ def test_the_command_runs(installed: Path) -> None:
     assert sluice(installed, "loadtest", "--help").returncode == 0
     hashed = sluice(installed, "keys", "hash", text="a-key\n")
     assert re.fullmatch(r"sha256: [0-9a-f]{64}\n", hashed.stdout)
+
+
+def test_the_demo_model_is_served(installed: Path, tmp_path: Path) -> None:
+    ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
+    log = tmp_path / "log"
+    arguments = ["serve", "--enforce-eager", "--port", "0", "--console"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [installed / "sluice", *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+            env=environment,
+        )
+        try:
+            deadline = time.monotonic() + START_LIMIT_SECONDS
+            ready = None
+            while ready is None and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+                ready = re.search(r"^Sluice .* console (\S+) - \d+ presets$", log.read_text(), re.M)
+            assert ready is not None, log.read_text()[-4000:]
+            with urllib.request.urlopen(f"{ready[1]}/", timeout=30) as page:
+                assert b"<title>" in page.read()
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize(
