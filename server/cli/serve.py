@@ -238,7 +238,8 @@ def apply_demo_defaults(args: argparse.Namespace) -> None:
 def limit_cpu_cache(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Take 1 GiB of K/V cache on a CPU, unless the user has said how much.
 
-    If the model's context needs more, vLLM shortens the context, and its log says so.
+    If the model's context needs more, vLLM shortens the context, and the line that says that the
+    server answers says so.
     """
     from vllm.platforms import current_platform
 

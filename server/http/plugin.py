@@ -27,7 +27,12 @@ from sluice.server.http.middleware import RoutingMiddleware
 from sluice.server.http.openapi import describe_routing
 from sluice.server.http.overload import OverloadMiddleware
 from sluice.server.http.routes import build_router
-from sluice.server.http.startup import announce, hide_uvicorn_information, ready_line
+from sluice.server.http.startup import (
+    announce,
+    hide_uvicorn_information,
+    ready_line,
+    shortened_context,
+)
 from sluice.server.http.state import Edge
 from sluice.server.telemetry.audit import show_audit_log
 from sluice.server.telemetry.build_info import BuildInfoCollector
@@ -97,7 +102,8 @@ class RoutingPlugin:
         admission = Admission(capabilities, presets, os.environ[CACHE_SECRET_ENV])
         state.sluice = Edge(admission, metrics, engine_client, spans)
         if engine_client.vllm_config.parallel_config._api_process_rank == 0:
-            line = ready_line(args, served[0], len(presets))
+            context = shortened_context(engine_client.vllm_config.model_config)
+            line = ready_line(args, served[0], len(presets), context)
             state.announcement = asyncio.create_task(announce(state, line))
 
 
