@@ -28,9 +28,12 @@ LONGEST = (
 SHARED = {
     "server": (
         "server/http/test_adaptive_depth.py",
+        "server/http/test_apis.py",
         "server/http/test_bad_input.py",
         "server/http/test_demo_profile.py",
+        "server/http/test_examples.py",
         "server/http/test_expert_methods.py",
+        "server/http/test_hostile_bodies.py",
         "server/http/test_openai_client.py",
         "server/http/test_parallel.py",
         "server/telemetry/test_metrics.py",
@@ -42,6 +45,7 @@ SHARED = {
     ),
     "console": (
         "server/console/test_answers.py",
+        "server/console/test_comparison.py",
         "server/console/test_controls.py",
         "server/console/test_maps.py",
         "server/console/test_snippets.py",

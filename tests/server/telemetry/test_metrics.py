@@ -54,7 +54,7 @@ def test_the_versions_that_run(server: Server) -> None:
     assert lines == [
         "# HELP sluice_build_info Versions of Sluice and vLLM; always 1.",
         "# TYPE sluice_build_info gauge",
-        f'sluice_build_info{{version="{version("sluice")}",vllm_version="{vllm}"}} 1.0',
+        f'sluice_build_info{{version="{version("vllm-sluice")}",vllm_version="{vllm}"}} 1.0',
     ]
 
 
