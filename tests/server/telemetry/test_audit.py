@@ -167,7 +167,8 @@ def sent(
     async def send(message: Any) -> None:
         pass
 
-    app = CallerMiddleware(RoutingMiddleware(route), Keys(((digest_of("a-key"), ALICE),)))
+    keys = Keys(((digest_of("a-key"), ALICE),))
+    app = CallerMiddleware(RoutingMiddleware(route), keys, open_metrics=False)
     scope = {
         "type": "http",
         "method": "POST",
