@@ -68,7 +68,6 @@ class Recorder:
         segments, table = outcome.segments, self._table
         counts, exits = count_outcomes(segments, step.passes, table.skip, table.fill)
         self._counters.add(counts.sum(axis=(0, 1)), exits.sum(axis=0))
-        last_masks = {each.request: each.mask for each in segments if not each.pending}
         for index, state in step.states.items():
             sums = self._requests.get(state.extra.request_key)
             sums.counts += counts[index]
@@ -76,10 +75,18 @@ class Recorder:
             sums.skipped = state.decided_skip
             if index in outcome.exit_layers:
                 sums.exit_layers.append(outcome.exit_layers[index])
+        if any(state.extra.policy.report for state in step.states.values()):
+            self._note_layers(step, outcome)
+
+    def _note_layers(self, step: RoutedStep, outcome: StepOutcome) -> None:
+        """Note the last layer of each generated token whose request asked for a report."""
+        last_masks = {each.request: each.mask for each in outcome.segments if not each.pending}
+        for index, state in step.states.items():
             token = step.last_position(index) + 1 - state.prompt_tokens
             if state.extra.policy.report and token >= 0:
-                ran = np.flatnonzero(~table.skip[last_masks[index]].all(axis=1))
+                ran = np.flatnonzero(~self._table.skip[last_masks[index]].all(axis=1))
                 layer = int(ran[-1]) if len(ran) else 0
+                sums = self._requests.get(state.extra.request_key)
                 sums.add_token(step.requests.ids[index], token, layer)
 
     def count_experts_later(self, step: RoutedStep) -> None:
