@@ -40,7 +40,7 @@ from sluice.loadtest.workload.schedule import (
     policy_requests,
     saturation_scenario,
 )
-from sluice.models.offline.report.environment import machine
+from sluice.models.offline.provenance import machine
 
 _WARM_UP_CLIENTS = 4
 _BUILD_INFO = "sluice_build_info"

@@ -36,14 +36,13 @@ from sluice.server.cli.serve_checks import (
     refuse_unsupported,
 )
 from sluice.server.http import body_limit, overload
+from sluice.server.http.startup import AS_LONG_AS_FITS
 
 PLUGIN = "sluice"
 _ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
 DEMO_NAME = "demo"
 DEMO_PRESETS = DEMO_MODEL_DIR.parent / "presets.yaml"
 DEMO_KV_CACHE_BYTES = 512 * 1024**2
-_AS_LONG_AS_FITS = -1
-"""Of vLLM's `--max-model-len`, which has `auto` for it: the model's context, or what fits."""
 LOG_LEVEL_ENV = "VLLM_LOGGING_LEVEL"
 QUIET_LEVEL = "WARNING"
 UVICORN_LEVEL = "info"
@@ -252,7 +251,7 @@ def limit_cpu_cache(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         return
     args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
     if args.max_model_len is None:
-        args.max_model_len = _AS_LONG_AS_FITS
+        args.max_model_len = AS_LONG_AS_FITS
 
 
 def choose_expert_routing(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

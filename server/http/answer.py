@@ -13,7 +13,7 @@ from sluice.models.telemetry.report import build_report
 from sluice.models.telemetry.request_record import RoutingRecord
 from sluice.server.admission import Admitted
 from sluice.server.http.protocols import Api, Failure
-from sluice.server.http.sse import Event, EventSplitter
+from sluice.server.http.sse import Event, EventSplitter, encoded_json
 from sluice.server.http.state import Edge
 from sluice.server.telemetry.metrics import Outcome
 
@@ -125,7 +125,7 @@ class Answer:
             data["model"] = names[1]
         if self._admitted.extra.policy.report:
             data["routing"] = await self._report(self._admitted)
-        body = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+        body = encoded_json(data)
         MutableHeaders(scope=start)["content-length"] = str(len(body))
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body})

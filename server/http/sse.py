@@ -40,12 +40,16 @@ class Event:
 
     def with_data(self, data: Any) -> Event:
         """The event with other data."""
-        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-        return Event(self.head, text.encode())
+        return Event(self.head, encoded_json(data))
 
     def encode(self) -> bytes:
         """The event with its closing blank line."""
         return self.head + self.data + _END
+
+
+def encoded_json(data: Any) -> bytes:
+    """JSON as vLLM's answers have it."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 class EventSplitter:

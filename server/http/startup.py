@@ -10,8 +10,8 @@ from typing import Any
 from sluice.server.telemetry.build_info import sluice_version
 
 _POLL_SECONDS = 0.02
-_AS_LONG_AS_FITS = -1
-"""Of vLLM's `max_model_len`: `auto`."""
+AS_LONG_AS_FITS = -1
+"""Of vLLM's `--max-model-len`, which has `auto` for it: the model's context, or what fits."""
 
 
 async def announce(state: Any, line: str) -> None:
@@ -54,9 +54,9 @@ def shortened_context(model_config: Any) -> tuple[int, int] | None:
     Args:
         model_config: vLLM's `ModelConfig`, once the engine has started.
     """
-    if model_config.original_max_model_len != _AS_LONG_AS_FITS:
+    if model_config.original_max_model_len != AS_LONG_AS_FITS:
         return None
-    whole = model_config.get_and_verify_max_len(_AS_LONG_AS_FITS)
+    whole = model_config.get_and_verify_max_len(AS_LONG_AS_FITS)
     fits = model_config.max_model_len
     return (fits, whole) if fits < whole else None
 

@@ -17,7 +17,7 @@ from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.engine import OfflineEngine, offline_engine
 from sluice.models.offline.hf_model.examples import CalibrationError, digest
 from sluice.models.offline.hf_model.model import HFModel
-from sluice.models.offline.report.environment import installed_versions
+from sluice.models.offline.provenance import installed_versions
 from sluice.models.profile.profile import Profile
 from sluice.models.profile.writer import JSON_NAME, write_profile
 
