@@ -1,14 +1,14 @@
 """Seam: attention metadata for a subset of a step's rows.
 
 vLLM builds metadata for the whole batch. A layer that some rows skip needs it for the others: their
-query ranges, sequence lengths, block tables and slots. They are taken from the model runner's
-buffers, go through its attention groups' `build_metadata`, and are set in a copy of vLLM's
+query ranges, sequence lengths, block tables and slots. They are taken from the batch's buffers, go
+through the `build_metadata` of vLLM's attention groups, and are set in a copy of vLLM's
 `ForwardContext`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,17 +19,62 @@ from vllm.forward_context import ForwardContext, get_forward_context, override_f
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from sluice.models.engine.plan import Rows
+from sluice.models.engine.row_builders import PLACES, RowBuilders
 
 if TYPE_CHECKING:
     from sluice.models.engine.step import RoutedStep
 
 
 @dataclass(frozen=True, slots=True)
+class CacheGroup:
+    """Layers that share block tables, and where the requests of a step have their K/V.
+
+    Attributes:
+        layer_names: as vLLM's forward context knows them.
+        block_size: tokens of a block.
+        blocks: block table of each request, int32, (requests, blocks), on the device.
+        slots: of each scheduled token, int64, (tokens,), on the device.
+    """
+
+    layer_names: Sequence[str]
+    block_size: int
+    blocks: torch.Tensor
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BatchBuffers:
+    """What attention metadata are made from: a step's batch as the model runner has it.
+
+    Attributes:
+        seq_lens: tokens of each request with those of the step, or more; (requests,), on the CPU.
+        prompt_lens: tokens of each request that the runner counts as its prompt, (requests,), on
+            the CPU.
+        groups: one per group of vLLM's K/V cache.
+        builders: build the metadata.
+    """
+
+    seq_lens: torch.Tensor
+    prompt_lens: torch.Tensor
+    groups: Sequence[CacheGroup]
+    builders: RowBuilders
+
+
+@dataclass(frozen=True, slots=True)
 class RowsContext:
-    """Attention metadata and K/V slots of one set of rows, by layer name."""
+    """Attention metadata and K/V slots of one set of rows, by layer name.
+
+    Attributes:
+        metadata: as the layer's backend wants them.
+        slots: int64, (rows,).
+        positions: int64, (rows,).
+        place: of the builders that own buffers of it; None for vLLM's own metadata.
+    """
 
     metadata: dict[str, Any]
     slots: dict[str, torch.Tensor]
+    positions: torch.Tensor
+    place: int | None
 
 
 @contextmanager
@@ -56,17 +101,21 @@ class StepContext:
     """Points the forward context at row sets; their metadata is built on first use."""
 
     def __init__(
-        self, runner: Any, context: ForwardContext, step: RoutedStep, positions: torch.Tensor
+        self,
+        buffers: BatchBuffers,
+        context: ForwardContext,
+        step: RoutedStep,
+        positions: torch.Tensor,
     ) -> None:
         """Serve one step.
 
         Args:
-            runner: vLLM's model runner, with its inputs prepared.
+            buffers: of its batch.
             context: from `rows_forward_context`.
             step: the step.
             positions: of all rows of the step, (tokens,), int64.
         """
-        self._runner = runner
+        self._buffers = buffers
         self._context = context
         self._positions = positions
         self._step = step
@@ -74,69 +123,53 @@ class StepContext:
         # Rows of a weak pass have a request number past the batch and a table of their own.
         batch = np.arange(len(step.requests.ids))
         self._owners = batch if weak is None else np.concatenate([batch, weak.owners])
-        self._slots = [
-            self._group_slots(group) for group in range(len(runner.kv_cache_config.kv_cache_groups))
+        self._blocks = [
+            self._all_blocks(group, blocks.blocks) for group, blocks in enumerate(buffers.groups)
         ]
+        self._slots = [self._group_slots(group) for group in range(len(buffers.groups))]
         self._whole: RowsContext | None = None
         if not step.plan.shape.pending:
             # Slots are padded for CUDA graphs; the loop runs the real tokens only.
             total = len(positions)
             slots = {name: slot[:total] for name, slot in context.slot_mapping.items()}
-            self._whole = RowsContext(dict(context.attn_metadata), slots)
-        self._contexts: dict[int, tuple[RowsContext, torch.Tensor]] = {}
-        self._prepared: dict[int, Any] = {}
+            self._whole = RowsContext(dict(context.attn_metadata), slots, positions, None)
+        self._contexts: dict[int, RowsContext] = {}
+        buffers.builders.begin_step()
 
     def enter(self, kv_name: str, rows: Rows) -> torch.Tensor:
         """Point the forward context's entry of a layer at `rows`; their positions, (rows,)."""
-        context, positions = self._rows_context(rows)
-        self._prepare(context.metadata[kv_name])
+        context = self._rows_context(rows)
         self._context.attn_metadata[kv_name] = context.metadata[kv_name]
         self._context.slot_mapping[kv_name] = context.slots[kv_name]
-        return positions
+        return context.positions
 
-    def _prepare(self, metadata: Any) -> None:
-        """Tell the prefill of a latent attention which rows come next.
-
-        vLLM's backend for it takes them from the metadata that was built last, not from what the
-        layer is given.
-        """
-        prefill = getattr(metadata, "prefill", None)
-        backend = getattr(prefill, "prefill_backend", None)
-        if backend is not None and self._prepared.get(id(backend)) is not prefill:
-            backend.prepare_metadata(prefill)
-            self._prepared[id(backend)] = prefill
-
-    def _rows_context(self, rows: Rows) -> tuple[RowsContext, torch.Tensor]:
+    def _rows_context(self, rows: Rows) -> RowsContext:
         if rows.everything and self._whole is not None:
-            return self._whole, self._positions
-        if id(rows) not in self._contexts:
-            self._prepared.clear()
-            self._contexts[id(rows)] = (
-                self._build(rows),
-                self._positions[rows.index(self._positions.device)],
-            )
-        return self._contexts[id(rows)]
+            return self._whole
+        context = self._contexts.pop(id(rows), None)
+        if context is None:
+            place: int | None = len(self._contexts)
+            if place == PLACES:
+                place = self._contexts.pop(next(iter(self._contexts))).place
+            assert place is not None
+            context = self._build(rows, place)
+        # Last is what was used last: the first one's place is taken next.
+        self._contexts[id(rows)] = context
+        return context
 
     def _group_slots(self, group: int) -> torch.Tensor:
         """K/V slots of all rows of the step in one cache group, (tokens,), int64."""
-        table = self._runner.input_batch.block_table[group]
-        total = len(self._positions)
         shape = self._step.plan.shape
         if not shape.pending:
-            slots: torch.Tensor = table.slot_mapping.gpu[:total]
-            return slots
-        blocks = self._block_table(group)
+            return self._buffers.groups[group].slots
+        blocks, size = self._blocks[group], self._buffers.groups[group].block_size
         requests = torch.from_numpy(shape.requests).to(blocks.device)
-        block_of_row = blocks[requests, self._positions // table.block_size].long()
-        all_slots: torch.Tensor = (
-            block_of_row * table.block_size + self._positions % table.block_size
-        )
-        return all_slots
+        block_of_row = blocks[requests, self._positions // size].long()
+        slots: torch.Tensor = block_of_row * size + self._positions % size
+        return slots
 
-    def _block_table(self, group: int) -> torch.Tensor:
+    def _all_blocks(self, group: int, blocks: torch.Tensor) -> torch.Tensor:
         """Blocks of all passes of the step in one cache group, (passes, blocks), int32."""
-        table = self._runner.input_batch.block_table[group]
-        blocks: torch.Tensor = table.get_device_tensor(self._runner.input_batch.num_reqs)
         weak = self._step.weak
         if weak is None:
             return blocks
@@ -145,19 +178,19 @@ class StepContext:
             row[: len(groups[group])] = torch.tensor(groups[group], dtype=row.dtype)
         return torch.cat([blocks, weak_table])
 
-    def _build(self, rows: Rows) -> RowsContext:
-        runner = self._runner
-        device = runner.device
+    def _build(self, rows: Rows, place: int) -> RowsContext:
+        device = self._positions.device
         passes = torch.from_numpy(rows.requests)
         requests = torch.from_numpy(self._owners[rows.requests])
         lengths = torch.from_numpy(rows.lengths)
         starts_cpu = torch.zeros(len(rows.requests) + 1, dtype=torch.int32)
         torch.cumsum(lengths, 0, out=starts_cpu[1:])
-        seq_lens_cpu = runner.optimistic_seq_lens_cpu[requests] - torch.from_numpy(rows.trailing)
+        seq_lens_cpu = self._buffers.seq_lens[requests] - torch.from_numpy(rows.trailing)
         seq_lens_cpu = seq_lens_cpu.to(torch.int32)
         on_device = passes.to(device)
         index = rows.index(device)
-        prompt = runner.input_batch.num_prompt_tokens_cpu_tensor[requests]
+        positions = self._positions[index]
+        prompt = self._buffers.prompt_lens[requests]
         common = CommonAttentionMetadata(
             query_start_loc=starts_cpu.to(device),
             query_start_loc_cpu=starts_cpu,
@@ -171,17 +204,22 @@ class StepContext:
             slot_mapping=torch.empty(0),
             causal=True,
             is_prefilling=seq_lens_cpu - lengths < prompt,
-            positions=self._positions[index],
+            positions=positions,
         )
         metadata: dict[str, Any] = {}
         slots: dict[str, torch.Tensor] = {}
-        for group_id, group in enumerate(runner.kv_cache_config.kv_cache_groups):
+        for group, attention_groups, blocks, all_slots in zip(
+            self._buffers.groups,
+            self._buffers.builders.take(place),
+            self._blocks,
+            self._slots,
+            strict=True,
+        ):
             common = common.replace(
-                block_table_tensor=self._block_table(group_id)[on_device],
-                slot_mapping=self._slots[group_id][index],
+                block_table_tensor=blocks[on_device], slot_mapping=all_slots[index]
             )
-            for attention_group in runner.attn_groups[group_id]:
+            for attention_group in attention_groups:
                 built = attention_group.build_metadata(common)
                 metadata.update(dict.fromkeys(attention_group.layer_names, built))
             slots.update(dict.fromkeys(group.layer_names, common.slot_mapping))
-        return RowsContext(metadata, slots)
+        return RowsContext(metadata, slots, positions, place)

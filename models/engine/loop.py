@@ -11,13 +11,11 @@ of the layers that follow.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
 from sluice.kernels.ops.row_compact import row_compact, row_scatter
-from sluice.models.engine.attention import StepContext, rows_forward_context
+from sluice.models.engine.attention import BatchBuffers, StepContext, rows_forward_context
 from sluice.models.engine.observers import LayerObserver
 from sluice.models.engine.plan import LayerPlan, LayerPlanner, Rows, StepShape, Work
 from sluice.models.engine.step import RoutedStep
@@ -136,12 +134,10 @@ class LayerLoop:
     def __init__(
         self,
         stack: DecoderStack,
-        runner: Any,
         plan_layer: LayerPlanner,
         router: ExpertRouter | None,
     ) -> None:
         self._stack = stack
-        self._runner = runner
         self._plan_layer = plan_layer
         self._router = router
 
@@ -151,6 +147,7 @@ class LayerLoop:
         positions: torch.Tensor,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
+        buffers: BatchBuffers,
     ) -> tuple[torch.Tensor, ResidualStream]:
         """Run the layers.
 
@@ -159,6 +156,7 @@ class LayerLoop:
             positions: (scheduled,), int64.
             input_ids: (scheduled,) or None if `inputs_embeds` is given.
             inputs_embeds: (scheduled, hidden) or None.
+            buffers: of the step's batch.
 
         Returns:
             Hidden states of the scheduled rows after the final norm, (scheduled, hidden), and the
@@ -174,7 +172,7 @@ class LayerLoop:
         stream = ResidualStream(hidden)
         remaining = RemainingRows(step.plan.shape, self._plan_layer)
         with rows_forward_context() as context:
-            at_rows = StepContext(self._runner, context, step, positions)
+            at_rows = StepContext(buffers, context, step, positions)
             run = _Run(self._stack, at_rows, stream, self._router)
             control = _Control(remaining, stream)
             for index, layer in enumerate(self._stack.layers):

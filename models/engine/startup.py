@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sluice.kernels.ops.batch_budget import OEA, batch_budget
 from sluice.kernels.ops.exit_decision import CONFIDENCE, exit_decision
@@ -65,22 +66,31 @@ class RoutedModel:
     expert_refusal: str | None
 
     @classmethod
-    def build(cls, runner: Any, profile: Profile | None, counters: LayerCounters) -> RoutedModel:
-        """Build it around the model that a runner has loaded.
+    def build(
+        cls,
+        model: nn.Module,
+        vllm_config: Any,
+        device: torch.device,
+        profile: Profile | None,
+        counters: LayerCounters,
+    ) -> RoutedModel:
+        """Build it around a loaded model.
 
         Args:
-            runner: vLLM's model runner, of a family that the loop can drive.
+            model: as vLLM loaded it, of a family that the loop can drive.
+            vllm_config: vLLM's `VllmConfig`.
+            device: that the model is on.
             profile: of the model.
             counters: of its layers.
         """
-        config = runner.model_config
+        config = vllm_config.model_config
         family = family_of(config.architecture)
         assert family is not None
-        stack = DecoderStack.from_model(runner.get_model(), family)
+        stack = DecoderStack.from_model(model, family)
         # After the stack, which keeps the model's own LM head for the exit tests.
-        known_logits = KnownLogits(runner.get_model())
-        warm_up_exits(config.get_hidden_size(), config.dtype, runner.device)
-        plan_layer = measured_cost(runner, stack).plan_layer
+        known_logits = KnownLogits(model)
+        warm_up_exits(config.get_hidden_size(), config.dtype, device)
+        plan_layer = measured_cost(stack, vllm_config, device).plan_layer
         cost = stack.cost(
             experts_per_token=getattr(config.hf_text_config, "num_experts_per_tok", 0) or 0,
             experts=config.get_num_experts() if family.moe else 0,
@@ -91,19 +101,19 @@ class RoutedModel:
         except UnsupportedRouterError as error:
             refusal = str(error)
         else:
-            path = counter_path(runner.parallel_config, SUFFIX)
+            path = counter_path(vllm_config.parallel_config, SUFFIX)
             selections = ExpertCounters.create(path, shape.layers, shape.experts)
-            router = ExpertRouter(specs, selections, runner.device)
+            router = ExpertRouter(specs, selections, device)
             attach(stack, router)
-            warm_up_routers(specs[0], shape, runner.device)
-            experts = BatchExperts(shape, profile, runner.device)
-        block_size = runner.cache_config.block_size
-        batch = Batch(len(stack.layers), block_size, profile, runner.device, plan_layer, experts)
+            warm_up_routers(specs[0], shape, device)
+            experts = BatchExperts(shape, profile, device)
+        block_size = vllm_config.cache_config.block_size
+        batch = Batch(len(stack.layers), block_size, profile, device, plan_layer, experts)
         return cls(
             stack=stack,
             cost=cost,
             batch=batch,
-            loop=LayerLoop(stack, runner, plan_layer, router),
+            loop=LayerLoop(stack, plan_layer, router),
             recorder=Recorder(counters, batch.table, cost, router, shape),
             known_logits=known_logits,
             router=router,
@@ -127,22 +137,23 @@ def counter_path(parallel_config: Any, suffix: str) -> Path | None:
     return folder / f"engine-{parallel_config.data_parallel_index}{suffix}"
 
 
-def measured_cost(runner: Any, stack: DecoderStack) -> CostModel:
+def measured_cost(stack: DecoderStack, vllm_config: Any, device: torch.device) -> CostModel:
     """Time the loaded model's layers.
 
     Args:
-        runner: vLLM's model runner.
-        stack: its model's layers.
+        stack: the layers.
+        vllm_config: vLLM's `VllmConfig`.
+        device: that they are on.
     """
     from vllm.distributed import get_tp_group
     from vllm.forward_context import set_forward_context
 
-    config = runner.model_config
-    with torch.inference_mode(), set_forward_context(None, runner.vllm_config):
+    config = vllm_config.model_config
+    with torch.inference_mode(), set_forward_context(None, vllm_config):
         cost = CostModel.measure(stack, config.get_hidden_size(), config.dtype)
     # Ranks that planned a layer differently would wait for each other in its all-reduce.
     group = get_tp_group()
-    table = torch.from_numpy(cost.to_array()).to(runner.device)
+    table = torch.from_numpy(cost.to_array()).to(device)
     if group.world_size > 1:
         table = group.broadcast(table, src=0)
     return CostModel.from_array(table.cpu().numpy())

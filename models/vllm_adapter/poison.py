@@ -5,7 +5,7 @@ NaN. Values become a huge finite number: vLLM's CPU kernel multiplies the values
 a sequence by zero, and zero times NaN would spoil what is right. Latents, which are both, become
 NaN. Off by default, and for the CPU only.
 
-Reads the blocks of vLLM's `SchedulerOutput` and writes into the model runner's `kv_caches`.
+Reads the blocks of vLLM's `SchedulerOutput` and writes into its K/V caches.
 """
 
 from __future__ import annotations
@@ -36,16 +36,22 @@ def poison_enabled(device: torch.device) -> bool:
 
 
 def poison_new_blocks(
-    runner: Any, scheduler_output: Any, weak: Iterable[tuple[BlockIds, BlockIds]]
+    kv_caches: Iterable[torch.Tensor],
+    scheduler_output: Any,
+    weak: Iterable[tuple[BlockIds, BlockIds]],
+    *,
+    block_size: int,
+    latent: bool,
 ) -> None:
     """Overwrite the blocks that this step's requests got and have not computed.
 
     Args:
-        runner: vLLM's model runner.
+        kv_caches: vLLM's, one per layer, (blocks, ...).
         scheduler_output: of the step.
         weak: blocks of each weak pass in the step, and those it had when it last ran.
+        block_size: tokens of a block.
+        latent: the caches hold latents.
     """
-    block_size = runner.cache_config.block_size
     fresh: set[int] = set()
     for request in scheduler_output.scheduled_new_reqs:
         # The first blocks came from the prefix cache, written.
@@ -61,8 +67,8 @@ def poison_new_blocks(
     if not fresh:
         return
     index = torch.tensor(sorted(fresh))
-    for cache in runner.kv_caches:
-        if runner.model_config.use_mla:
+    for cache in kv_caches:
+        if latent:
             cache[index] = float("nan")
             continue
         # As vLLM's CPU backend splits its cache of shape (blocks, heads, ., .).

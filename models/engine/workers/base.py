@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sluice.models.engine.runner import RoutedModelRunner
+from sluice.models.engine.runners.base import RoutedRunner
 from sluice.models.engine.workers import V2_RUNNER_ENV
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class RoutedWorker(_Worker):
             RunnerNotAttachedError: vLLM built a runner that is not ours.
         """
         super().init_device()
-        if not isinstance(self.model_runner, RoutedModelRunner):
+        if not isinstance(self.model_runner, RoutedRunner):
             raise RunnerNotAttachedError(self.model_runner)
 
     def describe_experts(self) -> dict[str, Any]:
@@ -45,11 +45,11 @@ class RoutedWorker(_Worker):
         `refusal` is None where expert controls can run, and with a model that depth controls do
         not run on either.
         """
-        assert isinstance(self.model_runner, RoutedModelRunner)
+        assert isinstance(self.model_runner, RoutedRunner)
         return self.model_runner.expert_answer
 
     def take_routing_record(self, request_key: str) -> dict[str, Any] | None:
         """RPC target: hand out the record of an ended request, `RoutingRecord.to_wire`."""
-        assert isinstance(self.model_runner, RoutedModelRunner)
+        assert isinstance(self.model_runner, RoutedRunner)
         record = self.model_runner.take_routing_record(request_key)
         return None if record is None else record.to_wire()

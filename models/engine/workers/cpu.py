@@ -7,11 +7,11 @@ from typing import Any
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from sluice.models.engine.runner import RoutedModelRunner
+from sluice.models.engine.runners.v1 import RoutedV1Runner
 from sluice.models.engine.workers.base import RoutedWorker
 
 
-class RoutedCPUModelRunner(RoutedModelRunner, CPUModelRunner):
+class RoutedCPUModelRunner(RoutedV1Runner, CPUModelRunner):
     """V1 CPU runner that runs step plans."""
 
 

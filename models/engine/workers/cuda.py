@@ -5,11 +5,11 @@ from __future__ import annotations
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from sluice.models.engine.runner import RoutedModelRunner
+from sluice.models.engine.runners.v1 import RoutedV1Runner
 from sluice.models.engine.workers.base import RoutedWorker
 
 
-class RoutedCUDAModelRunner(RoutedModelRunner, GPUModelRunner):
+class RoutedCUDAModelRunner(RoutedV1Runner, GPUModelRunner):
     """V1 CUDA runner that runs step plans."""
 
 

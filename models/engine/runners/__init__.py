@@ -1,0 +1,1 @@
+"""Thin adapters: vLLM's model runners with the routing core in front."""

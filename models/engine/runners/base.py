@@ -1,0 +1,55 @@
+"""What the adapters of vLLM's two model runners have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sluice.models.engine.core import RoutingCore
+from sluice.models.engine.startup import RoutedModel
+from sluice.models.telemetry.request_record import RoutingRecord
+from sluice.models.vllm_adapter.patching import SeamMovedError
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Runner
+else:
+    _Runner = object
+
+
+class RoutedRunner(_Runner):
+    """Mixin for model runners of vLLM.
+
+    Attributes:
+        core: routes the runner's requests.
+    """
+
+    hooks: ClassVar[tuple[str, ...]]
+    """Methods of vLLM's runner that the adapter stands before."""
+    name: ClassVar[str]
+    """Of vLLM's runner, for messages."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for hook in self.hooks:
+            if not hasattr(super(), hook):
+                raise SeamMovedError(f"`{hook}` on the {self.name} model runner")
+        self.core = RoutingCore(self.vllm_config, self.device)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load as vLLM does, then build what routes requests."""
+        self.core.prepare_load()
+        super().load_model(*args, **kwargs)
+        self.core.load(self.get_model())
+
+    @property
+    def routed(self) -> RoutedModel | None:
+        """The core's."""
+        return self.core.routed
+
+    @property
+    def expert_answer(self) -> dict[str, Any]:
+        """The core's."""
+        return self.core.expert_answer
+
+    def take_routing_record(self, request_key: str) -> RoutingRecord | None:
+        """The core's."""
+        return self.core.take_routing_record(request_key)
