@@ -87,8 +87,8 @@ class Comparison:
     async def _run(self, stock_url: str, our_url: str, say: Callable[[str], None]) -> list[Pairs]:
         rows = [Pairs(name, batch) for batch in self.batches for name in self.policies]
         async with (
-            httpx.AsyncClient(base_url=stock_url, timeout=_TIMEOUT_SECONDS) as stock,
-            httpx.AsyncClient(base_url=our_url, timeout=_TIMEOUT_SECONDS) as ours,
+            _client(stock_url) as stock,
+            _client(our_url) as ours,
         ):
             for repeat in range(-1, self.repeats):  # The one before the first is a warm-up.
                 say("warm-up" if repeat < 0 else f"repeat {repeat + 1} of {self.repeats}")
@@ -107,3 +107,9 @@ class Comparison:
             taken = await timed_batch(client, self.model, prompts, routing, tokens)
             if repeat >= 0:
                 times.append(taken)
+
+
+def _client(url: str) -> httpx.AsyncClient:
+    """A client without idle connections: a server closes them after seconds, as we wait longer."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_SECONDS, limits=limits)

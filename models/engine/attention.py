@@ -134,14 +134,40 @@ class StepContext:
             slots = {name: slot[:total] for name, slot in context.slot_mapping.items()}
             self._whole = RowsContext(dict(context.attn_metadata), slots, positions, None)
         self._contexts: dict[int, RowsContext] = {}
+        self._written: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         buffers.builders.begin_step()
 
-    def enter(self, kv_name: str, rows: Rows) -> torch.Tensor:
-        """Point the forward context's entry of a layer at `rows`; their positions, (rows,)."""
+    def enter(self, kv_name: str, rows: Rows, writes: Rows) -> torch.Tensor:
+        """Point the forward context's entry of a layer at rows.
+
+        Args:
+            kv_name: the layer's.
+            rows: that run.
+            writes: those of them that write K/V.
+
+        Returns:
+            Positions of `rows`, (rows,), int64.
+        """
         context = self._rows_context(rows)
+        slots = context.slots if writes is rows else self._some_slots(rows, context, writes)
         self._context.attn_metadata[kv_name] = context.metadata[kv_name]
-        self._context.slot_mapping[kv_name] = context.slots[kv_name]
+        self._context.slot_mapping[kv_name] = slots[kv_name]
         return context.positions
+
+    def _some_slots(
+        self, rows: Rows, context: RowsContext, writes: Rows
+    ) -> dict[str, torch.Tensor]:
+        """Slots of `rows` by layer name, -1 for those that are not in `writes`."""
+        key = id(rows), id(writes)
+        if key not in self._written:
+            silent = torch.from_numpy(~np.isin(rows.tokens, writes.tokens))
+            slots: dict[str, torch.Tensor] = {}
+            for group in self._buffers.groups:
+                all_slots = context.slots[group.layer_names[0]]
+                some = all_slots.masked_fill(silent.to(all_slots.device), -1)
+                slots.update(dict.fromkeys(group.layer_names, some))
+            self._written[key] = slots
+        return self._written[key]
 
     def _rows_context(self, rows: Rows) -> RowsContext:
         if rows.everything and self._whole is not None:

@@ -139,7 +139,7 @@ class Batch:
         block_size: int,
         profile: Profile | None,
         device: torch.device,
-        plan_layer: LayerPlanner,
+        plan_layers: LayerPlanner,
         experts: BatchExperts | None,
     ) -> None:
         """Start without requests.
@@ -149,10 +149,10 @@ class Batch:
             block_size: tokens of a K/V block.
             profile: of the model, or None.
             device: that it runs on.
-            plan_layer: chooses how each layer is run.
+            plan_layers: chooses how layers are run.
             experts: expert controls, or None if it has no routed experts.
         """
-        self.plan_layer = plan_layer
+        self.plan_layers = plan_layers
         self.experts = experts
         self.table = MaskTable(num_layers)
         self._num_layers = num_layers
@@ -320,7 +320,9 @@ class Batch:
         if plan is None:
             if len(self._plans) >= _MAX_CACHED_PLANS:
                 self._plans.clear()
-            plan = build_plan(segments, requests, self.table.skip, self.table.fill, self.plan_layer)
+            plan = build_plan(
+                segments, requests, self.table.skip, self.table.fill, self.plan_layers
+            )
             self._plans[segments] = plan
         return plan
 

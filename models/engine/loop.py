@@ -11,44 +11,46 @@ of the layers that follow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from sluice.kernels.ops.row_compact import row_compact, row_scatter
 from sluice.models.engine.attention import BatchBuffers, StepContext, rows_forward_context
 from sluice.models.engine.observers import LayerObserver
-from sluice.models.engine.plan import LayerPlan, LayerPlanner, Rows, StepShape, Work
+from sluice.models.engine.plan import LayerNeeds, LayerPlan, LayerPlanner, Rows, StepPlan
 from sluice.models.engine.step import RoutedStep
+from sluice.models.engine.sublayers.sublayers import SubLayers
 from sluice.models.experts.router import ExpertRouter
 from sluice.models.policy.axes import BoolArray, IntArray
-from sluice.models.vllm_adapter.decoder import DecoderLayer, DecoderStack
-from sluice.models.vllm_adapter.kv_fill import fill_keys_values
+from sluice.models.vllm_adapter.decoder import DecoderStack
 
 
 class RemainingRows:
-    """Restricts layer plans to the rows that no observer has taken out.
+    """Restricts the plans of layers to the rows that no observer has taken out.
 
     A row that leaves runs no further layer. In the attentions that it would have run its keys and
-    values (K/V) are filled, or nothing is, as the observer says. A plan is cut once after each
-    leave, and the layers that follow share the result.
+    values (K/V) are filled, or nothing is, as the observer says. After a leave the layers that
+    follow are planned once more, all together.
     """
 
-    def __init__(self, shape: StepShape, plan_layer: LayerPlanner) -> None:
-        self._shape = shape.forked()
-        self._plan_layer = plan_layer
-        total = len(shape.requests)
+    def __init__(self, plan: StepPlan, plan_layers: LayerPlanner) -> None:
+        self._shape = plan.shape.forked()
+        self._planned = plan.layers
+        self._plan_layers = plan_layers
+        total = len(self._shape.requests)
         self._gone = np.zeros(total, dtype=np.bool_)
         self._filling = np.zeros(total, dtype=np.bool_)
         self._passing: BoolArray | None = None
-        self._any = False
-        self._cut: dict[int, LayerPlan] = {}
+        self._changed = False
+        self._restricted = plan.layers
 
     def leave(self, tokens: IntArray, *, fill: bool) -> None:
         """Take rows out of all further layers."""
         self._gone[tokens] = True
         self._filling[tokens] = fill
-        self._any = True
-        self._cut.clear()
+        self._changed = True
 
     def pass_over(self, tokens: IntArray) -> None:
         """Take rows out of the next layer, without K/V."""
@@ -56,27 +58,30 @@ class RemainingRows:
             self._passing = np.zeros_like(self._gone)
         self._passing[tokens] = True
 
-    def restrict(self, plan: LayerPlan) -> LayerPlan:
-        """What is left of the next layer."""
+    def layer(self, index: int) -> LayerPlan:
+        """What is left of layer `index`, which comes next."""
+        if self._changed:
+            after = self._replanned(self._planned[index:], self._gone)
+            self._restricted = (*self._planned[:index], *after)
+            self._changed = False
         passing, self._passing = self._passing, None
         if passing is None:
-            if not self._any:
-                return plan
-            cut = self._cut.get(id(plan))
-            if cut is None:
-                cut = self._cut[id(plan)] = self._restricted(plan, self._gone)
-            return cut
-        return self._restricted(plan, self._gone | passing)
+            return self._restricted[index]
+        (plan,) = self._replanned([self._planned[index]], self._gone | passing)
+        return plan
 
-    def _restricted(self, plan: LayerPlan, out: BoolArray) -> LayerPlan:
+    def _replanned(self, plans: Sequence[LayerPlan], out: BoolArray) -> list[LayerPlan]:
         shape = self._shape
-        attending = shape.chosen(plan.attention)
-        return self._plan_layer(
-            shape,
-            shape.rows(attending & ~out),
-            shape.rows(shape.chosen(plan.fill) | (attending & self._filling)),
-            shape.rows(shape.chosen(plan.mlp) & ~out),
-        )
+        needs: dict[int, LayerNeeds] = {}
+        for plan in plans:
+            if id(plan) not in needs:
+                attending = shape.chosen(plan.attention)
+                needs[id(plan)] = LayerNeeds(
+                    shape.rows(attending & ~out),
+                    shape.rows(shape.chosen(plan.fill) | (attending & self._filling)),
+                    shape.rows(shape.chosen(plan.mlp) & ~out),
+                )
+        return self._plan_layers(shape, [needs[id(plan)] for plan in plans])
 
 
 class ResidualStream:
@@ -86,6 +91,11 @@ class ResidualStream:
         self._all = (hidden, torch.zeros_like(hidden))
         self._view = self._all
         self._rows: Rows | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._all[0].device
 
     def select(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """The pair of `rows`; what was selected before is written back first."""
@@ -134,11 +144,13 @@ class LayerLoop:
     def __init__(
         self,
         stack: DecoderStack,
-        plan_layer: LayerPlanner,
+        sublayers: SubLayers,
+        plan_layers: LayerPlanner,
         router: ExpertRouter | None,
     ) -> None:
         self._stack = stack
-        self._plan_layer = plan_layer
+        self._sublayers = sublayers
+        self._plan_layers = plan_layers
         self._router = router
 
     def run(
@@ -170,15 +182,15 @@ class LayerLoop:
             hidden = inputs_embeds.clone()
         hidden, positions = _with_unscheduled(step, hidden, positions)
         stream = ResidualStream(hidden)
-        remaining = RemainingRows(step.plan.shape, self._plan_layer)
+        remaining = RemainingRows(step.plan, self._plan_layers)
         with rows_forward_context() as context:
             at_rows = StepContext(buffers, context, step, positions)
-            run = _Run(self._stack, at_rows, stream, self._router)
+            run = _Run(self._stack, self._sublayers, at_rows, stream, self._router)
             control = _Control(remaining, stream)
-            for index, layer in enumerate(self._stack.layers):
+            for index in range(len(self._stack.layers)):
                 observers = [o for o in step.observers if len(o.tokens) and index in o.layers]
                 befores = [_before(observer, index, stream, control) for observer in observers]
-                run.layer(layer, remaining.restrict(step.plan.layers[index]))
+                run.layer(index, remaining.layer(index))
                 self._look(index, observers, befores, stream, control)
             for observer in step.observers:
                 observer.finish(control)
@@ -263,42 +275,33 @@ class _Run:
     def __init__(
         self,
         stack: DecoderStack,
+        sublayers: SubLayers,
         context: StepContext,
         stream: ResidualStream,
         router: ExpertRouter | None,
     ) -> None:
-        self._stack = stack
+        self._names = [layer.kv_name for layer in stack.layers]
+        self._sublayers = sublayers
         self._context = context
         self._stream = stream
         self._router = router
 
-    def layer(self, layer: DecoderLayer, rows: LayerPlan) -> None:
+    def layer(self, index: int, plan: LayerPlan) -> None:
         """Fill, attend, and run the MLP."""
-        if len(rows.separate_fill):
-            self._fill(layer, rows.separate_fill)
-        if len(rows.attend.rows):
-            self._attend(layer, rows.attend)
-        if len(rows.run_mlp.rows):
-            if self._router is not None:
-                self._router.enter(rows.run_mlp.rows.tokens, rows.run_mlp.dropped)
-            delta, residual = self._stream.select(rows.run_mlp.rows)
-            normed, residual = layer.mlp_norm(delta, residual)
-            self._store(rows.run_mlp, layer.mlp(normed), residual)
-
-    def _attend(self, layer: DecoderLayer, work: Work) -> None:
-        positions = self._context.enter(layer.kv_name, work.rows)
-        normed, residual = layer.attention_norm(*self._stream.select(work.rows))
-        self._store(work, layer.attention(positions=positions, hidden_states=normed), residual)
-
-    def _store(self, work: Work, delta: torch.Tensor, residual: torch.Tensor) -> None:
-        if len(work.dropped):
-            # The norm has moved the pending delta into the residual: no delta is no change.
-            delta.index_fill_(0, torch.from_numpy(work.dropped).to(delta.device), 0.0)
-        self._stream.store(delta, residual)
-
-    def _fill(self, layer: DecoderLayer, rows: Rows) -> None:
-        positions = self._context.enter(layer.kv_name, rows)
-        delta, residual = self._stream.select(rows)
-        # The norm works in place and these rows keep their pair.
-        normed, _ = layer.attention_norm(delta.clone(), residual.clone())
-        fill_keys_values(layer, positions, normed)
+        attend, mlp, fill = plan.attend, plan.run_mlp, plan.separate_fill
+        if len(fill):
+            positions = self._context.enter(self._names[index], fill, fill)
+            self._sublayers.fill(index, *self._stream.select(fill), positions)
+        if len(mlp.rows) and self._router is not None:
+            self._router.enter(mlp.rows.tokens, mlp.dropped)
+        kept = attend.kept(self._stream.device), mlp.kept(self._stream.device)
+        if len(attend.rows):
+            positions = self._context.enter(self._names[index], attend.rows, plan.writes)
+            pair = self._stream.select(attend.rows)
+            if attend.rows is mlp.rows:
+                self._stream.store(*self._sublayers.block(index, *pair, positions, *kept))
+                return
+            self._stream.store(*self._sublayers.attend(index, *pair, positions, kept[0]))
+        if len(mlp.rows):
+            pair = self._stream.select(mlp.rows)
+            self._stream.store(*self._sublayers.run_mlp(index, *pair, kept[1]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -70,6 +70,11 @@ class StepShape:
     def pending(self) -> bool:
         """Whether there are rows that vLLM did not schedule."""
         return len(self.scheduled) < len(self.requests)
+
+    @property
+    def one_row_each(self) -> bool:
+        """Whether every request has one row: a step that only decodes."""
+        return not self.pending and len(self.requests) == len(self.ends)
 
     def rows(self, chosen: BoolArray) -> Rows:
         """The chosen rows, one object per set. `chosen`: bool, (tokens,)."""
@@ -134,6 +139,17 @@ class Work:
 
     rows: Rows
     dropped: IntArray
+    _kept: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def kept(self, device: torch.device) -> torch.Tensor | None:
+        """Whose output stays, bool, (rows, 1); None if everybody's. Made once per plan."""
+        if not len(self.dropped):
+            return None
+        if device not in self._kept:
+            kept = np.ones((len(self.rows), 1), dtype=np.bool_)
+            kept[self.dropped] = False
+            self._kept[device] = torch.from_numpy(kept).to(device)
+        return self._kept[device]
 
     @classmethod
     def keeping(cls, rows: Rows, wanted: Rows) -> Work:
@@ -151,7 +167,8 @@ class LayerPlan:
         attention: rows that attend.
         fill: rows that only write K/V.
         mlp: rows that run the MLP.
-        attend: rows run through the attention: those that attend, or those that fill as well.
+        attend: rows run through the attention: those that attend, and maybe others.
+        writes: rows of `attend` that write K/V.
         separate_fill: rows whose K/V are written on their own.
         run_mlp: rows run through the MLP.
     """
@@ -160,22 +177,39 @@ class LayerPlan:
     fill: Rows
     mlp: Rows
     attend: Work
+    writes: Rows
     separate_fill: Rows
     run_mlp: Work
 
 
+class LayerNeeds(NamedTuple):
+    """Which rows need which part of a layer: they attend, only write K/V, run the MLP."""
+
+    attention: Rows
+    fill: Rows
+    mlp: Rows
+
+
 class LayerPlanner(Protocol):
-    """Chooses how a layer is run; `sluice.models.engine.cost_model` and `compact` do."""
+    """Chooses how layers are run; `sluice.models.engine.cost_model` and `compact` do."""
 
-    def __call__(self, shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:
-        """Plan a layer for the rows that need its parts."""
+    def __call__(self, shape: StepShape, needs: Sequence[LayerNeeds]) -> list[LayerPlan]:
+        """Plan layers that follow each other, for the rows that need their parts."""
 
 
-def compact(shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:  # noqa: ARG001
+def compact(shape: StepShape, needs: Sequence[LayerNeeds]) -> list[LayerPlan]:  # noqa: ARG001
     """Run exactly the rows that need it."""
-    return LayerPlan(
-        attention, fill, mlp, Work.keeping(attention, attention), fill, Work.keeping(mlp, mlp)
-    )
+    plans = {
+        each: LayerPlan(
+            *each,
+            attend=Work.keeping(each.attention, each.attention),
+            writes=each.attention,
+            separate_fill=each.fill,
+            run_mlp=Work.keeping(each.mlp, each.mlp),
+        )
+        for each in set(needs)
+    }
+    return [plans[each] for each in needs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +232,7 @@ def build_plan(
     requests: int,
     skip: BoolArray,
     fill: BoolArray,
-    plan_layer: LayerPlanner = compact,
+    plan_layers: LayerPlanner = compact,
 ) -> StepPlan:
     """Plan a step.
 
@@ -207,7 +241,7 @@ def build_plan(
         requests: number of requests in the step.
         skip: the mask table's, (masks, layers, 2 modules).
         fill: the mask table's, (masks, layers).
-        plan_layer: chooses how each layer is run.
+        plan_layers: chooses how they are run.
     """
     owners, masks, lengths = (
         np.array([getattr(s, name) for s in segments], dtype=np.int64)
@@ -220,16 +254,14 @@ def build_plan(
         scheduled=np.flatnonzero(~np.repeat([s.pending or s.weak for s in segments], lengths)),
     )
     skips, fills = skip[masks], fill[masks]
-    planned: dict[bytes, LayerPlan] = {}
+    sets: dict[bytes, LayerNeeds] = {}
 
-    def layer(own_skips: BoolArray, own_fills: BoolArray) -> LayerPlan:
+    def needs(own_skips: BoolArray, own_fills: BoolArray) -> LayerNeeds:
         key = own_skips.tobytes() + own_fills.tobytes()
-        if key not in planned:
-            sets = (~own_skips[:, ATTENTION], own_fills, ~own_skips[:, MLP])
-            planned[key] = plan_layer(
-                shape, *(shape.rows(np.repeat(rows, lengths)) for rows in sets)
-            )
-        return planned[key]
+        if key not in sets:
+            chosen = (~own_skips[:, ATTENTION], own_fills, ~own_skips[:, MLP])
+            sets[key] = LayerNeeds(*(shape.rows(np.repeat(rows, lengths)) for rows in chosen))
+        return sets[key]
 
-    layers = tuple(layer(skips[:, index], fills[:, index]) for index in range(skip.shape[1]))
-    return StepPlan(shape, layers, not skips.any())
+    layers = [needs(skips[:, index], fills[:, index]) for index in range(skip.shape[1])]
+    return StepPlan(shape, tuple(plan_layers(shape, layers)), not skips.any())

@@ -6,7 +6,10 @@ compiled before the first request, and our router is put before vLLM's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import os
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ from sluice.models.engine.batch import Batch
 from sluice.models.engine.cost_model import CostModel
 from sluice.models.engine.loop import LayerLoop
 from sluice.models.engine.recorder import Recorder
+from sluice.models.engine.sublayers.compiled import Compiler
+from sluice.models.engine.sublayers.graphs import examples
+from sluice.models.engine.sublayers.sublayers import CompiledSubLayers, SubLayers
 from sluice.models.experts.batch import BatchExperts
 from sluice.models.experts.policy_table import ExpertTable
 from sluice.models.experts.router import ExpertRouter
@@ -33,10 +39,16 @@ from sluice.models.telemetry.counter_file import telemetry_folder
 from sluice.models.telemetry.expert_counters import SUFFIX, ExpertCounters
 from sluice.models.telemetry.layer_counters import LayerCounters
 from sluice.models.telemetry.request_record import ModuleCost
+from sluice.models.vllm_adapter.compilation import experts_as_operations, inductor_options
 from sluice.models.vllm_adapter.decoder import DecoderStack
 from sluice.models.vllm_adapter.families import family_of
 from sluice.models.vllm_adapter.logits import KnownLogits
 from sluice.models.vllm_adapter.routers import UnsupportedRouterError, attach, read_routers
+
+SEGMENTS_ENV = "SLUICE_SEGMENTS"
+"""Environment variable that is `off` to run the layers uncompiled, for a comparison."""
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +102,10 @@ class RoutedModel:
         # After the stack, which keeps the model's own LM head for the exit tests.
         known_logits = KnownLogits(model)
         warm_up_exits(config.get_hidden_size(), config.dtype, device)
-        plan_layer = measured_cost(stack, vllm_config, device).plan_layer
+        sublayers = build_sublayers(stack, vllm_config, device)
+        # So that exit tests read what the LM head reads.
+        stack = replace(stack, final_norm=sublayers.final_norm)
+        plan_layers = measured_cost(stack, sublayers, vllm_config, device).plan_layers
         cost = stack.cost(
             experts_per_token=getattr(config.hf_text_config, "num_experts_per_tok", 0) or 0,
             experts=config.get_num_experts() if family.moe else 0,
@@ -108,12 +123,12 @@ class RoutedModel:
             warm_up_routers(specs[0], shape, device)
             experts = BatchExperts(shape, profile, device)
         block_size = vllm_config.cache_config.block_size
-        batch = Batch(len(stack.layers), block_size, profile, device, plan_layer, experts)
+        batch = Batch(len(stack.layers), block_size, profile, device, plan_layers, experts)
         return cls(
             stack=stack,
             cost=cost,
             batch=batch,
-            loop=LayerLoop(stack, plan_layer, router),
+            loop=LayerLoop(stack, sublayers, plan_layers, router),
             recorder=Recorder(counters, batch.table, cost, router, shape),
             known_logits=known_logits,
             router=router,
@@ -137,11 +152,42 @@ def counter_path(parallel_config: Any, suffix: str) -> Path | None:
     return folder / f"engine-{parallel_config.data_parallel_index}{suffix}"
 
 
-def measured_cost(stack: DecoderStack, vllm_config: Any, device: torch.device) -> CostModel:
+def build_sublayers(stack: DecoderStack, vllm_config: Any, device: torch.device) -> SubLayers:
+    """The parts of the layers, compiled where vLLM compiles the model.
+
+    Args:
+        stack: the model's layers.
+        vllm_config: vLLM's `VllmConfig`.
+        device: that the model is on.
+    """
+    from vllm.forward_context import set_forward_context
+
+    options = inductor_options(vllm_config)
+    if options is None or os.environ.get(SEGMENTS_ENV) == "off":
+        return SubLayers(stack)
+    config = vllm_config.model_config
+    arguments = examples(config.get_hidden_size(), config.dtype, device)
+    began = time.perf_counter()
+    with (
+        torch.inference_mode(),
+        set_forward_context(None, vllm_config),
+        experts_as_operations(stack),
+    ):
+        compiler = Compiler(options, arguments)
+        sublayers = CompiledSubLayers(stack, compiler, arguments)
+    seconds = time.perf_counter() - began
+    _LOG.info("compiled the parts of %d layers in %.0f s", len(stack.layers), seconds)
+    return sublayers
+
+
+def measured_cost(
+    stack: DecoderStack, sublayers: SubLayers, vllm_config: Any, device: torch.device
+) -> CostModel:
     """Time the loaded model's layers.
 
     Args:
         stack: the layers.
+        sublayers: run their parts.
         vllm_config: vLLM's `VllmConfig`.
         device: that they are on.
     """
@@ -150,7 +196,7 @@ def measured_cost(stack: DecoderStack, vllm_config: Any, device: torch.device) -
 
     config = vllm_config.model_config
     with torch.inference_mode(), set_forward_context(None, vllm_config):
-        cost = CostModel.measure(stack, config.get_hidden_size(), config.dtype)
+        cost = CostModel.measure(stack, sublayers, config.get_hidden_size(), config.dtype)
     # Ranks that planned a layer differently would wait for each other in its all-reduce.
     group = get_tp_group()
     table = torch.from_numpy(cost.to_array()).to(device)

@@ -41,6 +41,11 @@ class DecoderLayer:
     """The way to K/V alone; None where only the attention itself knows it."""
 
     @property
+    def fills_alone(self) -> bool:
+        """Whether K/V are written by tensor operations alone, without the attention module."""
+        return self.latent or self.key_values is not None
+
+    @property
     def kv_name(self) -> str:
         """Name under which vLLM's forward context knows this layer's K/V cache."""
         return str(self.attention_op.layer_name)

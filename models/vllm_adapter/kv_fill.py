@@ -59,22 +59,23 @@ def paged_cache(attention_op: Any) -> PagedCache | None:
     return PagedCache(keys, values, slots)
 
 
-def write_keys_values(attention_op: Any, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Write K/V at the forward context's slots, without attending.
+def write_keys_values(attention_op: Any, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Write K/V at the forward context's slots, without attending; `fill_keys_values` returns it.
 
     Args:
         attention_op: vLLM `Attention` layer.
         key: (rows, kv_heads * head_size) or by head, after rotary embedding.
         value: (rows, kv_heads * value_size) or by head.
     """
-    torch.ops.vllm.unified_kv_cache_update(
+    written: torch.Tensor = torch.ops.vllm.unified_kv_cache_update(
         key.view(-1, attention_op.num_kv_heads, attention_op.head_size),
         value.view(-1, attention_op.num_kv_heads, attention_op.head_size_v),
         _encode_layer_name(attention_op.layer_name),
     )
+    return written
 
 
-def write_latents(attention_op: Any, latent: torch.Tensor, key: torch.Tensor) -> None:
+def write_latents(attention_op: Any, latent: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Write the entries of a latent attention's cache at the forward context's slots.
 
     Args:
@@ -82,16 +83,17 @@ def write_latents(attention_op: Any, latent: torch.Tensor, key: torch.Tensor) ->
         latent: (rows, kv_lora_rank), normalised.
         key: (rows, 1, qk_rope_head_dim), after rotary embedding.
     """
-    torch.ops.vllm.unified_mla_kv_cache_update(
+    written: torch.Tensor = torch.ops.vllm.unified_mla_kv_cache_update(
         latent,
         key,
         _encode_layer_name(attention_op.layer_name),
         attention_op.kv_cache_dtype,
         attention_op._k_scale,
     )
+    return written
 
 
-def fill_latent(layer: DecoderLayer, positions: torch.Tensor, normed: torch.Tensor) -> None:
+def fill_latent(layer: DecoderLayer, positions: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
     """Write the entries of `normed` (rows, hidden) at `positions` (rows,) without attending.
 
     The slots are those of the current forward context.
@@ -105,14 +107,16 @@ def fill_latent(layer: DecoderLayer, positions: torch.Tensor, normed: torch.Tens
     if attention.rotary_emb is not None:
         # It wants queries too, and may turn them in place.
         _, key = attention.rotary_emb(positions, key.clone(), key)
-    write_latents(layer.attention_op, latent, key)
+    return write_latents(layer.attention_op, latent, key)
 
 
 class _KeysValuesWritten(Exception):
     """Leaves an attention module once its K/V are written; never escapes this file."""
 
 
-def fill_keys_values(layer: DecoderLayer, positions: torch.Tensor, normed: torch.Tensor) -> None:
+def fill_keys_values(
+    layer: DecoderLayer, positions: torch.Tensor, normed: torch.Tensor
+) -> torch.Tensor:
     """Write K/V of `normed` (rows, hidden) at `positions` (rows,) without attending.
 
     The slots are those of the current forward context. Where the projection's K/V rows can run
@@ -120,32 +124,32 @@ def fill_keys_values(layer: DecoderLayer, positions: torch.Tensor, normed: torch
     rotary embedding; what is replaced, for this call, is its attention operation, and raising from
     there spares the output projection.
 
+    Returns:
+        An empty tensor. A compiler that sees nobody use it takes the write for dead.
+
     Raises:
         RuntimeError: the attention module did not come to its attention operation.
     """
     if layer.latent:
-        fill_latent(layer, positions, normed)
-        return
+        return fill_latent(layer, positions, normed)
     if layer.key_values is not None:
-        _fill(layer.attention_op, layer.key_values, positions, normed)
-        return
+        return _fill(layer.attention_op, layer.key_values, positions, normed)
     with _write_only(layer.attention_op):
         try:
             layer.attention(positions=positions, hidden_states=normed)
         except _KeysValuesWritten:
-            return
+            return normed.new_empty(0)
     raise RuntimeError(f"{layer.kv_name} never reached its attention operation")
 
 
 def _fill(
     attention_op: Any, key_values: KeyValues, positions: torch.Tensor, normed: torch.Tensor
-) -> None:
+) -> torch.Tensor:
     key, value = key_values.project(normed)
     cache = paged_cache(attention_op)
     if cache is None:
         key = key_values.turned(positions, key_values.normed(key))
-        write_keys_values(attention_op, key, value)
-        return
+        return write_keys_values(attention_op, key, value)
     rotary, norm = key_values.rotary, key_values.norm
     weight, eps = key.new_empty(0), 0.0
     if key_values.by_head:
@@ -164,6 +168,7 @@ def _fill(
         eps,
         rotary.is_neox_style,
     )
+    return key.new_empty(0)
 
 
 @contextmanager

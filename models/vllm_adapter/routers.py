@@ -33,7 +33,7 @@ def read_routers(stack: DecoderStack) -> tuple[ExpertShape, list[RouterSpec]]:
         UnsupportedRouterError: it has no routed experts, or they are chosen out of our reach.
         SeamMovedError: vLLM's routers are not where 0.32.0 has them.
     """
-    runners = _runners(stack)
+    runners = moe_runners(stack)
     if not runners:
         raise UnsupportedRouterError("the model has no routed experts")
     specs = [_spec(runner) for runner in runners.values()]
@@ -48,7 +48,7 @@ def read_routers(stack: DecoderStack) -> tuple[ExpertShape, list[RouterSpec]]:
 
 def attach(stack: DecoderStack, router: ExpertRouter) -> None:
     """Have `router` select in all layers with experts."""
-    for moe_index, runner in enumerate(_runners(stack).values()):
+    for moe_index, runner in enumerate(moe_runners(stack).values()):
         setattr(runner.router, _HOOK, _replaced(router, moe_index, getattr(runner.router, _HOOK)))
 
 
@@ -67,7 +67,7 @@ def _replaced(router: ExpertRouter, moe_index: int, stock: Any) -> Any:
     return compute
 
 
-def _runners(stack: DecoderStack) -> dict[int, Any]:
+def moe_runners(stack: DecoderStack) -> dict[int, Any]:
     """vLLM's `MoERunner` of each decoder layer that has one."""
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 

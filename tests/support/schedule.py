@@ -66,6 +66,8 @@ SLOW = (
     "loadtest/test_demo_server.py",
     "loadtest/test_mock_server.py",
     "models/engine/test_agreement.py",
+    "models/engine/sublayers",
+    "models/engine/test_compiled_depth.py",
     "models/engine/test_contrast.py",
     "models/engine/test_depth_methods.py",
     "models/engine/test_depth_properties.py",

@@ -241,16 +241,16 @@ KEEP_ALL = CostModel(*(np.full(10, seconds) for seconds in (0.0, 1.0, 0.0, 1.0))
 """Costs under which no row that may stay is ever taken out."""
 
 
-@pytest.mark.parametrize("plan_layer", [None, compact, KEEP_ALL.plan_layer])
+@pytest.mark.parametrize("plan_layers", [None, compact, KEEP_ALL.plan_layers])
 def test_neighbours_do_not_matter(
-    served: Served, monkeypatch: pytest.MonkeyPatch, plan_layer: LayerPlanner | None
+    served: Served, monkeypatch: pytest.MonkeyPatch, plan_layers: LayerPlanner | None
 ) -> None:
     """All methods in one batch, prompts of different lengths, however the layers are planned."""
-    if plan_layer is not None:
+    if plan_layers is not None:
         batch = served.engine.runner.routed.batch
-        monkeypatch.setattr(batch, "plan_layer", plan_layer)
+        monkeypatch.setattr(batch, "plan_layers", plan_layers)
         monkeypatch.setattr(batch, "_plans", {})
-        monkeypatch.setattr(served.engine.runner.routed.loop, "_plan_layer", plan_layer)
+        monkeypatch.setattr(served.engine.runner.routed.loop, "_plan_layers", plan_layers)
     assert served.engine.llm.reset_prefix_cache()
     # Elastic rows would agree with each other.
     cases = [case for case in CASES if not case.startswith("elastic")]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,13 @@ import torch
 from support.engine import Engine, engine
 from support.reference import Reference
 from support.tiny import FAMILIES, LAYERS, VOCABULARY, make_model
+from vllm.forward_context import set_forward_context
 
+from sluice.models.engine.sublayers.compiled import Compiler
+from sluice.models.engine.sublayers.graphs import examples, join
+from sluice.models.engine.sublayers.sublayers import CompiledSubLayers
 from sluice.models.policy.policy import Phase, SkipSet
+from sluice.models.vllm_adapter.compilation import experts_as_operations
 from sluice.models.vllm_adapter.families import FAMILIES as DESCRIBED
 from sluice.models.vllm_adapter.families import depth_refusal
 
@@ -76,6 +82,41 @@ def test_random_masks_equal_the_reference(served: tuple[Engine, Reference], phas
     assert alone == expected
     assert together[:-1] == expected
     assert together[-1] == reference.greedy(prompts[0], SkipSet(), TOKENS)
+
+
+class Interpreter(Compiler):
+    """Runs joined graphs as they are, without Inductor."""
+
+    def _compile(self, kinds: Sequence[Any], owned: Sequence[Any]) -> Any:
+        return join(kinds)
+
+
+def test_traced_and_joined_parts_equal_the_reference(
+    served: tuple[Engine, Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compiled where vLLM compiles the model; `test_compiled_depth.py` compiles it too."""
+    running, reference = served
+    runner, stack = running.runner, running.runner.routed.stack
+    width = runner.model_config.get_hidden_size()
+    arguments = examples(width, torch.float32, runner.device)
+    interpreter = Interpreter({}, arguments)
+    with (
+        torch.inference_mode(),
+        set_forward_context(None, runner.vllm_config),
+        experts_as_operations(stack),
+    ):
+        traced = CompiledSubLayers(stack, interpreter, arguments)
+    monkeypatch.setattr(runner.routed.loop, "_sublayers", traced)
+    # DeepSeek's first layer is dense.
+    assert len(interpreter) <= 9
+    rng = random.Random(3)
+    prompts = [random_prompt(rng) for _ in range(4)]
+    skips = [random_skip(rng, phase) for phase in (Phase.BOTH, Phase.DECODE, Phase.PREFILL)]
+    expected = [
+        reference.greedy(prompt, skip, TOKENS)
+        for prompt, skip in zip(prompts, [*skips, SkipSet()], strict=True)
+    ]
+    assert running.generate(prompts, [*skips, None], TOKENS) == expected
 
 
 def test_a_skip_changes_tokens(served: tuple[Engine, Reference]) -> None:

@@ -168,8 +168,10 @@ def test_unwritten_slots_are_never_read(
     assert roomy.generate(prompts, POLICIES, 8) == expected
     assert all(bool(torch.isnan(cache).any()) for cache in roomy.runner.kv_caches)
     # The net itself: K/V that nobody writes must be noticed.
-    monkeypatch.setattr("sluice.models.engine.loop.fill_keys_values", lambda *_: None)
-    monkeypatch.setattr(roomy.runner.routed.loop, "_plan_layer", compact)
+    monkeypatch.setattr(
+        "sluice.models.engine.sublayers.functions.fill_keys_values", lambda *_: None
+    )
+    monkeypatch.setattr(roomy.runner.routed.loop, "_plan_layers", compact)
     assert roomy.llm.reset_prefix_cache()
     left = POLICIES.index(PREFILL_OUT)
     assert roomy.generate([prompts[left]], [PREFILL_OUT], 8)[0] != expected[left]

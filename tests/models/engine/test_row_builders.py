@@ -61,9 +61,9 @@ def one_buffer(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(CPUAttentionMetadataBuilder, "build", overwriting)
     routed = running.runner.routed
-    monkeypatch.setattr(routed.batch, "plan_layer", compact)
+    monkeypatch.setattr(routed.batch, "plan_layers", compact)
     monkeypatch.setattr(routed.batch, "_plans", {})
-    monkeypatch.setattr(routed.loop, "_plan_layer", compact)
+    monkeypatch.setattr(routed.loop, "_plan_layers", compact)
 
 
 @pytest.mark.parametrize("places", [attention.PLACES, 2, 1])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from support.tiny import make_model
 
 from sluice.kernels.ops.router_config import MASKED, ROWS
 from sluice.kernels.ops.router_scores import plain_scores, selection_scores
-from sluice.models.engine.plan import LayerPlan, Rows, StepShape, Work, compact
+from sluice.models.engine.plan import LayerNeeds, LayerPlan, StepShape, Work, compact
 from sluice.models.policy.experts import ExpertPolicy
 from sluice.models.policy.policy import RoutingPolicy, SkipSet
 from sluice.models.telemetry.expert_counters import ExpertCounters
@@ -182,11 +183,12 @@ def test_the_compute_fraction_counts_experts(running: Engine) -> None:
     assert contrast.compute_fraction == pytest.approx(2 - layers * (k - 1) * cost.expert / full)
 
 
-def wide(shape: StepShape, attention: Rows, fill: Rows, mlp: Rows) -> LayerPlan:
+def wide(shape: StepShape, needs: Sequence[LayerNeeds]) -> list[LayerPlan]:
     """Run the MLP for all rows wherever one wants it, and drop what the others get."""
-    plan = compact(shape, attention, fill, mlp)
-    run = Work.keeping(shape.everything, mlp) if len(mlp) else plan.run_mlp
-    return LayerPlan(attention, fill, mlp, plan.attend, plan.separate_fill, run)
+    return [
+        replace(plan, run_mlp=Work.keeping(shape.everything, each.mlp)) if len(each.mlp) else plan
+        for plan, each in zip(compact(shape, needs), needs, strict=True)
+    ]
 
 
 def test_rows_that_are_kept_in_a_layer_save_nothing_there(
@@ -197,10 +199,10 @@ def test_rows_that_are_kept_in_a_layer_save_nothing_there(
     policy = RoutingPolicy(skip, experts=ExpertPolicy(top_k=1))
     batch = running.runner.routed.batch
     records = []
-    for plan_layer in (compact, wide):
+    for plan_layers in (compact, wide):
         batch._plans.clear()
-        monkeypatch.setattr(batch, "plan_layer", plan_layer)
-        monkeypatch.setattr(running.runner.routed.loop, "_plan_layer", plan_layer)
+        monkeypatch.setattr(batch, "plan_layers", plan_layers)
+        monkeypatch.setattr(running.runner.routed.loop, "_plan_layers", plan_layers)
         records.append(fraction(running, policy, neighbours=2))
     batch._plans.clear()
     cost, shape = running.runner.routed.cost, running.runner.routed.expert_shape
