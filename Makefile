@@ -1,13 +1,14 @@
 # make serve | test | lint | bench | load | profile: each makes .venv first and reuses it while the pins stand.
 # make test TESTS="FILE OR FOLDER ..." runs a part of the tests, make test-fast all but engines, servers
-# and training; both in TEST_PROCESSES processes of a thread each (tests/support/schedule.py shares out).
+# and training, make test-v2 a part on vLLM's V2 model runner; all in TEST_PROCESSES processes of a
+# thread each (tests/support/schedule.py shares out).
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test test-fast lint bench load profile real-model real-table clean
+.PHONY: serve test test-v2 test-fast lint bench load profile real-model real-table clean
 
 serve: $(STAMP)
 	$(BIN)/sluice serve --enforce-eager --port 8000
@@ -18,6 +19,12 @@ test: $(STAMP)
 	tests/tools/get-promtool.sh
 	tests/tools/get-chromium.sh
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(TEST_PROCESSES) $(TESTS)
+
+# The same tests as in `make test`, with engines on vLLM's other model runner: its kernels are interpreted.
+V2_TESTS := $(addprefix tests/models/engine/,test_v2.py test_runner.py test_row_builders.py test_stock.py \
+  test_isolation.py test_depth_methods.py test_expert_routing.py test_expert_preemption.py test_contrast.py test_agreement.py)
+test-v2:
+	VLLM_USE_V2_MODEL_RUNNER=1 $(MAKE) test TESTS="$(V2_TESTS)"
 
 test-fast: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(TEST_PROCESSES) -m "not slow" $(TESTS)

@@ -18,7 +18,8 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ["SLUICE_POISON_KV"] = "1"
 # Engines of these tests live in this process; servers are started as a user starts them.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+# `make test-v2` runs a part of the tests on vLLM's other model runner.
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
 # A thread for each of the processes that tests run in; a second would wait for another's core.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
@@ -28,6 +29,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))
+
+if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
+    from support.interpreter import stand_in_for_a_backend
+
+    stand_in_for_a_backend()
 
 
 def pytest_configure() -> None:

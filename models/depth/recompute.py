@@ -44,10 +44,12 @@ class PendingTokens:
         tokens: by ascending position; their depths never increase.
         left: tokens that left early since the last one that ran full depth. A preemption empties
             the list and not this count: it must not change which token runs full depth next.
+        left_before: the count before each token that was decided.
     """
 
     tokens: list[PendingToken] = field(default_factory=list)
     left: int = 0
+    left_before: list[int] = field(default_factory=list)
 
     def must_run_full_depth(self, position: int, block_size: int) -> bool:
         """Whether the token at `position` may not leave early."""
@@ -57,8 +59,14 @@ class PendingTokens:
         """Drop tokens that vLLM computes again after a preemption."""
         self.tokens = [token for token in self.tokens if token.position < position]
 
+    def undo(self, count: int) -> None:
+        """Forget what was decided for the last tokens: they are decided again."""
+        self.left = self.left_before[-count]
+        del self.left_before[-count:]
+
     def clear(self) -> None:
         """Let no token wait: one ran full depth, and with it all that waited."""
+        self.left_before.append(self.left)
         self.tokens = []
         self.left = 0
 
@@ -70,6 +78,7 @@ class PendingTokens:
             depth: last layer it ran, 0-based.
             states: residual streams of the waiting tokens and of this one, (tokens + 1, hidden).
         """
+        self.left_before.append(self.left)
         self.left += 1
         reached = [(token.position, max(token.depth, depth)) for token in self.tokens]
         reached.append((position, depth))

@@ -164,9 +164,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self._states)
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._states
-
     def add(
         self,
         request_id: str,
@@ -198,6 +195,17 @@ class Batch:
         if self.experts is not None and not experts.empty:
             self.experts.add(request_id, experts, len(prompt), lambda: prompt_embedding(embedded()))
         self._states[request_id] = state
+
+    def resume(self, request_id: str, generated: int) -> bool:
+        """Go on with a request that was preempted, and has so many generated tokens.
+
+        Returns:
+            Whether it is here.
+        """
+        state = self._states.get(request_id)
+        if state is not None:
+            state.resume(generated)
+        return state is not None
 
     def remove(self, request_id: str) -> None:
         """Forget an ended request."""

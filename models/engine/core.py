@@ -119,18 +119,27 @@ class RoutingCore:
                 latent=self._config.model_config.use_mla,
             )
 
-    def add(self, request: Any, *, returns: bool = False) -> None:
+    def resume(self, request_id: str, generated: int) -> bool:
+        """Go on with a request that was preempted; what was decided for it still holds.
+
+        Args:
+            request_id: vLLM's.
+            generated: tokens of its answer that vLLM has.
+
+        Returns:
+            Whether it has a policy.
+        """
+        return self.routed is not None and self.routed.batch.resume(request_id, generated)
+
+    def add(self, request: Any) -> None:
         """Add a request that is about to start.
 
         Args:
             request: vLLM's `NewRequestData`.
-            returns: it was preempted and starts again: what was decided for it still holds.
         """
         params = request.sampling_params
         extra = params and RoutingExtraArgs.from_extra_args(params.extra_args)
         if extra is None or self.routed is None:
-            return
-        if returns and request.req_id in self.routed.batch:
             return
         self.routed.batch.add(
             request.req_id,

@@ -81,6 +81,18 @@ class RequestState:
         if new > 0:
             yield Segment(request, DECODE, self._decode, new)
 
+    def resume(self, generated: int) -> None:
+        """Start again after a preemption, with so many generated tokens.
+
+        Where vLLM schedules ahead, it may drop the token that the last of these gave. Then the
+        last one has run already, and is decided again: it must give the same token.
+        """
+        again = len(self._generated) - max(generated - 1, 0)
+        if again > 0:
+            del self._generated[-again:]
+            if self.pending is not None:
+                self.pending.undo(again)
+
     def has_new_token(self, computed: int, scheduled: int) -> bool:
         """Whether the last of these tokens is a generated one that runs for the first time."""
         return computed + scheduled - self.prompt_tokens > len(self._generated)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from sluice.models.depth.prefix_sharing import cache_salt
-from sluice.models.engine.workers import CPU_KV_CACHE_BYTES, V2_RUNNER_ENV, worker_class
+from sluice.models.engine.workers import CPU_KV_CACHE_BYTES, worker_class
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.profile import PROFILE_ENV, Profile
@@ -320,7 +320,6 @@ def _attention_backend(model: Path, dtype: str) -> dict[str, str]:
 
 def _set_environment(profile: Path | None, in_process: bool) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
-    os.environ[V2_RUNNER_ENV] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     for name in (TELEMETRY_ENV, PROFILE_ENV):
         os.environ.pop(name, None)

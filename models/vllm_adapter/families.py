@@ -138,6 +138,7 @@ def depth_refusal(vllm_config: Any) -> str | None:
         or parallel.prefill_context_parallel_size > 1,
         "expert load balancing": parallel.enable_eplb,
         "dual batch overlap": parallel.enable_dbo,
+        "batch-sharded sampling": bool(parallel.enable_batch_sharded_sampling),
         "LoRA": vllm_config.lora_config is not None,
         "K/V transfer": vllm_config.kv_transfer_config is not None,
         "fast prefill by K/V sharing": vllm_config.cache_config.kv_sharing_fast_prefill,

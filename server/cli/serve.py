@@ -17,7 +17,7 @@ import tempfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from sluice.models.engine.workers import CPU_KV_CACHE_BYTES, V2_RUNNER_ENV, worker_class
+from sluice.models.engine.workers import CPU_KV_CACHE_BYTES, worker_class
 from sluice.models.offline.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
 from sluice.models.profile.profile import PROFILE_ENV, ProfileError
 from sluice.models.routing.presets import PresetsFileError
@@ -33,6 +33,7 @@ from sluice.server.cli.serve_checks import (
     check_presets,
     check_profile,
     choose_profile,
+    choose_runner,
     refuse_unsupported,
 )
 from sluice.server.http import body_limit, overload
@@ -82,7 +83,6 @@ def main(argv: list[str]) -> None:
     require_vllm(PROG)
     handle_ctrl_c()
     allow_plugin()
-    os.environ.setdefault(V2_RUNNER_ENV, "0")
     chosen = LOG_LEVEL_ENV in os.environ
     if not chosen and "--verbose" not in argv:
         os.environ[LOG_LEVEL_ENV] = QUIET_LEVEL
@@ -96,6 +96,7 @@ def main(argv: list[str]) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     refuse_unsupported(parser, args)
+    choose_runner(parser)
     if args.model_tag is None and args.model == parser.get_default("model"):
         apply_demo_defaults(args)
     args.model_tag = args.model_tag or args.model

@@ -8,24 +8,36 @@ import os
 import socket
 from pathlib import Path
 
-from sluice.models.engine.workers import V2_RUNNER_ENV
 from sluice.models.profile.fingerprint import CONFIG_NAME, FingerprintError
 from sluice.models.profile.profile import PROFILE_ENV, Profile, ProfileError
 from sluice.models.routing.presets import PresetsFileError, all_presets
 from sluice.server.access.keys import Keys, KeysFileError
 
 _MISTRAL_CONFIG_NAME = "params.json"
+RUNNER_ENV = "VLLM_USE_V2_MODEL_RUNNER"
+"""vLLM's: 0 is its V1 model runner, 1 its V2 one. Unset, vLLM chooses."""
 
 
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse front ends without our plugin and a runner without ours: they would ignore routing."""
+    """Refuse front ends without our plugin: they would ignore routing."""
     if getattr(args, "grpc", False):
         parser.error("--grpc is not supported: routing is an extension of the OpenAI HTTP API")
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         parser.error("VLLM_USE_RUST_FRONTEND is not supported: it runs no endpoint plugins")
-    runner = os.environ.get(V2_RUNNER_ENV, "0")
+
+
+def choose_runner(parser: argparse.ArgumentParser) -> None:
+    """Leave the choice of the model runner to vLLM, but for a CPU without Triton.
+
+    There it takes its V1 runner, and would warn of that in each of its processes.
+    """
+    from vllm.triton_utils import HAS_TRITON
+
+    if HAS_TRITON:
+        return
+    runner = os.environ.setdefault(RUNNER_ENV, "0")
     if runner != "0":
-        parser.error(f"{V2_RUNNER_ENV}={runner} is not supported: Sluice runs on the V1 runner")
+        parser.error(f"{RUNNER_ENV}={runner}: vLLM's V2 runner needs a Triton for this machine")
 
 
 def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from support.interpreter import v2
 
 from sluice.kernels import dispatch
 from sluice.kernels.dispatch import AUTO, REFERENCE, TRITON, VARIABLE, Operation
@@ -24,7 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A module's `SERVED` families as they are, and its `CHOSEN` under the other choices too.
 
-    With `INTERPRETED_FAMILIES` only those of them run with Triton's interpreter.
+    With `INTERPRETED_FAMILIES` only those of them run with Triton's interpreter. V2 runs the first
+    and the last of `CHOSEN` as they are: that runner is interpreted itself.
     """
     chosen = getattr(metafunc.module, "CHOSEN", None)
     if chosen is None or "served" not in metafunc.fixturenames:
@@ -33,6 +35,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     interpreted = getattr(metafunc.module, "INTERPRETED_FAMILIES", chosen)
     settings += [(family, REFERENCE) for family in chosen]
     settings += [(family, TRITON) for family in interpreted]
+    if v2():
+        settings = [(family, AUTO) for family in (chosen[0], chosen[-1])]
     metafunc.parametrize(("family", "kernels"), settings, indirect=["kernels"], scope="module")
 
 

@@ -1,4 +1,4 @@
-"""A worker whose runner is vLLM's own, as it would be with the V2 runner on a GPU."""
+"""A worker whose runner is vLLM's own, as it would be if vLLM built it in another place."""
 
 from __future__ import annotations
 

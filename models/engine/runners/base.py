@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sluice.models.engine.core import RoutingCore
 from sluice.models.engine.startup import RoutedModel
 from sluice.models.telemetry.request_record import RoutingRecord
 from sluice.models.vllm_adapter.patching import SeamMovedError
+from sluice.models.vllm_adapter.seams import Seam, moved
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Runner
@@ -22,16 +25,12 @@ class RoutedRunner(_Runner):
         core: routes the runner's requests.
     """
 
-    hooks: ClassVar[tuple[str, ...]]
-    """Methods of vLLM's runner that the adapter stands before."""
-    name: ClassVar[str]
-    """Of vLLM's runner, for messages."""
+    seams: ClassVar[tuple[Seam, ...]]
+    """What the adapter uses of vLLM's runner."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_seams(self.seams)
         super().__init__(*args, **kwargs)
-        for hook in self.hooks:
-            if not hasattr(super(), hook):
-                raise SeamMovedError(f"`{hook}` on the {self.name} model runner")
         self.core = RoutingCore(self.vllm_config, self.device)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -53,3 +52,17 @@ class RoutedRunner(_Runner):
     def take_routing_record(self, request_key: str) -> RoutingRecord | None:
         """The core's."""
         return self.core.take_routing_record(request_key)
+
+
+@cache
+def check_seams(seams: tuple[Seam, ...]) -> None:
+    """Check that the running vLLM has what an adapter uses.
+
+    Raises:
+        SeamMovedError: it has not.
+    """
+    import vllm
+
+    gone = moved(Path(vllm.__file__).parent, seams)
+    if gone:
+        raise SeamMovedError(", no ".join(gone))

@@ -15,20 +15,14 @@ import numpy as np
 from sluice.models.engine.attention import BatchBuffers, CacheGroup
 from sluice.models.engine.row_builders import RowBuilders
 from sluice.models.engine.runners.base import RoutedRunner
+from sluice.models.engine.runners.seams import BOTH, V1
 from sluice.models.engine.step import RoutedStep, StepRequests
 
 
 class RoutedV1Runner(RoutedRunner):
     """Mixin for V1 model runners; see the module."""
 
-    name = "V1"
-    hooks = (
-        "initialize_kv_cache",
-        "_update_states",
-        "_on_request_state_removed",
-        "_prepare_inputs",
-        "_model_forward",
-    )
+    seams = (*BOTH, *V1)
     _step: RoutedStep | None = None
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
@@ -44,6 +38,11 @@ class RoutedV1Runner(RoutedRunner):
         self.core.begin_step(scheduler_output, self.kv_caches)
         for request in scheduler_output.scheduled_new_reqs:
             self.core.add(request)
+        cached = scheduler_output.scheduled_cached_reqs
+        if cached.resumed_req_ids:
+            generated = dict(zip(cached.req_ids, cached.num_output_tokens, strict=True))
+            for request_id in cached.resumed_req_ids:
+                self.core.resume(request_id, generated[request_id])
         return corrections
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:

@@ -6,10 +6,6 @@ CPU_WORKER = "sluice.models.engine.workers.cpu.RoutedCPUWorker"
 CUDA_WORKER = "sluice.models.engine.workers.cuda.RoutedCUDAWorker"
 """Values for vLLM's `worker_cls`."""
 
-V2_RUNNER_ENV = "VLLM_USE_V2_MODEL_RUNNER"
-"""Environment variable that must be 0: our workers run on vLLM's V1 model runner."""
-
-
 CPU_KV_CACHE_BYTES = 1024**3
 """K/V cache of an engine on a CPU, unless the user says how much.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sluice.models.engine.runners.base import RoutedRunner
-from sluice.models.engine.workers import V2_RUNNER_ENV
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
@@ -21,8 +20,7 @@ class RunnerNotAttachedError(RuntimeError):
 
         super().__init__(
             f"vLLM {vllm.__version__} built {type(runner).__module__}.{type(runner).__name__}, "
-            "which Sluice is not attached to. Sluice runs on the V1 model runner: unset "
-            f"{V2_RUNNER_ENV} or set it to 0."
+            "which Sluice is not attached to."
         )
 
 
@@ -38,6 +36,12 @@ class RoutedWorker(_Worker):
         super().init_device()
         if not isinstance(self.model_runner, RoutedRunner):
             raise RunnerNotAttachedError(self.model_runner)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Compile and warm up as vLLM does: with requests of its own, on some runners."""
+        assert isinstance(self.model_runner, RoutedRunner)
+        with self.model_runner.core.warming_up():
+            return super().compile_or_warm_up_model()
 
     def describe_experts(self) -> dict[str, Any]:
         """RPC target: `shape` (`ExpertShape.to_dict`) of the routed experts, or why there is none.

@@ -5,14 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.v1.worker import cpu_worker
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from sluice.models.engine.runners.v1 import RoutedV1Runner
+from sluice.models.engine.runners import attached
 from sluice.models.engine.workers.base import RoutedWorker
-
-
-class RoutedCPUModelRunner(RoutedV1Runner, CPUModelRunner):
-    """V1 CPU runner that runs step plans."""
 
 
 class RoutedCPUWorker(RoutedWorker, cpu_worker.CPUWorker):
@@ -24,9 +19,19 @@ class RoutedCPUWorker(RoutedWorker, cpu_worker.CPUWorker):
         vLLM's CPU worker names its runner class inside `init_device`; for the length of that call
         the name stands for ours. Whether it took is checked by `RoutedWorker`.
         """
-        stock: Any = cpu_worker.CPUModelRunner
-        cpu_worker.CPUModelRunner = RoutedCPUModelRunner
+        module = _runner_module(v2=self.use_v2_model_runner)
+        stock = module.CPUModelRunner
+        module.CPUModelRunner = attached(stock, v2=self.use_v2_model_runner)
         try:
             super().init_device()
         finally:
-            cpu_worker.CPUModelRunner = stock
+            module.CPUModelRunner = stock
+
+
+def _runner_module(*, v2: bool) -> Any:
+    """Where vLLM's CPU worker looks its runner class up."""
+    if not v2:
+        return cpu_worker
+    from vllm.v1.worker.cpu import model_runner
+
+    return model_runner

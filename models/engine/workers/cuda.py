@@ -1,22 +1,23 @@
-"""Seam: vLLM's GPU `Worker` with our model runner (`--worker-cls`), V1 runner only."""
+"""Seam: vLLM's GPU `Worker` with our model runner (`--worker-cls`)."""
 
 from __future__ import annotations
 
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from typing import Any
+
 from vllm.v1.worker.gpu_worker import Worker
 
-from sluice.models.engine.runners.v1 import RoutedV1Runner
+from sluice.models.engine.runners import attached
 from sluice.models.engine.workers.base import RoutedWorker
-
-
-class RoutedCUDAModelRunner(RoutedV1Runner, GPUModelRunner):
-    """V1 CUDA runner that runs step plans."""
 
 
 class RoutedCUDAWorker(RoutedWorker, Worker):
     """CUDA worker that runs step plans."""
 
-    def _make_model_runner(self) -> GPUModelRunner:
+    def _make_model_runner(self) -> Any:
         if self.use_v2_model_runner:
-            return super()._make_model_runner()
-        return RoutedCUDAModelRunner(self.vllm_config, self.device)
+            from vllm.v1.worker.gpu import model_runner as v2
+
+            return attached(v2.GPUModelRunner, v2=True)(self.vllm_config, self.device)
+        from vllm.v1.worker import gpu_model_runner as v1
+
+        return attached(v1.GPUModelRunner, v2=False)(self.vllm_config, self.device)

@@ -56,6 +56,7 @@ def vllm_config(
             prefill_context_parallel_size=1,
             enable_eplb=False,
             enable_dbo=False,
+            enable_batch_sharded_sampling=None,
         ),
         speculative_config=None,
         lora_config=None,

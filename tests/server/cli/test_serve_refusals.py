@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from sluice.models.engine.workers import V2_RUNNER_ENV
 from sluice.models.offline.demo import DEMO_MODEL_DIR
 from sluice.models.profile.profile import ProfileError
 from sluice.models.routing.presets import PresetsFileError
 from sluice.server.cli import serve
+from sluice.server.cli.serve_checks import RUNNER_ENV
 
 DEMO = str(DEMO_MODEL_DIR)
 
@@ -25,7 +25,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     """`sluice serve` sets variables and handles signals for the whole process."""
     before, handler = dict(os.environ), signal.getsignal(signal.SIGINT)
     # conftest.py sets them for engines in this process.
-    for name in (V2_RUNNER_ENV, "VLLM_API_KEY"):
+    for name in (RUNNER_ENV, "VLLM_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(serve, "handle_ctrl_c", lambda: None)
     yield monkeypatch
@@ -127,9 +127,10 @@ def test_files_that_are_wrong(refusal: Any, tmp_path: Path) -> None:
     assert str(tmp_path / "profile") in refusal("--profile", tmp_path / "profile")
 
 
-def test_the_runner_that_ours_is_not(refusal: Any, environment: pytest.MonkeyPatch) -> None:
-    environment.setenv(V2_RUNNER_ENV, "1")
-    assert refusal(DEMO) == f"{V2_RUNNER_ENV}=1 is not supported: Sluice runs on the V1 runner"
+def test_a_runner_that_this_machine_has_not(refusal: Any, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv(RUNNER_ENV, "1")
+    needed = "vLLM's V2 runner needs a Triton for this machine"
+    assert refusal(DEMO) == f"{RUNNER_ENV}=1: {needed}"
 
 
 @pytest.mark.parametrize("error", [PresetsFileError, ProfileError])
