@@ -56,7 +56,7 @@ class CostModel:
         layer = stack.layers[index]
 
         def mlp(rows: torch.Tensor) -> object:
-            return sublayers.run_mlp(index, rows, torch.zeros_like(rows), None)
+            return sublayers.run_mlp[index](rows, torch.zeros_like(rows), None)
 
         device = next(iter(layer.mlp.parameters())).device
         columns = []
@@ -103,9 +103,9 @@ class CostModel:
         """All ways to run one layer."""
         attention, fill, mlp = needs
         everything, ways = shape.everything, []
+        merged = shape.union(attention, fill)
         attends: list[tuple[Rows, Rows]] = [(attention, fill)]
         if len(attention):
-            merged = shape.union(attention, fill)
             wider = [merged, everything] if shape.one_row_each else [merged]
             attends += [(rows, shape.nothing) for rows in wider if rows is not attention]
         for attend, separate in dict.fromkeys(attends):
@@ -115,7 +115,7 @@ class CostModel:
                 plan = LayerPlan(
                     *needs,
                     attend=Work.keeping(attend, attention),
-                    writes=attention if len(separate) else shape.union(attention, fill),
+                    writes=attention if len(separate) else merged,
                     separate_fill=separate,
                     run_mlp=Work.keeping(run, mlp),
                 )

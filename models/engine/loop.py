@@ -291,7 +291,7 @@ class _Run:
         attend, mlp, fill = plan.attend, plan.run_mlp, plan.separate_fill
         if len(fill):
             positions = self._context.enter(self._names[index], fill, fill)
-            self._sublayers.fill(index, *self._stream.select(fill), positions)
+            self._sublayers.fill[index](*self._stream.select(fill), positions)
         if len(mlp.rows) and self._router is not None:
             self._router.enter(mlp.rows.tokens, mlp.dropped)
         kept = attend.kept(self._stream.device), mlp.kept(self._stream.device)
@@ -299,9 +299,9 @@ class _Run:
             positions = self._context.enter(self._names[index], attend.rows, plan.writes)
             pair = self._stream.select(attend.rows)
             if attend.rows is mlp.rows:
-                self._stream.store(*self._sublayers.block(index, *pair, positions, *kept))
+                self._stream.store(*self._sublayers.block[index](*pair, positions, *kept))
                 return
-            self._stream.store(*self._sublayers.attend(index, *pair, positions, kept[0]))
+            self._stream.store(*self._sublayers.attend[index](*pair, positions, kept[0]))
         if len(mlp.rows):
             pair = self._stream.select(mlp.rows)
-            self._stream.store(*self._sublayers.run_mlp(index, *pair, kept[1]))
+            self._stream.store(*self._sublayers.run_mlp[index](*pair, kept[1]))

@@ -28,7 +28,7 @@ from sluice.models.engine.loop import LayerLoop
 from sluice.models.engine.recorder import Recorder
 from sluice.models.engine.sublayers.compiled import Compiler
 from sluice.models.engine.sublayers.graphs import examples
-from sluice.models.engine.sublayers.sublayers import CompiledSubLayers, SubLayers
+from sluice.models.engine.sublayers.sublayers import SubLayers, compiled_sublayers, plain_sublayers
 from sluice.models.experts.batch import BatchExperts
 from sluice.models.experts.policy_table import ExpertTable
 from sluice.models.experts.router import ExpertRouter
@@ -160,24 +160,34 @@ def build_sublayers(stack: DecoderStack, vllm_config: Any, device: torch.device)
         vllm_config: vLLM's `VllmConfig`.
         device: that the model is on.
     """
-    from vllm.forward_context import set_forward_context
-
     options = inductor_options(vllm_config)
     if options is None or os.environ.get(SEGMENTS_ENV) == "off":
-        return SubLayers(stack)
+        return plain_sublayers(stack)
     config = vllm_config.model_config
-    arguments = examples(config.get_hidden_size(), config.dtype, device)
     began = time.perf_counter()
+    arguments = examples(config.get_hidden_size(), config.dtype, device)
+    sublayers = traced_sublayers(stack, vllm_config, Compiler(options, arguments))
+    seconds = time.perf_counter() - began
+    _LOG.info("compiled the parts of %d layers in %.0f s", len(stack.layers), seconds)
+    return sublayers
+
+
+def traced_sublayers(stack: DecoderStack, vllm_config: Any, compiler: Compiler) -> SubLayers:
+    """The parts of the layers, traced as in a step of vLLM's.
+
+    Args:
+        stack: the model's layers.
+        vllm_config: vLLM's `VllmConfig`.
+        compiler: of the graphs.
+    """
+    from vllm.forward_context import set_forward_context
+
     with (
         torch.inference_mode(),
         set_forward_context(None, vllm_config),
         experts_as_operations(stack),
     ):
-        compiler = Compiler(options, arguments)
-        sublayers = CompiledSubLayers(stack, compiler, arguments)
-    seconds = time.perf_counter() - began
-    _LOG.info("compiled the parts of %d layers in %.0f s", len(stack.layers), seconds)
-    return sublayers
+        return compiled_sublayers(stack, compiler)
 
 
 def measured_cost(

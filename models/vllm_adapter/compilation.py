@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sluice.models.vllm_adapter.decoder import DecoderStack
+from sluice.models.vllm_adapter.patching import SeamMovedError
 from sluice.models.vllm_adapter.routers import moe_runners
 
 _ENTRY = "_forward_entry"
@@ -37,8 +38,13 @@ def experts_as_operations(stack: DecoderStack) -> Iterator[None]:
 
     On a CPU vLLM traces through it, and the router of that moment would become part of the graph.
     The operation finds its layer by name when it runs, and so our router is asked.
+
+    Raises:
+        SeamMovedError: vLLM's runners of experts have no entry to replace.
     """
     runners = list(moe_runners(stack).values())
+    if not all(hasattr(runner, _ENTRY) for runner in runners):
+        raise SeamMovedError(f"`{_ENTRY}` on MoERunner")
     entries = [getattr(runner, _ENTRY) for runner in runners]
     for runner in runners:
         shared = runner.shared_experts is not None

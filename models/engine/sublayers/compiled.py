@@ -10,24 +10,39 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from sluice.models.engine.sublayers.graphs import ARGUMENTS, LayerPart, PartGraph, join
+from sluice.models.engine.sublayers.graphs import LayerPart, PartGraph, arguments_of, join
 
 Compiled = Callable[..., tuple[torch.Tensor, ...]]
-"""Of `ARGUMENTS` and of what the layers own; gives the pair and what writes K/V alone returns."""
+"""What `join` makes, compiled."""
+
+
+class Everybody:
+    """Masks that keep every row, (rows, 1), views of one tensor."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._all = torch.ones_like(like)
+
+    def of(self, rows: int) -> torch.Tensor:
+        """For so many rows."""
+        if rows > len(self._all):
+            self._all = self._all.new_ones((2 * rows, 1))
+        return self._all[:rows]
 
 
 class Launch:
     """A compiled function, and what its layers own."""
 
-    __slots__ = ("_compiled", "_owned")
+    __slots__ = ("_everybody", "_owned", "compiled")
 
-    def __init__(self, compiled: Compiled, owned: tuple[Any, ...]) -> None:
-        self._compiled = compiled
+    def __init__(self, compiled: Compiled, owned: tuple[Any, ...], everybody: Everybody) -> None:
+        self.compiled = compiled
         self._owned = owned
+        self._everybody = everybody
 
-    def __call__(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run it. `arguments`: see `ARGUMENTS`."""
-        return self._compiled(*arguments, *self._owned)
+    def __call__(self, delta: torch.Tensor, *others: torch.Tensor | None) -> Any:
+        """Run it on its arguments in order; a mask that is None keeps all rows."""
+        filled = (self._everybody.of(len(delta)) if each is None else each for each in others)
+        return self.compiled(delta, *filled, *self._owned)
 
 
 class Compiler:
@@ -35,8 +50,9 @@ class Compiler:
 
     def __init__(self, options: Mapping[str, Any], arguments: Mapping[str, torch.Tensor]) -> None:
         """Compile with `options` of Inductor for `arguments` like these, of any number of rows."""
+        self.arguments = arguments
         self._options = dict(options)
-        self._arguments = arguments
+        self._everybody = Everybody(arguments["keep_mlp"])
         self._compiled: dict[tuple[tuple[PartGraph, str | None], ...], Compiled] = {}
 
     def __len__(self) -> int:
@@ -48,7 +64,7 @@ class Compiler:
         owned = tuple(each for part, _ in parts for each in part.owned)
         if kinds not in self._compiled:
             self._compiled[kinds] = self._compile(kinds, owned)
-        return Launch(self._compiled[kinds], owned)
+        return Launch(self._compiled[kinds], owned, self._everybody)
 
     def _compile(
         self, kinds: Sequence[tuple[PartGraph, str | None]], owned: Sequence[Any]
@@ -56,7 +72,8 @@ class Compiler:
         from torch._inductor.compile_fx import compile_fx
 
         mode = FakeTensorMode(shape_env=ShapeEnv())
-        inputs = [_fake(mode, self._arguments[name], dynamic=True) for name in ARGUMENTS]
+        names = arguments_of(kinds)
+        inputs = [_fake(mode, self.arguments[name], dynamic=True) for name in names]
         inputs += [_fake(mode, each, dynamic=False) for each in owned]
         with tracing(TracingContext(mode)):
             compiled: Any = compile_fx(join(kinds), inputs, config_patches=self._options)

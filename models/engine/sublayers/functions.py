@@ -41,9 +41,6 @@ def fill(
     return fill_keys_values(layer, positions, normed)
 
 
-def final_norm(
-    stack: DecoderStack, delta: torch.Tensor, residual: torch.Tensor
-) -> tuple[torch.Tensor]:
-    """What the LM head reads."""
-    normed, _ = stack.final_norm(delta, residual)
-    return (normed,)
+def final_norm(stack: DecoderStack, delta: torch.Tensor, residual: torch.Tensor) -> Pair:
+    """What the LM head reads, and the residual."""
+    return stack.final_norm(delta, residual)

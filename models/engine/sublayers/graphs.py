@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 ARGUMENTS = ("delta", "residual", "positions", "keep_attention", "keep_mlp")
-"""What a joined graph is called with, before what its layers own.
+"""What a joined graph may be called with, before what its layers own.
 
 `delta`, `residual`: the pair, (rows, hidden) each. `positions`: (rows,), int64. The others: whose
 output stays, (rows, 1), bool.
@@ -40,11 +40,13 @@ class PartGraph:
 
     Attributes:
         graph: what it computes, as Dynamo wrote it down.
-        arguments: by input of the graph: which argument it is, or None if the layer owns it.
+        takes: arguments of the function that was traced.
+        inputs: of the graph, in order: which argument each is, or None if the layer owns it.
     """
 
     graph: fx.Graph
-    arguments: tuple[str | None, ...]
+    takes: tuple[str, ...]
+    inputs: tuple[str | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,9 @@ class Tracer:
             UntraceableError: a graph has a part that is no input, or takes one layer for another.
         """
         parts = [self._trace(layer) for layer in layers]
-        names = [part.owned[i] for part in parts for i in _names(part)]
+        names = [
+            each for part in parts for each in part.owned if not isinstance(each, torch.Tensor)
+        ]
         if len(set(names)) < len(names):
             raise UntraceableError("two layers have the same name in their graphs")
         return parts
@@ -117,11 +121,12 @@ class Tracer:
         return self._latest
 
     def _keep(self, module: fx.GraphModule, _examples: Sequence[Any]) -> Callable[..., Any]:
-        inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-        kind = PartGraph(module.graph, tuple(_argument(node.meta["grapharg"]) for node in inputs))
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        inputs = tuple(_argument(node.meta["grapharg"]) for node in placeholders)
+        kind = PartGraph(module.graph, tuple(self._arguments), inputs)
 
         def stop(*values: Any) -> None:
-            pairs = zip(kind.arguments, values, strict=True)
+            pairs = zip(kind.inputs, values, strict=True)
             self._latest = LayerPart(kind, tuple(value for name, value in pairs if name is None))
             raise _Traced
 
@@ -140,45 +145,50 @@ def _argument(graph_input: Any) -> str | None:
     return name if name in ARGUMENTS else None
 
 
-def _names(part: LayerPart) -> list[int]:
-    return [i for i, value in enumerate(part.owned) if not isinstance(value, torch.Tensor)]
+def arguments_of(parts: Sequence[tuple[PartGraph, str | None]]) -> tuple[str, ...]:
+    """What `join` makes of `parts` takes of `ARGUMENTS`, in their order."""
+    taken = {name for part, keep in parts for name in (*part.takes, keep)}
+    return tuple(name for name in ARGUMENTS if name in taken)
 
 
 def join(parts: Sequence[tuple[PartGraph, str | None]]) -> fx.GraphModule:
-    """One graph that runs parts in order and returns the pair, and what writes K/V alone returns.
-
-    Its inputs are `ARGUMENTS`, and then what the layers own, part after part.
+    """One graph that runs parts in order: a function of `arguments_of` and of what the layers own.
 
     Args:
-        parts: each with the argument that says which rows keep its output. The other rows leave
-            with a `delta` of 0, which their state goes through unchanged. None leaves the pair as
-            it is.
+        parts: each with the argument that says which rows keep its output: the next part gets
+            their new pair. The other rows leave with a `delta` of 0, which their state goes through
+            unchanged. None leaves the pair as it is.
+
+    Returns:
+        The graph; it returns the pair if a part changes it, and then what the others returned.
     """
     graph = fx.Graph()
-    arguments = {name: graph.placeholder(name) for name in ARGUMENTS}
+    arguments = {name: graph.placeholder(name) for name in arguments_of(parts)}
     inputs: list[list[fx.Node | None]] = []
     for number, (part, _) in enumerate(parts):
         inputs.append(
             [
                 graph.placeholder(f"owned_{number}_{place}") if name is None else None
-                for place, name in enumerate(part.arguments)
+                for place, name in enumerate(part.inputs)
             ]
         )
     arguments[_NUMBER_OF_ROWS] = graph.call_method("size", (arguments["delta"], 0))
-    written: list[Any] = []
+    others: list[Any] = []
     for (part, keep), owned in zip(parts, inputs, strict=True):
         placeholders = [node for node in part.graph.nodes if node.op == "placeholder"]
         values: dict[fx.Node, Any] = {
             node: arguments[name] if name is not None else value
-            for node, name, value in zip(placeholders, part.arguments, owned, strict=True)
+            for node, name, value in zip(placeholders, part.inputs, owned, strict=True)
         }
         outputs: Any = graph.graph_copy(part.graph, values)
         if keep is None:
-            written += outputs
+            others += outputs
         else:
             delta, residual = outputs
             # Not a product: what an attention made of K/V that nobody wrote may be NaN.
             kept = graph.call_function(torch.where, (arguments[keep], delta, 0))
             arguments |= {"delta": kept, "residual": residual}
-    graph.output((arguments["delta"], arguments["residual"], *written))
+    changes = any(keep is not None for _, keep in parts)
+    pair = (arguments["delta"], arguments["residual"]) if changes else ()
+    graph.output((*pair, *others))
     return fx.GraphModule({}, graph)

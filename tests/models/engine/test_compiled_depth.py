@@ -13,8 +13,8 @@ from support.reference import Reference
 from support.tiny import LAYERS, VOCABULARY, make_model
 
 from sluice.models.engine.startup import SEGMENTS_ENV, build_sublayers
-from sluice.models.engine.sublayers import sublayers
-from sluice.models.engine.sublayers.sublayers import CompiledSubLayers, SubLayers
+from sluice.models.engine.sublayers import functions, sublayers
+from sluice.models.engine.sublayers.compiled import Launch
 from sluice.models.policy.policy import ExitRule, MissingKV, Phase, RoutingPolicy, SkipSet
 
 TOKENS = 10
@@ -66,8 +66,9 @@ def no_plain_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     def called(*_arguments: Any) -> None:
         raise AssertionError("a part ran uncompiled")
 
-    for name in ("attend", "run_mlp", "fill"):
-        monkeypatch.setattr(sublayers, name, called)
+    monkeypatch.setattr(sublayers, "attend", called)
+    monkeypatch.setattr(sublayers, "run_mlp", called)
+    monkeypatch.setattr(functions, "fill_keys_values", called)
 
 
 @pytest.mark.usefixtures("no_plain_parts")
@@ -89,14 +90,13 @@ def test_tokens_are_those_of_the_reference(running: Engine, reference: Reference
 
 def test_all_layers_share_what_was_compiled(running: Engine) -> None:
     parts = running.runner.routed.loop._sublayers
-    assert isinstance(parts, CompiledSubLayers)
-    for launches in (parts._attend, parts._mlp, parts._block, list(parts._fill.values())):
+    for launches in (parts.attend, parts.run_mlp, parts.block, parts.fill):
         assert len(launches) == LAYERS
-        assert len({launch._compiled for launch in launches}) == 1
+        assert len({launch.compiled for launch in launches}) == 1
 
 
 def test_they_can_be_switched_off(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SEGMENTS_ENV, "off")
     runner = running.runner
     plain = build_sublayers(runner.routed.stack, runner.vllm_config, runner.device)
-    assert type(plain) is SubLayers
+    assert not any(isinstance(part, Launch) for part in (*plain.block, *plain.fill))

@@ -14,13 +14,11 @@ import torch
 from support.engine import Engine, engine
 from support.reference import Reference
 from support.tiny import FAMILIES, LAYERS, VOCABULARY, make_model
-from vllm.forward_context import set_forward_context
 
+from sluice.models.engine.startup import traced_sublayers
 from sluice.models.engine.sublayers.compiled import Compiler
 from sluice.models.engine.sublayers.graphs import examples, join
-from sluice.models.engine.sublayers.sublayers import CompiledSubLayers
 from sluice.models.policy.policy import Phase, SkipSet
-from sluice.models.vllm_adapter.compilation import experts_as_operations
 from sluice.models.vllm_adapter.families import FAMILIES as DESCRIBED
 from sluice.models.vllm_adapter.families import depth_refusal
 
@@ -100,12 +98,7 @@ def test_traced_and_joined_parts_equal_the_reference(
     width = runner.model_config.get_hidden_size()
     arguments = examples(width, torch.float32, runner.device)
     interpreter = Interpreter({}, arguments)
-    with (
-        torch.inference_mode(),
-        set_forward_context(None, runner.vllm_config),
-        experts_as_operations(stack),
-    ):
-        traced = CompiledSubLayers(stack, interpreter, arguments)
+    traced = traced_sublayers(stack, runner.vllm_config, interpreter)
     monkeypatch.setattr(runner.routed.loop, "_sublayers", traced)
     # DeepSeek's first layer is dense.
     assert len(interpreter) <= 9

@@ -12,7 +12,7 @@ from torch import nn
 from sluice.models.engine.sublayers.compiled import Compiler
 from sluice.models.engine.sublayers.functions import attend, run_mlp
 from sluice.models.engine.sublayers.graphs import Tracer, UntraceableError, examples
-from sluice.models.engine.sublayers.sublayers import CompiledSubLayers, SubLayers
+from sluice.models.engine.sublayers.sublayers import SubLayers, compiled_sublayers, plain_sublayers
 
 HIDDEN = 32
 EXAMPLES = examples(HIDDEN, torch.float32, torch.device("cpu"))
@@ -68,8 +68,8 @@ def both() -> tuple[SubLayers, SubLayers, Compiler]:
     stack: Any = SimpleNamespace(layers=layers, final_norm=Norm(1e-5))
     compiler = Compiler({}, EXAMPLES)
     with torch.inference_mode():
-        compiled = CompiledSubLayers(stack, compiler, EXAMPLES)
-    return SubLayers(stack), compiled, compiler
+        compiled = compiled_sublayers(stack, compiler)
+    return plain_sublayers(stack), compiled, compiler
 
 
 def state(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -89,10 +89,10 @@ def test_parts_are_what_they_were_made_of(
     with torch.inference_mode():
         for keep, keep_mlp in ((None, None), (some, None), (None, others), (some, others)):
             for part in (
-                lambda each, k=keep: each.attend(index, delta, residual, positions, k),
-                lambda each, k=keep: each.run_mlp(index, delta, residual, k),
-                lambda each, k=keep, m=keep_mlp: each.block(
-                    index, delta, residual, positions, k, m
+                lambda each, k=keep: each.attend[index](delta, residual, positions, k),
+                lambda each, k=keep: each.run_mlp[index](delta, residual, k),
+                lambda each, k=keep, m=keep_mlp: each.block[index](
+                    delta, residual, positions, k, m
                 ),
             ):
                 torch.testing.assert_close(part(compiled), part(plain))
@@ -115,7 +115,7 @@ def test_a_row_without_its_output_keeps_its_state_whatever_the_part_made_of_it(
     keep = torch.tensor([[True], [True], [False], [True]])
     with torch.inference_mode():
         for each in both[:2]:
-            left, moved = each.attend(0, delta, residual, positions, keep)
+            left, moved = each.attend[0](delta, residual, positions, keep)
             assert not left[2].any()
             assert not left.isnan().any()
             assert moved[2].isnan().all()
