@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support.engine import Engine, engine
+from support.planning import KEEP_ALL, plan_by
 from support.profiles import write_profile
 from support.reference import Reference, Run
 from support.references.choices import random_heads, threshold_between
@@ -23,7 +24,6 @@ from support.written import assert_same_kv, in_pairs, record_writes
 
 from sluice.kernels.dispatch import AUTO
 from sluice.models.depth.registry import adaptive_methods, token_exits
-from sluice.models.engine.cost_model import CostModel
 from sluice.models.engine.plan import LayerPlanner, compact
 from sluice.models.policy.policy import (
     AdaptiveRule,
@@ -237,20 +237,13 @@ def _check_kv(served: Served, policy: RoutingPolicy, expected, written) -> None:
     assert_same_kv(written, names, expected.keys, values, needed)
 
 
-KEEP_ALL = CostModel(*(np.full(10, seconds) for seconds in (0.0, 1.0, 0.0, 1.0)))
-"""Costs under which no row that may stay is ever taken out."""
-
-
-@pytest.mark.parametrize("plan_layers", [None, compact, KEEP_ALL.plan_layers])
+@pytest.mark.parametrize("plan_layers", [None, compact, KEEP_ALL])
 def test_neighbours_do_not_matter(
     served: Served, monkeypatch: pytest.MonkeyPatch, plan_layers: LayerPlanner | None
 ) -> None:
     """All methods in one batch, prompts of different lengths, however the layers are planned."""
     if plan_layers is not None:
-        batch = served.engine.runner.routed.batch
-        monkeypatch.setattr(batch, "plan_layers", plan_layers)
-        monkeypatch.setattr(batch, "_plans", {})
-        monkeypatch.setattr(served.engine.runner.routed.loop, "_plan_layers", plan_layers)
+        plan_by(served.engine, monkeypatch, plan_layers)
     assert served.engine.llm.reset_prefix_cache()
     # Elastic rows would agree with each other.
     cases = [case for case in CASES if not case.startswith("elastic")]

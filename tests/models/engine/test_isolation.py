@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from support.engine import BLOCK, Engine, engine
+from support.planning import KEEP_ALL, plan_by
 from support.reference import Reference
 from support.tiny import LAYERS, VOCABULARY, make_model
+from support.written import record_writes
 
 from sluice.models.engine.plan import compact
 from sluice.models.policy.policy import (
@@ -175,6 +177,24 @@ def test_unwritten_slots_are_never_read(
     assert roomy.llm.reset_prefix_cache()
     left = POLICIES.index(PREFILL_OUT)
     assert roomy.generate([prompts[left]], [PREFILL_OUT], 8)[0] != expected[left]
+
+
+def test_a_row_that_stays_in_a_layer_that_it_skips_writes_nothing_there(
+    roomy: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`phase: both` leaves its prompt out too."""
+    plan_by(roomy, monkeypatch, KEEP_ALL)
+    assert roomy.llm.reset_prefix_cache()
+    lengths, tokens, skipped = (9, 11), 5, 2
+    prompts = [prompt_of(length, seed=length) for length in lengths]
+    names = [layer.kv_name for layer in roomy.runner.routed.stack.layers]
+    with record_writes() as written:
+        roomy.generate(prompts, [SkipSet.of(blocks=(skipped,)), None], tokens)
+    slots = [set(written.keys[name]) for name in names]
+    assert -1 in slots[skipped]
+    assert all(-1 not in each for each in slots[:skipped])
+    # The last token of an answer is not fed back.
+    assert len(slots[0]) - len(slots[skipped] - {-1}) >= lengths[0] + tokens - 1
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])

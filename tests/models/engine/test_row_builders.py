@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.engine import Engine, engine
+from support.planning import plan_by
 from support.reference import Reference
 from support.tiny import VOCABULARY, make_model
 
@@ -60,10 +61,7 @@ def one_buffer(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         return metadata
 
     monkeypatch.setattr(CPUAttentionMetadataBuilder, "build", overwriting)
-    routed = running.runner.routed
-    monkeypatch.setattr(routed.batch, "plan_layers", compact)
-    monkeypatch.setattr(routed.batch, "_plans", {})
-    monkeypatch.setattr(routed.loop, "_plan_layers", compact)
+    plan_by(running, monkeypatch, compact)
 
 
 @pytest.mark.parametrize("places", [attention.PLACES, 2, 1])

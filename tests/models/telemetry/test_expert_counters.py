@@ -24,6 +24,7 @@ from support.expert_policies import (
     XSHARE,
     prompt_of,
 )
+from support.planning import plan_by
 from support.tiny import make_model
 
 from sluice.kernels.ops.router_config import MASKED, ROWS
@@ -197,14 +198,10 @@ def test_rows_that_are_kept_in_a_layer_save_nothing_there(
     """A report does not depend on how the cost model plans layers."""
     skip = SkipSet.of(mlp=(2, 3))
     policy = RoutingPolicy(skip, experts=ExpertPolicy(top_k=1))
-    batch = running.runner.routed.batch
     records = []
-    for plan_layers in (compact, wide):
-        batch._plans.clear()
-        monkeypatch.setattr(batch, "plan_layers", plan_layers)
-        monkeypatch.setattr(running.runner.routed.loop, "_plan_layers", plan_layers)
+    for planner in (compact, wide):
+        plan_by(running, monkeypatch, planner)
         records.append(fraction(running, policy, neighbours=2))
-    batch._plans.clear()
     cost, shape = running.runner.routed.cost, running.runner.routed.expert_shape
     full = float(cost.modules.sum())
     left = full - float(cost.modules[[2, 3], 1].sum())
