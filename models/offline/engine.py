@@ -177,6 +177,14 @@ class OfflineEngine:
             Request(prompt, policy, limit)
             for prompt, limit in zip(prompts, max_tokens, strict=True)
         ]
+        return self.run(requests, ends, batch)
+
+    def run(self, requests: Sequence[Request], ends: Collection[int], batch: int) -> Outcome:
+        """As `answers`, of requests.
+
+        Raises:
+            RuntimeError: the engine lost a record.
+        """
         tokens: list[tuple[int, ...]] = []
         records: list[RoutingRecord] = []
         decoded, seconds = 0, 0.0
@@ -186,7 +194,9 @@ class OfflineEngine:
             tokens += [tuple(answers[request.key]) for request in part]
             decoded += batch_decoded
             seconds += batch_seconds
-            for request in part if policy is not None else ():
+            for request in part:
+                if request.policy is None:
+                    continue
                 record = self.take_record(request)
                 if record is None:
                     raise RuntimeError(f"the engine kept no record of request {request.key}")

@@ -94,6 +94,22 @@ def ratio_residuals(sums: ArrayLike, counts: ArrayLike) -> _Array:
     return np.asarray(ratio + (total - ratio * weights) / tokens.mean())
 
 
+def token_share(agreed: Sequence[int], compared: Sequence[int]) -> Interval:
+    """A share of tokens; its interval is over texts, as the tokens of one vary together.
+
+    Args:
+        agreed: tokens of each text that agree.
+        compared: tokens of each text. Of a single text the interval is everything.
+    """
+    value = sum(agreed) / sum(compared)
+    if len(agreed) < 2:
+        return Interval(value=value, low=0.0, high=1.0)
+    low, high = mean_interval(ratio_residuals(agreed, compared))
+    return Interval(
+        value=value, low=max(0.0, min(float(low), value)), high=min(1.0, max(float(high), value))
+    )
+
+
 def welch(more: ArrayLike, less: ArrayLike) -> tuple[_Array, _Array, _Array]:
     """Whether one group's means are above another's: Welch's t-test, one-sided, by column.
 

@@ -234,6 +234,24 @@ class Interval(Strict):
     high: float
 
 
+class TokenMeasures(Strict):
+    """What a setting makes of full depth's own greedy answers, at full depth's own prefix.
+
+    Each token is judged after full depth's tokens before it, whatever the setting said of those.
+
+    Attributes:
+        agreement: share of full depth's tokens that are the likeliest under the setting too; its
+            interval is over prompts.
+        divergence: Kullback-Leibler divergence from full depth's distribution, mean over tokens,
+            nats; of full depth's likeliest tokens and one rest, which is at most that of all.
+        perplexity: of full depth's tokens.
+    """
+
+    agreement: Interval
+    divergence: float
+    perplexity: float
+
+
 class FrontierPoint(Strict):
     """One setting as measured.
 
@@ -248,6 +266,10 @@ class FrontierPoint(Strict):
             one, as measured.
         faster: p-value of its being faster than full depth, adjusted for all points; None of full
             depth itself, and in profiles made before it was kept.
+        tokens: what it makes of full depth's own tokens; None in profiles made before that was
+            measured.
+        normalised: as `quality`, with the log likelihoods of choices per character (lm-eval's
+            `acc_norm`); None without choices.
     """
 
     name: str
@@ -258,6 +280,8 @@ class FrontierPoint(Strict):
     generated_fraction: float
     on_frontier: bool
     faster: Share | None = None
+    tokens: TokenMeasures | None = None
+    normalised: Interval | None = None
 
 
 class EffortLevel(Strict):
@@ -300,7 +324,9 @@ class FrontierFields(Strict):
     """Settings measured together.
 
     Attributes:
-        measure: `exact match` on tasks, or `agreement` with full depth's tokens on prompts.
+        measure: what quality is: on tasks `exact match` of free answers, `choices` where the
+            likeliest is right, or both; on prompts `token agreement`, that of `TokenMeasures`, or,
+            in profiles made before that was measured, `agreement` up to the first difference.
         items: that quality was measured on.
         batch: requests at a time while speed was measured.
         device: that it was measured on.
@@ -309,9 +335,14 @@ class FrontierFields(Strict):
         effort: nested levels, from the fullest on; full depth is not among them.
         equal_compute: other choices of as many units as the levels leave out, beside them.
         notes: what the measurements do not show of the presets, in words.
+        noise: full depth against itself, in another order and other batches; None in profiles made
+            before that was measured.
+        chosen_by: what presets were chosen by, in words.
     """
 
-    measure: Literal["exact match", "agreement"]
+    measure: Literal[
+        "exact match", "choices", "exact match and choices", "token agreement", "agreement"
+    ]
     items: int
     batch: int
     device: str
@@ -320,6 +351,8 @@ class FrontierFields(Strict):
     effort: tuple[EffortLevel, ...]
     equal_compute: tuple[EqualCompute, ...] = ()
     notes: tuple[str, ...] = ()
+    noise: TokenMeasures | None = None
+    chosen_by: str = ""
 
 
 class ProfileFields(Strict):

@@ -34,6 +34,19 @@ class TokenModel(HFModel):
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
 
+    @property
+    def tokenizer(self) -> Any:  # type: ignore[override]
+        return TokenIds()
+
+
+class TokenIds:
+    """The tokenizer of a `TokenModel`."""
+
+    chat_template = None
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [*map(int, text.split())]}
+
 
 def example_of(ids: Sequence[int], **fields: Any) -> Example:
     """An example whose prompt has these token ids; `fields` are its others."""

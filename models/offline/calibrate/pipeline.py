@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sluice.models.offline.calibrate.measurable import check_measurable
 from sluice.models.offline.calibrate.step import Calibration, Step
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.engine import OfflineEngine, offline_engine
@@ -137,9 +138,11 @@ def run_steps(
         say: told what becomes of each step.
 
     Raises:
-        CalibrationError: a step cannot be done.
+        CalibrationError: a step cannot be done, or full depth cannot be measured.
         OSError: a file cannot be written; what was done before is kept.
     """
+    if any(step.reads_tasks for step in steps):
+        check_measurable(calibration)
     for step in steps:
         key = calibration.key(step)
         part = calibration.workspace.part(step.name, key)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sluice.models.depth.prefix_sharing import prompt_effects
+from sluice.models.offline.hf_model.examples import CalibrationError, Example
+from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.policy.policy import Phase, RoutingPolicy
 
 
@@ -28,6 +30,27 @@ def choice_tokens(prompt: Sequence[int], joined: Sequence[int], alone: Sequence[
     if len(joined) > length and list(joined[:length]) == list(prompt):
         return list(joined[length:])
     return list(alone)
+
+
+def encoded_choices(model: HFModel, example: Example, prompt: Sequence[int]) -> list[list[int]]:
+    """Token ids of each choice of an example, as they follow its prompt.
+
+    Raises:
+        CalibrationError: a choice has none.
+    """
+    tokenizer = model.tokenizer
+    text = example.text
+    if text is None and example.messages is None and tokenizer.chat_template is None:
+        text = example.prompt
+    choices = []
+    for choice in example.choices or ():
+        tokens = list(tokenizer(choice, add_special_tokens=False)["input_ids"])
+        if text is not None:
+            tokens = choice_tokens(prompt, tokenizer(text + choice)["input_ids"], tokens)
+        if not tokens:
+            raise CalibrationError(f"{example.where}: choice {choice!r} has no tokens")
+        choices.append(tokens)
+    return choices
 
 
 def likeliest(log_probabilities: Sequence[Sequence[float]], per_token: bool) -> int:

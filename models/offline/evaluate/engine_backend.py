@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sluice.models.offline.engine import OfflineEngine, Request, offline_engine
-from sluice.models.offline.evaluate.choices import choice_tokens, likeliest
+from sluice.models.offline.evaluate.choices import encoded_choices, likeliest
 from sluice.models.offline.evaluate.evaluation import EvaluationError, PolicyRefusedError, Reply
 from sluice.models.offline.hf_model.examples import CalibrationError, Example
 from sluice.models.offline.hf_model.model import HFModel
@@ -173,20 +173,10 @@ def _encoded(model: HFModel, example: Example) -> tuple[int, ...]:
 
 
 def _choices(model: HFModel, example: Example, prompt: Sequence[int]) -> list[list[int]]:
-    """Token ids of each choice of an example."""
-    tokenizer = model.tokenizer
-    text = example.text
-    if text is None and example.messages is None and tokenizer.chat_template is None:
-        text = example.prompt
-    choices = []
-    for choice in example.choices or ():
-        tokens = list(tokenizer(choice, add_special_tokens=False)["input_ids"])
-        if text is not None:
-            tokens = choice_tokens(prompt, tokenizer(text + choice)["input_ids"], tokens)
-        if not tokens:
-            raise EvaluationError(f"{example.where}: choice {choice!r} has no tokens")
-        choices.append(tokens)
-    return choices
+    try:
+        return encoded_choices(model, example, prompt)
+    except CalibrationError as error:
+        raise EvaluationError(str(error)) from None
 
 
 def _length(model: HFModel, example: Example, max_tokens: int) -> int:

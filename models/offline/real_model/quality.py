@@ -30,7 +30,7 @@ from sluice.models.offline.evaluate.engine_backend import EngineBackend, engine_
 from sluice.models.offline.evaluate.evaluation import EvaluationError
 from sluice.models.offline.evaluate.work import Work
 from sluice.models.offline.hf_model.examples import Example, read_examples, read_tasks
-from sluice.models.offline.intervals import mean_interval, ratio_residuals, share_interval
+from sluice.models.offline.intervals import mean_interval, share_interval, token_share
 from sluice.models.offline.provenance import provenance
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.fields import Interval
@@ -123,20 +123,6 @@ def paired(right: Sequence[bool], full: Sequence[bool]) -> dict[str, Any]:
     mean = sum(differences) / len(differences)
     difference = {"value": mean, "low": float(low), "high": float(high)}
     return {**_wire(share), "items": len(right), "difference": difference}
-
-
-def token_share(agreed: Sequence[int], compared: Sequence[int]) -> Interval:
-    """A share of tokens; its interval is over texts, as the tokens of one vary together.
-
-    Args:
-        agreed: tokens of each text that agree.
-        compared: tokens of each text.
-    """
-    value = sum(agreed) / sum(compared)
-    low, high = mean_interval(ratio_residuals(agreed, compared))
-    return Interval(
-        value=value, low=max(0.0, min(float(low), value)), high=min(1.0, max(float(high), value))
-    )
 
 
 def _wire(interval: Interval) -> dict[str, float]:

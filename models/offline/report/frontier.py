@@ -20,8 +20,10 @@ def frontier_table(fields: FrontierFields) -> Table:
 
     out = Table(title=f"{measured_on(fields)}; 95 % intervals", caption=preset_lines(fields))
     out.add_column("setting", overflow="fold")
+    tokens = fields.points[0].tokens is not None and fields.measure != "token agreement"
     for heading in (
         fields.measure,
+        *(["tokens of\nfull depth"] if tokens else []),
         "speed over\nfull depth",
         "compute,\ngenerated",
         "compute,\nall tokens",
@@ -34,6 +36,7 @@ def frontier_table(fields: FrontierFields) -> Table:
         out.add_row(
             escape(point.name),
             percent(point.quality),
+            *([percent(point.tokens.agreement)] if tokens and point.tokens else []),
             f"{point.speed.value:.2f} ({point.speed.low:.2f}-{point.speed.high:.2f})",
             f"{point.generated_fraction:.1%}",
             f"{point.compute_fraction:.1%}",
@@ -44,17 +47,19 @@ def frontier_table(fields: FrontierFields) -> Table:
 
 
 def preset_lines(fields: FrontierFields) -> str:
-    """What the presets are, a line a point; says so where only full depth was good enough."""
+    """What the presets are, a line a point; says so where there are none."""
     full, by_name = fields.points[0], {point.name: point for point in fields.points}
     lines = []
     for name, presets in presets_by_point(fields).items():
         point = by_name[name]
         points = 100 * (point.quality.value - full.quality.value)
         gain = f"{point.speed.value:.2f} times full depth's speed, {points:+.1f} points"
+        if point.tokens is not None and fields.measure != "token agreement":
+            gain += f", {point.tokens.agreement.value:.1%} of its tokens"
         if point == full:
             gain = "as nothing else that loses so little gains anything"
         lines.append(f"{', '.join(presets)}: {name}, {gain}")
-    return "\n".join(lines)
+    return "\n".join(lines) or "no presets: serve the model at full depth"
 
 
 def presets_by_point(fields: FrontierFields) -> dict[str, list[str]]:
@@ -73,5 +78,5 @@ def percent(interval: Interval) -> str:
 
 def measured_on(fields: FrontierFields) -> str:
     """What the points were measured on."""
-    kind = "tasks" if fields.measure == "exact match" else "prompts"
+    kind = "prompts" if "agreement" in fields.measure else "tasks"
     return f"{fields.items} {kind}, batch {fields.batch}, {fields.device}"

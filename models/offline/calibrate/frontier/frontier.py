@@ -23,13 +23,14 @@ from sluice.models.offline.calibrate.frontier.greedy_levels import (
 )
 from sluice.models.offline.calibrate.frontier.measure import (
     AT_ONCE,
-    Items,
     Measurements,
+    Quality,
     SettingMeasure,
 )
 from sluice.models.offline.calibrate.frontier.pareto import (
-    ALLOWED_LOSS,
+    Allowance,
     choose,
+    measures_of,
     on_frontier,
     shortfalls,
 )
@@ -41,6 +42,7 @@ from sluice.models.offline.calibrate.frontier.settings import (
     skip_setting,
     together,
 )
+from sluice.models.offline.calibrate.items import Items
 from sluice.models.offline.calibrate.pipeline import engine_of, profile_parts
 from sluice.models.offline.calibrate.step import Calibration, Step, check_least, option
 from sluice.models.offline.calibrate.workspace import Part, key_of
@@ -97,7 +99,8 @@ class Frontier(Step):
     )
     reads_tasks: ClassVar[bool] = True
 
-    items: int = option(400, "tasks or prompts that quality is measured on, at most")
+    items: int = option(400, "tasks that quality is measured on, at most")
+    prompts: int = option(64, "prompts on which full depth's own tokens are compared, at most")
     batch: int = option(8, "requests at a time while speed is measured")
     timed: int = option(32, "answers that speed is measured on")
     repeats: int = option(7, "times that a setting and full depth are timed in turn, at least 6")
@@ -124,8 +127,8 @@ class Frontier(Step):
             int(self.deepest * len(every)),
             sub_layers=self.sub_layers,
         )
-        items = Items.of(calibration, self.items)
-        at_once = max(self.batch, min(AT_ONCE, len(items.prompts)))
+        items = Items.of(calibration, self.items, self.prompts)
+        at_once = max(self.batch, min(AT_ONCE, items.requests))
         with engine_of(calibration, items.longest, at_once) as engine:
             measure = SettingMeasure(calibration, engine, items, self.batch, self.timed)
             device = _device(calibration)
@@ -135,15 +138,16 @@ class Frontier(Step):
             )
             key = key_of(calibration.key(same), device)
             kept = Measurements(measure, calibration.workspace, key)
-            run = _Run(self, calibration, engine, kept, levels, len(items.prompts))
+            run = _Run(self, calibration, engine, kept, levels, items)
             points = run.points()
-            presets = choose(points)
-            notes = tuple(shortfalls(points, presets))
+            allowance = Allowance.of(points, kept.noise(), items.measure)
+            presets = choose(points, allowance)
+            notes = tuple(shortfalls(points, presets, allowance))
             for note in notes:
                 _LOG.warning("frontier: %s", note)
             found = FrontierFields(
                 measure=items.measure,
-                items=len(items.prompts),
+                items=items.count,
                 batch=self.batch,
                 device=device,
                 points=points,
@@ -151,12 +155,15 @@ class Frontier(Step):
                 effort=run.effort(),
                 equal_compute=run.equal_compute(),
                 notes=notes,
+                noise=kept.noise(),
+                chosen_by=str(allowance),
             )
         return Part({"frontier": found.model_dump(mode="json")})
 
     def _check(self) -> None:
         least = {
             "items": 1,
+            "prompts": 1,
             "batch": 1,
             "timed": 1,
             "repeats": LEAST_REPEATS,
@@ -179,7 +186,7 @@ class _Run:
     engine: OfflineEngine
     kept: Measurements
     levels: Sequence[GreedyLevel]
-    items: int
+    items: Items
 
     def points(self) -> tuple[FrontierPoint, ...]:
         """All points, full depth first."""
@@ -195,7 +202,7 @@ class _Run:
         pairs = together(self._best(depth, full, found), self._best(experts, full, found))
         self._measure([*pairs], found)
         points = self._tested([*found.values()])
-        kept = on_frontier([(p.quality.value, p.speed.value, p.compute_fraction) for p in points])
+        kept = on_frontier([measures_of(point) for point in points])
         return tuple(
             point.model_copy(update={"on_frontier": keep})
             for point, keep in zip(points, kept, strict=True)
@@ -228,27 +235,36 @@ class _Run:
 
     def _point(self, setting: Setting, policy: RoutingPolicy) -> FrontierPoint:
         quality = self.kept.quality(policy)
+        normalised = quality.normalised
         return FrontierPoint(
             name=setting.name,
             routing=dict(setting.routing),
-            quality=share_interval(quality.value, self.items),
+            quality=self._interval(quality),
             speed=median_interval(self.kept.ratios(policy, self.step.repeats)),
             compute_fraction=quality.work.compute_fraction,
             generated_fraction=quality.generated_fraction,
             on_frontier=False,
+            tokens=quality.tokens,
+            normalised=None if normalised is None else share_interval(normalised, self.items.count),
         )
+
+    def _interval(self, quality: Quality) -> Interval:
+        """Of tasks Wilson's, of the agreement of tokens its own."""
+        if self.items.tasks or quality.tokens is None:
+            return share_interval(quality.value, self.items.count)
+        return quality.tokens.agreement
 
     def _best(
         self, settings: Iterable[Setting], full: FrontierPoint, found: Mapping[str, FrontierPoint]
     ) -> list[Setting]:
         """The fastest of those that the preset with the most loss would allow."""
-        least = full.quality.value - max(ALLOWED_LOSS.values())
+        allowance = Allowance.of([full], self.kept.noise(), self.items.measure)
         points = [(found[self._policy(setting).digest], setting) for setting in settings]
         # A setting that came to another's policy has no point of its own.
         allowed = [
             (point.speed.value, setting)
             for point, setting in points
-            if point.name == setting.name and point.quality.value >= least
+            if point.name == setting.name and allowance.allows("fast", point)
         ]
         ordered = sorted(allowed, key=lambda entry: -entry[0])
         return [setting for _, setting in ordered[: self.step.combined]]
@@ -297,7 +313,7 @@ class _Run:
     def _ablation_quality(self, setting: Setting) -> tuple[Interval, float]:
         """Quality, and compute on generated tokens."""
         found = self.kept.quality(self._policy(setting))
-        return share_interval(found.value, self.items), found.generated_fraction
+        return self._interval(found), found.generated_fraction
 
     def _counts(self) -> list[int]:
         """Units that the levels leave out."""

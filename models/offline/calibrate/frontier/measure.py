@@ -1,8 +1,12 @@
 """What settings are measured on: quality of their answers, and their pace beside full depth's.
 
-Quality is exact match on tasks, or without tasks the agreement with full depth's own answers on the
-prompts (`sluice.models.offline.calibrate.frontier.agreement`). It is measured on the very items
-that presets are chosen by: what a preset promises on others is for `sluice eval` to say.
+Quality is the share of tasks that are answered right. A task with choices is right if the right one
+is the likeliest, each choice being generated after the prompt as an answer would be: its first
+token comes from the prompt, the others from steps that the setting acts on. Other tasks are right
+if the greedy answer is. Beside it stands what a setting makes of full depth's own tokens
+(`TokenMeasures`), on the prompts; without tasks their agreement is the quality. All of it is
+measured on the very items that presets are chosen by: what a preset promises on others is for
+`sluice eval` to say.
 
 Pace is measured in batches in which every request generates as many tokens as full depth's answer
 has, whatever they are: all settings then run the same batches of the same lengths, a setting that
@@ -14,68 +18,27 @@ machine does falls on both.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Self
 
-from sluice.models.offline.calibrate.frontier.agreement import agreement
+from sluice.models.offline.calibrate.frontier.token_measures import token_measures
+from sluice.models.offline.calibrate.items import Items
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.calibrate.workspace import Workspace
-from sluice.models.offline.engine import OfflineEngine, Outcome
+from sluice.models.offline.engine import OfflineEngine
 from sluice.models.offline.evaluate.work import Work
-from sluice.models.offline.hf_model.examples import CalibrationError, spaced_indices
+from sluice.models.offline.forced import Text, read_forced
+from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.policy.policy import RoutingPolicy
+from sluice.models.profile.fields import TokenMeasures
 
 AT_ONCE = 64
-"""Requests at a time while quality is measured; it does not depend on them."""
+"""Requests at a time while quality is measured; it depends on them by rounding alone."""
 
-Measure = Literal["exact match", "agreement"]
-
-
-@dataclass(frozen=True)
-class Items:
-    """What is asked.
-
-    Attributes:
-        prompts: token ids.
-        answers: right answers as texts, or None: full depth's own are the measure.
-        ends: tokens that end an answer.
-        new_tokens: most tokens of an answer.
-    """
-
-    prompts: tuple[tuple[int, ...], ...]
-    answers: tuple[str, ...] | None
-    ends: frozenset[int]
-    new_tokens: int
-
-    @classmethod
-    def of(cls, calibration: Calibration, most: int) -> Items:
-        """Tasks if there are any, or else prompts; of more than `most`, as many evenly spread.
-
-        Raises:
-            CalibrationError: a prompt leaves no room for an answer.
-        """
-        examples = calibration.tasks or calibration.prompts
-        chosen = [examples[place] for place in spaced_indices(most, len(examples))]
-        answers = None
-        if calibration.tasks:
-            answers = tuple(example.answer or "" for example in chosen)
-        return cls(
-            tuple(calibration.encoded(chosen)),
-            answers,
-            calibration.model.ends,
-            calibration.new_tokens,
-        )
-
-    @property
-    def measure(self) -> Measure:
-        """What quality is."""
-        return "agreement" if self.answers is None else "exact match"
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt and its answer."""
-        return max(map(len, self.prompts)) + self.new_tokens
+_TOP = 64
+"""Likeliest tokens of full depth at each place, between which distributions are compared."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +47,43 @@ class Quality:
 
     Attributes:
         value: mean over the items, between 0 and 1.
-        work: what it took.
+        work: what the prompts' answers took.
+        tokens: what it makes of full depth's own tokens.
+        normalised: as `value`, with the log likelihoods of choices per character; None without
+            choices.
     """
 
     value: float
     work: Work
+    tokens: TokenMeasures | None = None
+    normalised: float | None = None
 
     @property
     def generated_fraction(self) -> float:
         """Share of full depth's compute on generated tokens, 1.0 without one."""
         fraction = self.work.generated_compute_fraction
         return 1.0 if fraction is None else fraction
+
+    def to_wire(self) -> dict[str, Any]:
+        """As JSON values."""
+        work = self.work
+        return {
+            "value": self.value,
+            "normalised": self.normalised,
+            "tokens": None if self.tokens is None else self.tokens.model_dump(),
+            "work": [
+                work.generated_tokens,
+                work.mean_layers,
+                work.generated_compute_fraction,
+                work.compute_fraction,
+            ],
+        }
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> Self:
+        """Inverse of `to_wire`."""
+        tokens = wire["tokens"] and TokenMeasures.model_validate(wire["tokens"])
+        return cls(wire["value"], Work(*wire["work"]), tokens, wire["normalised"])
 
 
 class SettingMeasure:
@@ -125,26 +114,65 @@ class SettingMeasure:
         self._engine = engine
         self._items = items
         self._batch = batch
-        outcome = self._answers(RoutingPolicy())
-        self._full = outcome.tokens
-        self.full = self._quality(outcome)
-        """Quality of full depth."""
-        if self.full.value == 0:
-            raise CalibrationError("full depth has none of the tasks right: what could be lost?")
+        limits = [items.new_tokens] * len(items.prompts)
+        self._full = engine.answers(items.prompts, None, limits, items.ends, AT_ONCE).tokens
         long = [place for place, tokens in enumerate(self._full) if len(tokens) > 1]
         if not long:
             raise CalibrationError("no answer has a second token: there is nothing to time")
+        stock = RoutingPolicy()
+        texts = [Text(items.prompts[place], self._full[place]) for place in long]
+        read, _ = read_forced(engine, texts, stock, AT_ONCE, top=_TOP)
+        self._texts = [
+            Text(text.prompt, text.tokens, own.top) for text, own in zip(texts, read, strict=True)
+        ]
+        self.full = self.quality(stock)
+        """Quality of full depth."""
+        if self.full.value == 0:
+            raise CalibrationError("full depth has none of the tasks right: what could be lost?")
         drawn = random.Random(calibration.seed).sample(long, min(timed, len(long)))
         # Answers of like lengths side by side, so that batches stay full.
         self._timed = sorted(drawn, key=lambda place: (-len(self._full[place]), place))
 
     def quality(self, policy: RoutingPolicy) -> Quality:
         """Quality of a setting."""
-        return self._quality(self._answers(policy))
+        tokens, work = self.tokens(policy)
+        if not self._items.tasks:
+            return Quality(tokens.agreement.value, work, tokens)
+        right = self._right(policy)
+        plain, normalised = (sum(each) / len(right) for each in zip(*right, strict=True))
+        choices = any(task.choices for task in self._items.tasks)
+        return Quality(plain, work, tokens, normalised if choices else None)
 
-    def _quality(self, outcome: Outcome) -> Quality:
-        scores = [self._score(place, given) for place, given in enumerate(outcome.tokens)]
-        return Quality(sum(scores) / len(scores), Work.of_records(outcome.records))
+    def tokens(self, policy: RoutingPolicy) -> tuple[TokenMeasures, Work]:
+        """What a setting makes of full depth's own tokens, and what they take."""
+        read, records = read_forced(self._engine, self._texts, policy, AT_ONCE)
+        return token_measures(self._texts, read), Work.of_records(records)
+
+    def noise(self) -> TokenMeasures:
+        """Full depth against itself: the same texts in another order, and fewer at a time."""
+        texts = self._texts[::-1]
+        batch = min(self._batch, max(1, len(texts) // 2))
+        read, _ = read_forced(self._engine, texts, RoutingPolicy(), batch)
+        return token_measures(texts, read)
+
+    def _right(self, policy: RoutingPolicy) -> list[tuple[bool, bool]]:
+        """Whether each task is answered right: plain, and with choices normalised."""
+        tasks, items = self._items.tasks, self._items
+        free = [task for task in tasks if not task.choices]
+        limits = [items.new_tokens] * len(free)
+        prompts = [task.prompt for task in free]
+        given = iter(self._engine.answers(prompts, policy, limits, items.ends, AT_ONCE).tokens)
+        texts = [Text(task.prompt, tokens) for task in tasks for tokens in task.choice_tokens]
+        read = iter(read_forced(self._engine, texts, policy, AT_ONCE)[0])
+        found = []
+        for task in tasks:
+            if task.choices:
+                own = islice(read, len(task.choices))
+                found.append(task.right([each.log_probs.tolist() for each in own]))
+            else:
+                right = self._decode(next(given)).strip() == task.answer.strip()
+                found.append((right, right))
+        return found
 
     def ratios(self, policy: RoutingPolicy, repeats: int) -> list[float]:
         """Full depth's time over the setting's, repeat by repeat; above 1 is faster."""
@@ -166,16 +194,6 @@ class SettingMeasure:
                 full += self._seconds(places, None)
         return full, own
 
-    def _answers(self, policy: RoutingPolicy) -> Outcome:
-        items = self._items
-        limits = [items.new_tokens] * len(items.prompts)
-        return self._engine.answers(items.prompts, policy, limits, items.ends, AT_ONCE)
-
-    def _score(self, place: int, given: Sequence[int]) -> float:
-        if self._items.answers is None:
-            return agreement(self._full[place], given)
-        return float(self._decode(given).strip() == self._items.answers[place].strip())
-
     def _seconds(self, places: Sequence[int], policy: RoutingPolicy | None) -> float:
         prompts = [self._items.prompts[place] for place in places]
         limits = [len(self._full[place]) for place in places]
@@ -184,6 +202,7 @@ class SettingMeasure:
 
 _QUALITY = "frontier-quality"
 _RATIOS = "frontier-ratios"
+_NOISE = "frontier-noise"
 
 
 class Measurements:
@@ -204,18 +223,17 @@ class Measurements:
     def quality(self, policy: RoutingPolicy) -> Quality:
         """Quality of a policy, and its work."""
         if policy.digest not in self._qualities:
-            measured = self._measure.quality(policy)
-            work = measured.work
-            self._qualities[policy.digest] = [
-                measured.value,
-                work.generated_tokens,
-                work.mean_layers,
-                work.compute_fraction,
-                work.generated_compute_fraction,
-            ]
+            self._qualities[policy.digest] = self._measure.quality(policy).to_wire()
             self._workspace.keep(_QUALITY, self._key, self._qualities)
-        value, tokens, mean_layers, whole, generated = self._qualities[policy.digest]
-        return Quality(value, Work(tokens, mean_layers, generated, whole))
+        return Quality.from_wire(self._qualities[policy.digest])
+
+    def noise(self) -> TokenMeasures:
+        """Full depth against itself."""
+        held = self._workspace.value(_NOISE, self._key)
+        if held is None:
+            held = self._measure.noise().model_dump()
+            self._workspace.keep(_NOISE, self._key, held)
+        return TokenMeasures.model_validate(held)
 
     def ratios(self, policy: RoutingPolicy, repeats: int) -> list[float]:
         """Full depth's time over the policy's, pair by pair."""

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sluice.models.depth.skip_order import Importance, Unit, drop_order, skip_first
 from sluice.models.offline.calibrate.frontier.greedy_levels import LayerUnit, greedy_levels
-from sluice.models.offline.calibrate.frontier.measure import AT_ONCE, Items, SettingMeasure
+from sluice.models.offline.calibrate.frontier.measure import AT_ONCE, SettingMeasure
 from sluice.models.offline.calibrate.frontier.pareto import on_frontier
+from sluice.models.offline.calibrate.items import Items
 from sluice.models.offline.calibrate.pipeline import engine_of
 from sluice.models.offline.calibrate.step import Calibration, Step, check_least, option
 from sluice.models.offline.calibrate.workspace import Part, key_of
@@ -62,7 +63,8 @@ class Search(Step):
 
     trials: int = option(60, "skip sets to measure")
     timeout: float = option(300.0, "seconds after which no further one is begun, in each run")
-    items: int = option(96, "tasks or prompts that quality is measured on, at most")
+    items: int = option(96, "tasks that quality is measured on, at most")
+    prompts: int = option(32, "prompts on which full depth's own tokens are compared, at most")
     batch: int = option(8, "requests at a time while time is measured")
     timed: int = option(16, "answers that time is measured on")
     repeats: int = option(3, "times that a skip set and full depth are timed in turn")
@@ -76,7 +78,7 @@ class Search(Step):
             CalibrationError: an option is out of range, no answer has a second token, or full depth
                 has none of the tasks right.
         """
-        positive = ("trials", "items", "batch", "timed", "repeats", "samples")
+        positive = ("trials", "items", "prompts", "batch", "timed", "repeats", "samples")
         check_least(self, dict.fromkeys(positive, 1))
         # More trials go on from those that are there.
         asked = calibration.key(replace(self, trials=0, timeout=0.0))
@@ -84,8 +86,8 @@ class Search(Step):
         first = seeds(
             calibration.model.layers, _importance(calibration), self._greedy_blocks(calibration)
         )
-        items = Items.of(calibration, self.items)
-        at_once = max(self.batch, min(AT_ONCE, len(items.prompts)))
+        items = Items.of(calibration, self.items, self.prompts)
+        at_once = max(self.batch, min(AT_ONCE, items.requests))
         with engine_of(calibration, items.longest, at_once) as engine, _quiet():
             measure = SettingMeasure(calibration, engine, items, self.batch, self.timed)
             study = _study(calibration, kept.trials, first)

@@ -15,27 +15,26 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 from support import edge
-from support.calibration import calibration_of, drawn_prompts
-from support.engine import engine
+from support.calibration import calibration_of, drawn_prompts, example_of
 from support.tiny import LAYERS, make_model
 
 from sluice.models.offline.calibrate.frontier import frontier as module
-from sluice.models.offline.calibrate.frontier.agreement import agreement
 from sluice.models.offline.calibrate.frontier.frontier import Frontier
-from sluice.models.offline.calibrate.frontier.measure import Quality
-from sluice.models.offline.calibrate.frontier.pareto import choose
+from sluice.models.offline.calibrate.frontier.measure import Quality, SettingMeasure
+from sluice.models.offline.calibrate.frontier.pareto import Allowance, choose
 from sluice.models.offline.calibrate.frontier.search import Search
+from sluice.models.offline.calibrate.items import Items
 from sluice.models.offline.calibrate.pipeline import engine_of, run_steps
 from sluice.models.offline.calibrate.registry import STEPS
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.evaluate.work import Work
 from sluice.models.offline.hf_model.examples import CalibrationError
-from sluice.models.offline.intervals import corrected, share_interval
+from sluice.models.offline.intervals import corrected
 from sluice.models.offline.report.charts import EQUAL_COMPUTE_PNG, FRONTIER_PNG, write_plots
 from sluice.models.offline.report.frontier import frontier_table, preset_lines
 from sluice.models.policy.policy import Phase, RoutingPolicy, SkipSet
-from sluice.models.profile.fields import FrontierFields
+from sluice.models.profile.fields import FrontierFields, Interval, TokenMeasures
 from sluice.models.routing.errors import RoutingError
 
 NEW_TOKENS = 6
@@ -89,27 +88,24 @@ def fields_of(part: Part) -> FrontierFields:
     return FrontierFields.model_validate(part.fields["frontier"])
 
 
-def check_against_engine(found: FrontierFields, calibration: Calibration, folder: Path) -> None:
-    """Quality and compute of every point are those of an engine like a server's."""
-    with engine_of(calibration, 40, 5) as made:
-        policies = [made.resolve(p.routing) for p in found.points]
-        first = [index for index, p in enumerate(policies) if p.adaptive is not None]
-    plain = [index for index in range(len(policies)) if index not in first]
-    with engine(folder) as running:
-        full = running.generate(PROMPTS, [RoutingPolicy()] * 5, NEW_TOKENS)
-        for index in plain:
-            records = [f"{index}-{number}" for number in range(5)]
-            out = running.run(PROMPTS, [policies[index]] * 5, NEW_TOKENS, records)
-            given = [each.outputs[0].token_ids for each in out]
-            shares = [agreement(own, other) for own, other in zip(full, given, strict=True)]
-            work = Work.of_records([running.runner.take_routing_record(name) for name in records])
-            point = found.points[index]
-            assert point.quality.value == pytest.approx(sum(shares) / 5), point.name
-            assert point.quality == share_interval(point.quality.value, 5)
+def presets_of(found: FrontierFields) -> dict[str, str]:
+    return choose(found.points, Allowance.of(found.points, found.noise, found.measure))
+
+
+def check_against_engine(found: FrontierFields, calibration: Calibration) -> None:
+    """Quality and compute of every point are those of an engine by itself."""
+    items = Items.of(calibration, 5, 5)
+    with engine_of(calibration, items.longest, 5) as made:
+        measure = SettingMeasure(calibration, made, items, 5, 3)
+        for point in found.points:
+            tokens, work = measure.tokens(made.resolve(point.routing))
+            assert point.tokens is not None
+            assert point.tokens.agreement == tokens.agreement, point.name
+            assert point.tokens.divergence == pytest.approx(tokens.divergence, abs=1e-5)
+            assert point.tokens.perplexity == pytest.approx(tokens.perplexity, rel=1e-3)
+            assert point.quality == tokens.agreement
             assert point.compute_fraction == pytest.approx(work.compute_fraction), point.name
-            assert point.generated_fraction == pytest.approx(work.generated_compute_fraction), (
-                point.name
-            )
+            assert point.generated_fraction == pytest.approx(work.generated_compute_fraction)
 
 
 def test_a_dense_model(llama: Path, tmp_path: Path) -> None:
@@ -122,14 +118,14 @@ def test_a_dense_model(llama: Path, tmp_path: Path) -> None:
     assert not [name for name in names if "experts" in name]
     full = found.points[0]
     assert (full.quality.value, full.compute_fraction, full.generated_fraction) == (1.0, 1.0, 1.0)
-    assert (found.measure, found.items, found.batch) == ("agreement", 5, 3)
+    assert (found.measure, found.items, found.batch) == ("token agreement", 5, 3)
     assert found.device.endswith("cores")
     assert len({json.dumps(point.routing, sort_keys=True) for point in found.points}) == len(names)
-    check_against_engine(found, calibration, llama)
+    check_against_engine(found, calibration)
     # Of the blocks 1, 4 are the least important: generated tokens ran the other four.
     dropped = next(point for point in found.points if point.name == "drop 25.0% of blocks")
     assert dropped.generated_fraction == pytest.approx(4 / 6)
-    assert found.presets == choose(found.points)
+    assert found.presets == presets_of(found)
     check_levels(found)
 
 
@@ -175,7 +171,7 @@ def test_a_mixture_of_experts_and_its_profile(qwen3_moe: Path, tmp_path: Path) -
     both = [p for p in found.points if {"depth", "experts"} <= p.routing.keys()]
     assert len(both) == 1
     assert both[0].name.startswith("exit by confidence at 1, skip ratios times")
-    check_against_engine(found, replace(calibration, parts=parts), qwen3_moe)
+    check_against_engine(found, replace(calibration, parts=parts))
     table = frontier_table(found)
     assert table.row_count == len(found.points)
     for path in write_plots(found, tmp_path):
@@ -202,6 +198,11 @@ class Told:
         speed = 1 + 0.3 * len(policy.skip.mlp) + 0.1 * len(policy.skip.attention)
         speed += 0.5 * (policy.experts.top_k is not None)
         return [speed - 0.001, speed, speed + 0.001] * (repeats // 3)
+
+    def noise(self) -> TokenMeasures:
+        return TokenMeasures(
+            agreement=Interval(value=1.0, low=1.0, high=1.0), divergence=0.0, perplexity=1.0
+        )
 
     def _found(self, policy: RoutingPolicy) -> Quality:
         skipped = len(policy.skip.mlp) + len(policy.skip.attention)
@@ -246,7 +247,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> type[Told]:
 
 def invented(folder: Path, out: Path) -> Calibration:
     """A calibration for `FakeEngine`."""
-    return started(folder, out, {**PARTS, **EXPERT_PARTS})
+    tasks = tuple(example_of(prompt, answer="1") for prompt in PROMPTS)
+    return replace(started(folder, out, {**PARTS, **EXPERT_PARTS}), tasks=tasks)
 
 
 def test_a_run_that_was_stopped_goes_on(llama: Path, tmp_path: Path, told: type[Told]) -> None:
@@ -276,29 +278,33 @@ def test_a_run_that_was_stopped_goes_on(llama: Path, tmp_path: Path, told: type[
 def test_presets_and_combinations(llama: Path, tmp_path: Path, told: type[Told]) -> None:
     found = fields_of(STEP.run(invented(llama, tmp_path)))
     points = {point.name: point for point in found.points}
-    assert found.presets == choose(found.points)
+    assert found.presets == presets_of(found)
+    # A preset that would be the point of a stricter one is left to that one.
+    assert len({*found.presets.values()}) == len(found.presets) > 0
     full = points["full depth"]
     for name, loss in (("quality", 0.005), ("balanced", 0.01), ("fast", 0.03)):
-        chosen = points[found.presets[name]]
-        assert chosen.quality.value >= full.quality.value - loss - 1e-9
-        assert chosen.speed.value == max(
-            p.speed.value for p in found.points if p.quality.value >= 1 - loss - 1e-9
-        )
-        assert chosen.on_frontier
+        able = [p for p in found.points if p.quality.value >= full.quality.value - loss - 1e-9]
+        fastest = max(able, key=lambda p: p.speed.value)
+        if name not in found.presets:
+            assert fastest.name in found.presets.values()
+            continue
+        assert points[found.presets[name]] == fastest
+        assert fastest.on_frontier
     # Six sub-layers are a loss of 2.4 points; the fastest expert setting is `top_k`, at no loss.
-    assert len(points[found.presets["fast"]].routing["depth"]["skip"]) >= 1
-    assert points[found.presets["fast"]].routing["experts"].keys() == {"top_k"}
+    last = points[[*found.presets.values()][-1]]
+    assert len(last.routing["depth"]["skip"]) >= 1
+    assert last.routing["experts"].keys() == {"top_k"}
     both = [point for point in found.points if len(point.routing) == 2]
     assert len(both) == 1
-    lines = preset_lines(found).splitlines()
-    # Presets that are the same point share a line.
-    named = [name for line in lines for name in line.split(":")[0].split(", ")]
-    assert named == ["quality", "balanced", "fast"]
-    assert len(lines) == len({*found.presets.values()})
+    named = [line.split(":")[0] for line in preset_lines(found).splitlines()]
+    assert named == [*found.presets]
     # Wilson's interval of five items is wide.
     assert [note.split(" loses")[0] for note in found.notes] == [
-        f"preset {name!r}" for name in ("quality", "balanced", "fast")
+        f"preset {name!r}" for name in found.presets
     ]
+    assert "at most 0.5 (quality), 1 (balanced), 3 (fast) points fewer of the tasks" in (
+        found.chosen_by
+    )
 
 
 def test_gains_within_the_noise_are_no_preset(
@@ -312,10 +318,10 @@ def test_gains_within_the_noise_are_no_preset(
     monkeypatch.setattr(told, "ratios", lambda *_given: [0.6, 1.2, 1.2, 1.2, 1.3, 0.7])
     with caplog.at_level(logging.WARNING):
         found = fields_of(STEP.run(invented(llama, tmp_path)))
-    assert {*found.presets.values()} == {"full depth"}
+    assert found.presets == {}
     assert found.points[0].faster is None
     assert all(p.faster is not None and p.faster > 0.05 for p in found.points[1:])
-    note = "no setting is shown to be faster than full depth, and every preset is full depth"
+    note = "no setting is shown to be faster than full depth, and there are no presets"
     assert found.notes == (note,)
     assert f"frontier: {note}" in caplog.text
 
@@ -343,7 +349,7 @@ def test_how_sure_a_gain_is_depends_on_how_many_are_tried(
     want = corrected([luck if each else chance for each in is_lucky])
     assert np.allclose([p.faster for p in found.points[1:]], want)
     assert min(want) > 0.05
-    assert {*found.presets.values()} == {"full depth"}
+    assert found.presets == {}
 
 
 def test_where_nothing_is_good_enough_presets_are_full_depth(
@@ -357,9 +363,11 @@ def test_where_nothing_is_good_enough_presets_are_full_depth(
 
     monkeypatch.setattr(told, "_found", poor)
     found = fields_of(STEP.run(invented(llama, tmp_path)))
-    assert {*found.presets.values()} == {"full depth"}
-    (line,) = preset_lines(found).splitlines()
-    assert line.startswith("quality, balanced, fast: full depth, as nothing else")
+    assert found.presets == {}
+    assert found.notes == (
+        "every setting that is shown to be faster loses too much, and there are no presets",
+    )
+    assert preset_lines(found) == "no presets: serve the model at full depth"
 
 
 def test_settings_that_come_to_one_policy_are_one_point(

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+from sluice.models.offline.calibrate.frontier import pareto
 from sluice.models.offline.calibrate.frontier.pareto import (
     ALLOWED_LOSS,
-    choose,
+    Allowance,
     on_frontier,
-    shortfalls,
 )
 from sluice.models.offline.intervals import LEAST_REPEATS, median_interval, share_interval
-from sluice.models.profile.fields import FrontierPoint, Interval
+from sluice.models.profile.fields import FrontierPoint, Interval, TokenMeasures
 
 SHARES = st.sampled_from([0.0, 0.2, 0.9, 0.965, 0.97, 0.985, 0.99, 0.995, 1.0])
 SPEEDS = st.sampled_from([0.5, 0.99, 1.0, 1.01, 1.2, 1.5, 2.0])
@@ -37,6 +37,23 @@ def point(name: str, quality: float, speed: float, compute: float, width: float)
         on_frontier=False,
         faster=0.0 if speed - width > 1 else 0.5,
     )
+
+
+def choose(points: list[FrontierPoint]) -> dict[str, str]:
+    return pareto.choose(points, Allowance(points[0], None))
+
+
+def shortfalls(points: list[FrontierPoint], presets: dict[str, str]) -> list[str]:
+    return [*pareto.shortfalls(points, presets, Allowance(points[0], None))]
+
+
+def agreeing(point: FrontierPoint, agreement: float) -> FrontierPoint:
+    return point.model_copy(update={"tokens": tokens(agreement)})
+
+
+def tokens(agreement: float) -> TokenMeasures:
+    found = Interval(value=agreement, low=agreement, high=agreement)
+    return TokenMeasures(agreement=found, divergence=0.1, perplexity=2.0)
 
 
 @st.composite
@@ -64,14 +81,16 @@ def test_presets_are_the_cheapest_points_allowed(drawn: list[FrontierPoint]) -> 
     by_name = {each.name: each for each in drawn}
     frontier = on_frontier([(p.quality.value, p.speed.value, p.compute_fraction) for p in drawn])
     best = [p for p, kept in zip(drawn, frontier, strict=True) if kept]
-    for preset, name in choose(drawn).items():
-        chosen = by_name[name]
+    found = choose(drawn)
+    assert len({*found.values()}) == len(found)
+    for number, preset in enumerate(ALLOWED_LOSS):
         least = drawn[0].quality.value - ALLOWED_LOSS[preset]
-        faster = [p for p in best if p.speed.low > 1]
-        allowed = [p for p in faster if p.quality.value > least - 1e-6]
-        if not allowed:
-            assert chosen == drawn[0]
+        allowed = [p for p in best if p.speed.low > 1 and p.quality.value > least - 1e-6]
+        if preset not in found:
+            stricter = [found[name] for name in [*ALLOWED_LOSS][:number] if name in found]
+            assert not allowed or {p.name for p in allowed} & {*stricter}
             continue
+        chosen = by_name[found[preset]]
         assert chosen in allowed
         fastest = max(allowed, key=lambda p: p.speed.value)
         assert chosen.speed.value >= fastest.speed.low
@@ -105,18 +124,19 @@ def test_a_clear_lead_in_speed_decides_over_compute() -> None:
 def test_of_equally_fast_points_quality_takes_the_best() -> None:
     full = point("full", 1.0, 1.0, 1.0, 0.02)
     same, lean = point("same", 1.0, 1.55, 0.6, 0.2), point("lean", 0.996, 1.6, 0.5, 0.2)
-    assert choose([full, same, lean]) == {"quality": "same", "balanced": "lean", "fast": "lean"}
+    # `fast` would be `lean` too, and is left out.
+    assert choose([full, same, lean]) == {"quality": "same", "balanced": "lean"}
 
 
-@pytest.mark.parametrize(("faster", "name"), [(0.05, "skip"), (0.051, "full"), (None, "full")])
-def test_a_gain_that_is_not_shown_is_no_preset(faster: float | None, name: str) -> None:
+@pytest.mark.parametrize(("faster", "name"), [(0.05, ["skip"]), (0.051, []), (None, [])])
+def test_a_gain_that_is_not_shown_is_no_preset(faster: float | None, name: list[str]) -> None:
     """However large the median is."""
     full = point("full", 1.0, 1.0, 1.0, 0.02)
     skip = point("skip", 1.0, 3.0, 0.5, 2.5).model_copy(update={"faster": faster})
     chosen = choose([full, skip])
-    assert {*chosen.values()} == {name}
-    said = "no setting is shown to be faster than full depth, and every preset is full depth"
-    assert (said in [*shortfalls([full, skip], chosen)]) is (name == "full")
+    assert [*chosen.values()] == name
+    said = "no setting is shown to be faster than full depth, and there are no presets"
+    assert (said in shortfalls([full, skip], chosen)) is (name == [])
 
 
 def test_a_loss_that_the_items_leave_open_is_said() -> None:
@@ -124,16 +144,40 @@ def test_a_loss_that_the_items_leave_open_is_said() -> None:
     skip = skip.model_copy(update={"quality": share_interval(0.98, 100)})
     chosen = choose([full, skip])
     assert {*chosen.values()} == {"skip"}
-    assert [*shortfalls([full, skip], chosen)] == [
-        f"preset {preset!r} loses at most {loss} points of quality as measured; the items leave it "
+    assert shortfalls([full, skip], chosen) == [
+        "preset 'quality' loses at most 0.5 points of quality as measured; the items leave it "
         "open to lose 5.0"
-        for preset, loss in (("quality", "0.5"), ("balanced", "1"), ("fast", "3"))
     ]
 
 
-def test_full_depth_where_nothing_else_is_good_enough() -> None:
+def test_no_presets_where_nothing_is_good_enough() -> None:
     full, poor = point("full", 1.0, 1.0, 1.0, 0.0), point("poor", 0.9, 2.0, 0.5, 0.0)
-    assert choose([full, poor]) == dict.fromkeys(ALLOWED_LOSS, "full")
+    assert choose([full, poor]) == {}
+    said = "every setting that is shown to be faster loses too much, and there are no presets"
+    assert shortfalls([full, poor], {}) == [said]
+
+
+def test_tasks_that_show_no_loss_do_not_make_a_preset_of_other_tokens() -> None:
+    """Choices are often right although most of the tokens differ."""
+    full = agreeing(point("full", 0.6, 1.0, 1.0, 0.02), 1.0)
+    few = agreeing(point("few", 0.61, 1.2, 0.9, 0.02), 0.94)
+    many = agreeing(point("many", 0.62, 1.5, 0.7, 0.02), 0.7)
+    allowance = Allowance(full, tokens(0.97))
+    assert pareto.choose([full, few, many], allowance) == {"balanced": "few"}
+    # Full depth agrees with itself in 97 of 100 tokens: a presets may lose from there on.
+    assert allowance.floor == 0.97
+    assert pareto.choose([full, few, many], Allowance(full, tokens(0.9))) == {"quality": "few"}
+    assert "than full depth's own with itself (97.0 %)" in str(allowance)
+
+
+def test_without_tasks_tokens_alone_choose() -> None:
+    full = agreeing(point("full", 1.0, 1.0, 1.0, 0.02), 1.0)
+    few = agreeing(point("few", 0.92, 1.2, 0.9, 0.02), 0.92)
+    assert pareto.choose([full, few], Allowance(full, None)) == {}
+    alone = Allowance.of([full, few], None, "token agreement")
+    assert pareto.choose([full, few], alone) == {"fast": "few"}
+    assert [*pareto.shortfalls([full, few], {"fast": "few"}, alone)] == []
+    assert "tasks" not in str(alone)
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

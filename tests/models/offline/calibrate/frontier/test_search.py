@@ -13,10 +13,10 @@ from support.tiny import LAYERS, make_model
 
 from sluice.models.depth.skip_order import Unit
 from sluice.models.offline.calibrate.frontier import search as module
-from sluice.models.offline.calibrate.frontier.agreement import agreement
 from sluice.models.offline.calibrate.frontier.greedy_levels import greedy_levels
-from sluice.models.offline.calibrate.frontier.measure import Items, Quality, SettingMeasure
+from sluice.models.offline.calibrate.frontier.measure import Quality, SettingMeasure
 from sluice.models.offline.calibrate.frontier.search import Search, seeds
+from sluice.models.offline.calibrate.items import Items
 from sluice.models.offline.calibrate.pipeline import engine_of
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.calibrate.workspace import Part
@@ -100,13 +100,12 @@ def test_measured_in_an_engine(model: Path, tmp_path: Path) -> None:
     )
     trials = module._Kept(calibration, _kept_key(calibration)).trials
     assert len(trials) == 9
-    items = Items.of(calibration, 6)
+    items = Items.of(calibration, 6, 6)
     with engine_of(calibration, items.longest, 6) as engine:
-        full = _tokens(engine, items, RoutingPolicy())
+        measure = SettingMeasure(calibration, engine, items, 3, 3)
         for trial in trials[:4]:
-            given = _tokens(engine, items, RoutingPolicy(trial.skip))
-            shares = [agreement(own, other) for own, other in zip(full, given, strict=True)]
-            assert trial.quality == pytest.approx(sum(shares) / len(shares))
+            agreed = measure.tokens(RoutingPolicy(trial.skip))[0].agreement.value
+            assert trial.quality == pytest.approx(agreed)
     assert trials[0].skip.empty
     assert trials[0].quality == 1.0
     assert all(trial.seconds > 0 for trial in trials)
@@ -232,7 +231,7 @@ def test_quality_is_exact_match_where_there_are_tasks(
     monkeypatch.setattr(TokenModel, "decode", spaced)
     skip = RoutingPolicy(SkipSet.of(blocks=(2,), phase=Phase.DECODE))
     calibration = started(model, tmp_path)
-    items = Items.of(calibration, 6)
+    items = Items.of(calibration, 6, 6)
     with engine_of(calibration, items.longest, 6) as engine:
         full, other = (_tokens(engine, items, p) for p in (RoutingPolicy(), skip))
         decode = calibration.model.decode
@@ -242,7 +241,7 @@ def test_quality_is_exact_match_where_there_are_tasks(
             for prompt, answer in zip(PROMPTS, right, strict=True)
         ]
         asked = replace(calibration, tasks=tuple(tasks))
-        measure = SettingMeasure(asked, engine, Items.of(asked, 6), 3, 3)
+        measure = SettingMeasure(asked, engine, Items.of(asked, 6, 6), 3, 3)
         agreed = SettingMeasure(calibration, engine, items, 3, 3)
         same = sum(a == b for a, b in zip(full, other, strict=True))
         assert same < 4
@@ -252,10 +251,10 @@ def test_quality_is_exact_match_where_there_are_tasks(
         assert agreed.quality(skip).value < 1.0
         wrong = replace(calibration, tasks=(example_of(PROMPTS[0], answer="none"),))
         with pytest.raises(CalibrationError, match="none of the tasks right"):
-            SettingMeasure(wrong, engine, Items.of(wrong, 6), 3, 3)
-    assert Items.of(asked, 6).measure == "exact match"
-    assert items.measure == "agreement"
-    assert len(Items.of(asked, 4).prompts) == 4
+            SettingMeasure(wrong, engine, Items.of(wrong, 6, 6), 3, 3)
+    assert Items.of(asked, 6, 6).measure == "exact match"
+    assert items.measure == "token agreement"
+    assert (len(Items.of(asked, 4, 2).tasks), len(Items.of(asked, 4, 2).prompts)) == (4, 2)
 
 
 def _equal(given: Sequence[tuple[int, ...]], right: Sequence[tuple[int, ...]]) -> int:
