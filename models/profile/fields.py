@@ -320,6 +320,20 @@ class EqualCompute(Strict):
     quality: Interval
 
 
+class FailedSetting(Strict):
+    """A setting that was tried, and not measured any further.
+
+    Attributes:
+        name: of the setting.
+        routing: the wire object that asks for it.
+        reason: why.
+    """
+
+    name: str
+    routing: dict[str, Any]
+    reason: str
+
+
 class FrontierFields(Strict):
     """Settings measured together.
 
@@ -338,6 +352,7 @@ class FrontierFields(Strict):
         noise: full depth against itself, in another order and other batches; None in profiles made
             before that was measured.
         chosen_by: what presets were chosen by, in words.
+        failed: settings that lose so much that their speed was not measured.
     """
 
     measure: Literal[
@@ -353,6 +368,7 @@ class FrontierFields(Strict):
     notes: tuple[str, ...] = ()
     noise: TokenMeasures | None = None
     chosen_by: str = ""
+    failed: tuple[FailedSetting, ...] = ()
 
 
 class ProfileFields(Strict):
@@ -360,6 +376,7 @@ class ProfileFields(Strict):
 
     Attributes:
         schema_version: of this description.
+        exit_failures: why exit methods that were tried have no threshold.
         files: SHA-256 of the profile's other files by name.
         digest: SHA-256 of all the other fields; see `sluice.models.profile.writer`.
     """
@@ -371,6 +388,7 @@ class ProfileFields(Strict):
     importance_evidence: ImportanceEvidence | None = None
     layer_metrics: LayerMetrics | None = None
     exits: tuple[ExitThreshold, ...] = ()
+    exit_failures: dict[str, str] = {}
     saturation: PerLayer | None = None
     super_experts: tuple[tuple[int, int], ...] = ()
     expert_map: ExpertMap | None = None

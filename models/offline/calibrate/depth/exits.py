@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sluice.models.depth.method import row_cosine
 from sluice.models.depth.registry import exit_method
-from sluice.models.offline.calibrate.depth.exit_grid import threshold_grid, turning_points
+from sluice.models.offline.calibrate.depth.exit_candidates import Candidate, exit_candidates
+from sluice.models.offline.calibrate.depth.exit_grid import turning_points
 from sluice.models.offline.calibrate.depth.exit_simulation import ExitSetting, full_tokens, left
 from sluice.models.offline.calibrate.depth.layer_saturation import (
     SimilarTokens,
     saturation_thresholds,
 )
 from sluice.models.offline.calibrate.depth.risk_bound import RiskBound
-from sluice.models.offline.calibrate.depth.training_data import TokenStates, TrainSplit
+from sluice.models.offline.calibrate.depth.training_data import (
+    TokenStates,
+    TrainSplit,
+    likeliest,
+)
 from sluice.models.offline.calibrate.step import Calibration, Step, check_least, option
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.hf_model.examples import CalibrationError
@@ -38,14 +43,15 @@ class Exits(Step):
     The risk is textual consistency by token: the share of a prompt's decode steps whose token is
     not full depth's, given full depth's own answer so far, with keys and values propagated. It is
     averaged over prompts, which are the units that the bound takes for exchangeable; `agreement`
-    in the result is averaged likewise, `mean_layers` over tokens. Thresholds are tried from the
-    strictest on, those that save equally much more depth on tokens of the first half; the second
-    half's prompts are the test (`TrainSplit`), and no head was trained on them. The bound holds for
-    each method by itself, without decay of the threshold, and for prompts like these.
+    in the result is averaged likewise, `mean_layers` over tokens. What is tried, after which layers
+    and at which threshold, is put in order by tokens of the first half
+    (`sluice.models.offline.calibrate.depth.exit_candidates`); the second half's prompts are the
+    test (`TrainSplit`), and no head was trained on them. The bound holds for each method by itself,
+    without decay of the threshold, and for prompts like these.
 
-    A method without a threshold that passes has no entry; the log says so. `classifier` and
-    `q_exit` need the step `heads`. `saturation` gets a threshold for each layer, see
-    `sluice.models.offline.calibrate.depth.layer_saturation`.
+    A method none of whose exits passes has no entry; the log and `exit_failures` say why.
+    `classifier` and `q_exit` need the step `heads`. `saturation` gets a threshold for each layer,
+    see `sluice.models.offline.calibrate.depth.layer_saturation`.
     """
 
     name: ClassVar[str] = "exits"
@@ -56,7 +62,7 @@ class Exits(Step):
     error: float = option(0.05, "epsilon: probability that more of them differ")
     first: int = option(1, "first layer after which tokens may leave")
     every: int = option(2, "layers from one exit to the next")
-    thresholds: int = option(20, "thresholds that a method is tried at, at most")
+    thresholds: int = option(10, "exits that a method is tried with, at most, from the safest on")
     tokens: int = option(1024, "generated tokens that these are chosen by, at most")
 
     @property
@@ -94,52 +100,68 @@ class Exits(Step):
             raise CalibrationError("exits: fewer than two answers have a second token")
         grid = TokenStates.of(calibration, split.train, self.tokens, calibration.seed)
         held = _Held(calibration, split)
-        found = [self._calibrated(calibration, name, grid, held) for name in METHODS]
-        exits = [each for each in found if each is not None]
-        return Part({"exits": exits, "saturation": self._saturation(calibration, grid, held)})
+        right = self._right(calibration, grid)
+        entries, failures = [], {}
+        for name in METHODS:
+            found = self._calibrated(calibration, name, grid, right, held)
+            if isinstance(found, str):
+                _LOG.warning("exits: no threshold for %s: %s", name, found)
+                failures[name] = found
+            else:
+                entries.append(found.model_dump(mode="json"))
+        saturation = self._saturation(calibration, grid, held)
+        return Part({"exits": entries, "exit_failures": failures, "saturation": saturation})
+
+    @torch.no_grad()
+    def _right(self, calibration: Calibration, grid: TokenStates) -> Tensor:
+        """Whether full depth's token is the likeliest at each exit, bool, (exits, tokens)."""
+        model = calibration.model
+        full = likeliest(model, grid.states[-1])
+        layers = self.layers(calibration)
+        return torch.stack([likeliest(model, grid.states[layer + 1]) == full for layer in layers])
 
     def _calibrated(
-        self, calibration: Calibration, name: str, grid: TokenStates, held: _Held
-    ) -> dict[str, Any] | None:
-        """The entry of a method, or None."""
+        self,
+        calibration: Calibration,
+        name: str,
+        grid: TokenStates,
+        right: Tensor,
+        held: _Held,
+    ) -> ExitThreshold | str:
+        """The entry of a method, or why it has none."""
         method, tensors = exit_method(name), _tensors(calibration, name)
         if any(tensor not in tensors for tensor in method.profile_tensors):
-            _LOG.warning("exits: no threshold for %s: its head was not trained", name)
-            return None
-        setting = ExitSetting(method, tensors, 0.0, self.layers(calibration))
+            return "its head was not trained"
+        layers = self.layers(calibration)
         with torch.no_grad():
-            points = turning_points(calibration.model, method, tensors, setting.layers, grid.states)
-        thresholds = threshold_grid(
+            points = turning_points(calibration.model, method, tensors, layers, grid.states)
+        candidates = exit_candidates(
             points,
-            setting.layers,
+            right,
+            grid.weights,
+            layers,
             calibration.model.layers,
             self.thresholds,
-            method.leaves_below,
+            self.tolerance,
+            lower_is_stricter=method.leaves_below,
         )
-        tracked = calibration.track(thresholds, f"thresholds of {name}", len(thresholds))
+        tracked = calibration.track(candidates, f"exits by {name}", len(candidates))
         passed = self.bound.last_shown(
-            held.trial(replace(setting, threshold=threshold)) for threshold in tracked
+            held.trial(ExitSetting(method, tensors, each.threshold, each.layers))
+            for each in tracked
         )
         if passed is None:
-            _LOG.warning(
-                "exits: no threshold for %s: none keeps the tokens of full depth but for a share "
-                "of %g, with error %g",
-                name,
-                self.tolerance,
-                self.error,
-            )
-            return None
+            return _said(self.bound, candidates[0])
         trial, losses = passed
-        entry = ExitThreshold(
+        return ExitThreshold(
             method=name,
-            layers=setting.layers,
+            layers=trial.layers,
             threshold=trial.threshold,
             tolerance=self.tolerance,
             error=self.error,
             agreement=1.0 - float(losses.mean()),
             mean_layers=trial.mean_layers,
         )
-        return entry.model_dump(mode="json")
 
     def _saturation(self, calibration: Calibration, grid: TokenStates, held: _Held) -> list[float]:
         pairs = zip(grid.states[1:], grid.states[:-1], strict=True)
@@ -157,8 +179,9 @@ class Exits(Step):
 
 @dataclass(frozen=True)
 class _Trial:
-    """One threshold as tested: mean number of layers that a decode step ran."""
+    """Exits as tested: mean number of layers that a decode step ran."""
 
+    layers: tuple[int, ...]
     threshold: float
     mean_layers: float
 
@@ -186,7 +209,7 @@ class _Held:
             losses[places] = (wrong.double() / counts).cpu()
             layers += int(found.layers.sum())
             steps += len(full)
-        return _Trial(setting.threshold, layers / steps), losses
+        return _Trial(setting.layers, setting.threshold, layers / steps), losses
 
     def similar(self, calibration: Calibration) -> SimilarTokens:
         """Cosines and agreement of all layers."""
@@ -197,6 +220,15 @@ class _Held:
             )
         ]
         return SimilarTokens.joined(parts)
+
+
+def _said(bound: RiskBound, safest: Candidate) -> str:
+    """Why a method has no threshold."""
+    return (
+        f"none keeps the tokens of full depth but for a share of {bound.tolerance:g}, with error "
+        f"{bound.error:g}; the safest, {safest.threshold:.4g} after layer {safest.layers[0]} or "
+        f"later, was tried first"
+    )
 
 
 def _tensors(calibration: Calibration, method: str) -> Mapping[str, Tensor]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 
 from sluice.models.offline.calibrate.frontier.greedy_levels import (
@@ -17,6 +16,7 @@ from sluice.models.offline.calibrate.frontier.greedy_levels import (
     LayerUnit,
     drawn,
     greedy_levels,
+    level_samples,
     uniform,
     units,
     without,
@@ -24,16 +24,14 @@ from sluice.models.offline.calibrate.frontier.greedy_levels import (
 from sluice.models.offline.calibrate.frontier.measure import (
     AT_ONCE,
     Measurements,
-    Quality,
     SettingMeasure,
 )
+from sluice.models.offline.calibrate.frontier.nearly_free import families
 from sluice.models.offline.calibrate.frontier.pareto import (
-    Allowance,
     choose,
-    measures_of,
-    on_frontier,
     shortfalls,
 )
+from sluice.models.offline.calibrate.frontier.points import Points
 from sluice.models.offline.calibrate.frontier.settings import (
     FULL_DEPTH,
     Setting,
@@ -46,24 +44,16 @@ from sluice.models.offline.calibrate.items import Items
 from sluice.models.offline.calibrate.pipeline import engine_of, profile_parts
 from sluice.models.offline.calibrate.step import Calibration, Step, check_least, option
 from sluice.models.offline.calibrate.workspace import Part, key_of
-from sluice.models.offline.engine import OfflineEngine
 from sluice.models.offline.hf_model.examples import CalibrationError, spaced_indices
 from sluice.models.offline.intervals import (
     LEAST_REPEATS,
-    corrected,
-    mean_above,
-    median_interval,
-    share_interval,
 )
-from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.fields import (
     EffortLevel,
     EqualCompute,
     FrontierFields,
-    FrontierPoint,
     Interval,
 )
-from sluice.models.routing.errors import RoutingError
 
 _LOG = logging.getLogger(__name__)
 _Chosen = Literal["chain", "uniform", "random"]
@@ -74,10 +64,11 @@ class Frontier(Step):
     """Measures what the other steps found, in one engine; see `SettingMeasure` for how.
 
     Candidates are the greedy levels
-    (`sluice.models.offline.calibrate.frontier.greedy_levels`) and those of
-    `sluice.models.offline.calibrate.frontier.settings`; then the best of depth with the best of
-    experts. Settings that come to one policy are one point, under the first one's name. Intervals
-    are at 95 %: Wilson's for quality, between order statistics for the median speed.
+    (`sluice.models.offline.calibrate.frontier.greedy_levels`), those of
+    `sluice.models.offline.calibrate.frontier.settings`, and what is nearly free
+    (`sluice.models.offline.calibrate.frontier.nearly_free`); then the best of depth with the best
+    of experts. A setting that gives fewer than `least` of full depth's tokens is not timed.
+    Intervals are at 95 %: Wilson's for quality, between order statistics for the median speed.
 
     A point has the speed that it was measured to have, full depth included, which was timed against
     itself: its interval shows the noise. Presets are chosen as `pareto.choose` says. The greedy
@@ -102,13 +93,15 @@ class Frontier(Step):
     items: int = option(400, "tasks that quality is measured on, at most")
     prompts: int = option(64, "prompts on which full depth's own tokens are compared, at most")
     batch: int = option(8, "requests at a time while speed is measured")
-    timed: int = option(32, "answers that speed is measured on")
+    timed: int = option(16, "answers that speed is measured on")
     repeats: int = option(7, "times that a setting and full depth are timed in turn, at least 6")
     sub_layers: bool = option(False, "levels leave out attentions and MLPs one by one, not blocks")
     levels: int = option(8, "levels of effort, at most")
     deepest: float = option(0.75, "share of the model that the lowest level leaves out, under 1")
-    samples: int = option(64, "prompts that the levels are chosen by, at most")
-    draws: int = option(5, "random choices to compare each level with; 0 for no comparison")
+    samples: int = option(0, "prompts that the levels are chosen by; 0: by the number of layers")
+    tried: int = option(4, "units tried for each level but the first; 0 for all of them")
+    least: float = option(0.5, "share of full depth's tokens under which a setting is not timed")
+    draws: int = option(2, "random choices to compare each level with; 0 for no comparison")
     combined: int = option(2, "depth settings, and expert settings, that are tried together")
 
     def run(self, calibration: Calibration) -> Part:
@@ -121,11 +114,13 @@ class Frontier(Step):
         self._check()
         every = units(calibration.model.layers, sub_layers=self.sub_layers)
         samples = calibration.samples
+        count = level_samples(calibration.model.layers, self.samples)
         levels = greedy_levels(
             calibration,
-            [samples[i] for i in spaced_indices(self.samples, len(samples))],
+            [samples[i] for i in spaced_indices(count, len(samples))],
             int(self.deepest * len(every)),
             sub_layers=self.sub_layers,
+            tried=self.tried,
         )
         items = Items.of(calibration, self.items, self.prompts)
         at_once = max(self.batch, min(AT_ONCE, items.requests))
@@ -134,15 +129,24 @@ class Frontier(Step):
             device = _device(calibration)
             # Other settings of the same model are measured beside those that are there.
             same = replace(
-                self, sub_layers=False, levels=0, deepest=0.0, samples=0, draws=0, combined=0
+                self,
+                sub_layers=False,
+                levels=0,
+                deepest=0.0,
+                samples=0,
+                tried=0,
+                least=0.0,
+                draws=0,
+                combined=0,
             )
             key = key_of(calibration.key(same), device)
             kept = Measurements(measure, calibration.workspace, key)
-            run = _Run(self, calibration, engine, kept, levels, items)
-            points = run.points()
-            allowance = Allowance.of(points, kept.noise(), items.measure)
-            presets = choose(points, allowance)
-            notes = tuple(shortfalls(points, presets, allowance))
+            points = Points(engine, kept, items, self.repeats, self.least, calibration.track)
+            run = _Run(self, calibration, points, levels)
+            run.measure()
+            measured, allowance = points.points(), points.allowance
+            presets = choose(measured, allowance)
+            notes = tuple(shortfalls(measured, presets, allowance))
             for note in notes:
                 _LOG.warning("frontier: %s", note)
             found = FrontierFields(
@@ -150,13 +154,14 @@ class Frontier(Step):
                 items=items.count,
                 batch=self.batch,
                 device=device,
-                points=points,
+                points=measured,
                 presets=presets,
                 effort=run.effort(),
                 equal_compute=run.equal_compute(),
                 notes=notes,
                 noise=kept.noise(),
                 chosen_by=str(allowance),
+                failed=tuple(points.failed.values()),
             )
         return Part({"frontier": found.model_dump(mode="json")})
 
@@ -168,7 +173,8 @@ class Frontier(Step):
             "timed": 1,
             "repeats": LEAST_REPEATS,
             "levels": 1,
-            "samples": 1,
+            "samples": 0,
+            "tried": 0,
             "draws": 0,
             "combined": 0,
         }
@@ -177,97 +183,36 @@ class Frontier(Step):
             raise CalibrationError("frontier: deepest must lie between 0 and 1")
 
 
+def _device(calibration: Calibration) -> str:
+    if calibration.model.device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
 @dataclass(frozen=True)
 class _Run:
     """One run of the step."""
 
     step: Frontier
     calibration: Calibration
-    engine: OfflineEngine
-    kept: Measurements
+    points: Points
     levels: Sequence[GreedyLevel]
-    items: Items
 
-    def points(self) -> tuple[FrontierPoint, ...]:
-        """All points, full depth first."""
+    def measure(self) -> None:
+        """Measure all points, full depth first."""
         parts = profile_parts(self.calibration)
         fields, layers = parts["fields"], self.calibration.model.layers
         levels = [skip_setting(f"level {n}", without(self._left(n))) for n in self._counts()]
         depth = [*levels, *depth_settings(fields, parts["heads"].keys(), layers)]
-        shape = self.engine.expert_answer["shape"]
+        shape = self.points.engine.expert_answer["shape"]
         experts = [] if shape is None else [*expert_settings(fields, shape["top_k"])]
-        found: dict[str, FrontierPoint] = {}
-        self._measure([FULL_DEPTH, *depth, *experts], found)
-        full = next(iter(found.values()))
-        pairs = together(self._best(depth, full, found), self._best(experts, full, found))
-        self._measure([*pairs], found)
-        points = self._tested([*found.values()])
-        kept = on_frontier([measures_of(point) for point in points])
-        return tuple(
-            point.model_copy(update={"on_frontier": keep})
-            for point, keep in zip(points, kept, strict=True)
-        )
-
-    def _tested(self, points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
-        """Points with the p-values of their being faster than full depth, which is the first.
-
-        A repeat's ratio is of two times that were taken in turn, so Student's t-test is of the
-        ratios' logarithms.
-        """
-        policies = [self.engine.resolve(point.routing) for point in points[1:]]
-        raw = [mean_above(np.log(self.kept.ratios(p, self.step.repeats))) for p in policies]
-        pairs = zip(points[1:], corrected(raw).tolist(), strict=True)
-        return [points[0], *(point.model_copy(update={"faster": p}) for point, p in pairs)]
-
-    def _measure(self, settings: Sequence[Setting], found: dict[str, FrontierPoint]) -> None:
-        """Add points by digest of their policies; what is there already stays as it is."""
-        for setting in self._tracked(settings, "settings"):
-            policy = self._policy(setting)
-            if policy.digest not in found:
-                found[policy.digest] = self._point(setting, policy)
-
-    def _policy(self, setting: Setting) -> RoutingPolicy:
-        try:
-            return self.engine.resolve(setting.routing)
-        except RoutingError as error:
-            message = f"setting {setting.name!r}: {error.param}: {error.message}"
-            raise CalibrationError(message) from None
-
-    def _point(self, setting: Setting, policy: RoutingPolicy) -> FrontierPoint:
-        quality = self.kept.quality(policy)
-        normalised = quality.normalised
-        return FrontierPoint(
-            name=setting.name,
-            routing=dict(setting.routing),
-            quality=self._interval(quality),
-            speed=median_interval(self.kept.ratios(policy, self.step.repeats)),
-            compute_fraction=quality.work.compute_fraction,
-            generated_fraction=quality.generated_fraction,
-            on_frontier=False,
-            tokens=quality.tokens,
-            normalised=None if normalised is None else share_interval(normalised, self.items.count),
-        )
-
-    def _interval(self, quality: Quality) -> Interval:
-        """Of tasks Wilson's, of the agreement of tokens its own."""
-        if self.items.tasks or quality.tokens is None:
-            return share_interval(quality.value, self.items.count)
-        return quality.tokens.agreement
-
-    def _best(
-        self, settings: Iterable[Setting], full: FrontierPoint, found: Mapping[str, FrontierPoint]
-    ) -> list[Setting]:
-        """The fastest of those that the preset with the most loss would allow."""
-        allowance = Allowance.of([full], self.kept.noise(), self.items.measure)
-        points = [(found[self._policy(setting).digest], setting) for setting in settings]
-        # A setting that came to another's policy has no point of its own.
-        allowed = [
-            (point.speed.value, setting)
-            for point, setting in points
-            if point.name == setting.name and allowance.allows("fast", point)
-        ]
-        ordered = sorted(allowed, key=lambda entry: -entry[0])
-        return [setting for _, setting in ordered[: self.step.combined]]
+        self.points.measure([FULL_DEPTH])
+        chain = [] if self.step.sub_layers else self._left(len(self.levels))
+        deepest = int(self.step.deepest * layers)
+        depth += self.points.refined(families(fields, chain, layers, deepest))
+        self.points.measure([*depth, *experts])
+        best = [self.points.best(each, self.step.combined) for each in (depth, experts)]
+        self.points.measure([*together(*best)])
 
     def effort(self) -> tuple[EffortLevel, ...]:
         """The greedy levels, of which `step.levels` are spread evenly."""
@@ -312,8 +257,9 @@ class _Run:
 
     def _ablation_quality(self, setting: Setting) -> tuple[Interval, float]:
         """Quality, and compute on generated tokens."""
-        found = self.kept.quality(self._policy(setting))
-        return self._interval(found), found.generated_fraction
+        points = self.points
+        found = points.kept.quality(points.policy(setting))
+        return points.interval(found), found.generated_fraction
 
     def _counts(self) -> list[int]:
         """Units that the levels leave out."""
@@ -324,9 +270,3 @@ class _Run:
 
     def _tracked(self, things: Sequence[Any], what: str) -> Iterable[Any]:
         return self.calibration.track(things, what, len(things))
-
-
-def _device(calibration: Calibration) -> str:
-    if calibration.model.device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"

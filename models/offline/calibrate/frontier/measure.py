@@ -112,6 +112,7 @@ class SettingMeasure:
         """
         self._decode = calibration.model.decode
         self._engine = engine
+        self._read: dict[str, tuple[TokenMeasures, Work]] = {}
         self._items = items
         self._batch = batch
         limits = [items.new_tokens] * len(items.prompts)
@@ -145,8 +146,11 @@ class SettingMeasure:
 
     def tokens(self, policy: RoutingPolicy) -> tuple[TokenMeasures, Work]:
         """What a setting makes of full depth's own tokens, and what they take."""
-        read, records = read_forced(self._engine, self._texts, policy, AT_ONCE)
-        return token_measures(self._texts, read), Work.of_records(records)
+        if policy.digest not in self._read:
+            read, records = read_forced(self._engine, self._texts, policy, AT_ONCE)
+            found = token_measures(self._texts, read), Work.of_records(records)
+            self._read[policy.digest] = found
+        return self._read[policy.digest]
 
     def noise(self) -> TokenMeasures:
         """Full depth against itself: the same texts in another order, and fewer at a time."""
@@ -203,6 +207,7 @@ class SettingMeasure:
 _QUALITY = "frontier-quality"
 _RATIOS = "frontier-ratios"
 _NOISE = "frontier-noise"
+_TOKENS = "frontier-tokens"
 
 
 class Measurements:
@@ -219,6 +224,14 @@ class Measurements:
         self._measure, self._workspace, self._key = measure, workspace, key
         self._qualities: dict[str, Any] = workspace.value(_QUALITY, key) or {}
         self._ratios: dict[str, Any] = workspace.value(_RATIOS, key) or {}
+        self._tokens: dict[str, Any] = workspace.value(_TOKENS, key) or {}
+
+    def tokens(self, policy: RoutingPolicy) -> TokenMeasures:
+        """What a policy makes of full depth's tokens."""
+        if policy.digest not in self._tokens:
+            self._tokens[policy.digest] = self._measure.tokens(policy)[0].model_dump()
+            self._workspace.keep(_TOKENS, self._key, self._tokens)
+        return TokenMeasures.model_validate(self._tokens[policy.digest])
 
     def quality(self, policy: RoutingPolicy) -> Quality:
         """Quality of a policy, and its work."""

@@ -18,7 +18,11 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sluice.models.depth.skip_order import Importance, Unit, drop_order, skip_first
-from sluice.models.offline.calibrate.frontier.greedy_levels import LayerUnit, greedy_levels
+from sluice.models.offline.calibrate.frontier.greedy_levels import (
+    LayerUnit,
+    greedy_levels,
+    level_samples,
+)
 from sluice.models.offline.calibrate.frontier.measure import AT_ONCE, SettingMeasure
 from sluice.models.offline.calibrate.frontier.pareto import on_frontier
 from sluice.models.offline.calibrate.items import Items
@@ -68,7 +72,8 @@ class Search(Step):
     batch: int = option(8, "requests at a time while time is measured")
     timed: int = option(16, "answers that time is measured on")
     repeats: int = option(3, "times that a skip set and full depth are timed in turn")
-    samples: int = option(64, "prompts that the greedy levels are chosen by, at most")
+    samples: int = option(0, "prompts that the levels are chosen by; 0: by the number of layers")
+    tried: int = option(4, "units tried for each level but the first; 0 for all of them")
     floor: float = option(0.5, "share of full depth's quality under which a set is not kept")
 
     def run(self, calibration: Calibration) -> Part:
@@ -78,8 +83,8 @@ class Search(Step):
             CalibrationError: an option is out of range, no answer has a second token, or full depth
                 has none of the tasks right.
         """
-        positive = ("trials", "items", "prompts", "batch", "timed", "repeats", "samples")
-        check_least(self, dict.fromkeys(positive, 1))
+        positive = ("trials", "items", "prompts", "batch", "timed", "repeats")
+        check_least(self, {**dict.fromkeys(positive, 1), "samples": 0, "tried": 0})
         # More trials go on from those that are there.
         asked = calibration.key(replace(self, trials=0, timeout=0.0))
         kept = _Kept(calibration, key_of(asked, str(calibration.model.device)))
@@ -104,9 +109,10 @@ class Search(Step):
     def _greedy_blocks(self, calibration: Calibration) -> Sequence[LayerUnit]:
         """Blocks in the order in which the greedy levels leave them out."""
         samples = calibration.samples
-        read = [samples[i] for i in spaced_indices(self.samples, len(samples))]
+        count = level_samples(calibration.model.layers, self.samples)
+        read = [samples[i] for i in spaced_indices(count, len(samples))]
         length = round(_SEED_SHARES[-1] * calibration.model.layers)
-        levels = greedy_levels(calibration, read, length, sub_layers=False)
+        levels = greedy_levels(calibration, read, length, sub_layers=False, tried=self.tried)
         return [level.unit for level in levels]
 
     def _try(

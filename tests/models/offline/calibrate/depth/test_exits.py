@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sluice.models.depth.registry import token_exits
 from sluice.models.offline.calibrate.depth import training_data as head_rows
+from sluice.models.offline.calibrate.depth.exit_candidates import exit_candidates
 from sluice.models.offline.calibrate.depth.exit_grid import threshold_grid, turning_points
 from sluice.models.offline.calibrate.depth.exit_simulation import ExitSetting, full_tokens, left
 from sluice.models.offline.calibrate.depth.exits import METHODS, Exits
@@ -26,7 +27,7 @@ from sluice.models.offline.calibrate.depth.layer_saturation import (
     saturation_thresholds,
 )
 from sluice.models.offline.calibrate.depth.risk_bound import RiskBound, hoeffding_bentkus
-from sluice.models.offline.calibrate.depth.training_data import TokenStates, TrainSplit
+from sluice.models.offline.calibrate.depth.training_data import TokenStates, TrainSplit, likeliest
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.hf_model.examples import CalibrationError
@@ -169,21 +170,58 @@ def test_the_loosest_threshold_that_passes_in_order_is_chosen(llama: Calibration
     assert set(entries) == set(METHODS)
     layers, stopped = (1, 3), 0
     grid = TokenStates.of(llama, TrainSplit.of(llama).train, LOOSE.tokens, llama.seed)
+    full = likeliest(llama.model, grid.states[-1])
+    right = torch.stack([likeliest(llama.model, grid.states[n + 1]) == full for n in layers])
     for method, entry in entries.items():
         rule = token_exits()[method]
         points = turning_points(llama.model, rule, tensors_of(llama, method), layers, grid.states)
         chosen = None
-        for threshold in threshold_grid(points, layers, LAYERS, 6, rule.leaves_below):
-            losses, depth = brute(llama, method, threshold, layers)
+        for each in exit_candidates(
+            points,
+            right,
+            grid.weights,
+            layers,
+            LAYERS,
+            LOOSE.thresholds,
+            0.8,
+            lower_is_stricter=rule.leaves_below,
+        ):
+            losses, depth = brute(llama, method, each.threshold, each.layers)
             mean = sum(losses) / len(losses)
             if hoeffding_bentkus(mean, 0.8, len(losses)) > 0.2:
                 stopped += 1
                 break
-            chosen = threshold, 1 - mean, depth
+            chosen = each.layers, each.threshold, 1 - mean, depth
         assert chosen is not None
-        assert (entry.threshold, entry.agreement, entry.mean_layers) == pytest.approx(chosen)
-        assert (entry.layers, entry.tolerance, entry.error) == (layers, 0.8, 0.2)
-    assert stopped
+        assert entry.layers == chosen[0]
+        assert (entry.threshold, entry.agreement, entry.mean_layers) == pytest.approx(chosen[1:])
+        assert (entry.tolerance, entry.error) == (0.8, 0.2)
+
+
+@pytest.mark.parametrize("lower", [False, True], ids=["above", "below"])
+def test_a_late_exit_is_found_where_early_ones_are_wrong(lower: bool) -> None:
+    """At .99 after layer 27 of 30 tokens are right; before it a sure token is a wrong one."""
+    layers, full = tuple(range(1, 29, 2)), 30
+    generator = torch.Generator().manual_seed(2)
+    points = torch.rand(len(layers), 400, generator=generator)
+    right = torch.zeros_like(points, dtype=torch.bool)
+    right[-1] = points[-1] >= 0.9
+    if lower:
+        points = 1 - points
+    found = exit_candidates(
+        points, right, torch.ones(400), layers, full, 10, 0.05, lower_is_stricter=lower
+    )
+    assert found[0].layers == (27,)
+    assert found[0].risk == 0.0
+    # A few safer ones come first, then all save more and risk more.
+    assert [each.depth for each in found] == sorted((e.depth for e in found), reverse=True)
+    assert [each.risk for each in found] == sorted(each.risk for each in found)
+    assert all(each.risk <= 0.1 for each in found)
+    at = [1 - each.threshold if lower else each.threshold for each in found if each.risk == 0]
+    assert min(at) == pytest.approx(0.9, abs=0.04)
+    depth = full - 2 * (points[-1] <= 1 - min(at) if lower else points[-1] >= min(at)).float()
+    safe = [each for each in found if each.risk == 0]
+    assert safe[-1].depth == pytest.approx(float(depth.mean()), abs=0.05)
 
 
 def test_full_depth_is_the_models_own_answer(llama: Calibration) -> None:
@@ -194,7 +232,7 @@ def test_full_depth_is_the_models_own_answer(llama: Calibration) -> None:
 def test_what_does_not_pass_has_no_entry(
     llama: Calibration, caplog: pytest.LogCaptureFixture
 ) -> None:
-    step = Exits(tolerance=0.25, error=0.2, thresholds=4, first=0, every=1)
+    step = Exits(tolerance=0.13, error=0.2, thresholds=4, first=0, every=1)
     assert step.refusal(llama) is None
     with caplog.at_level(logging.WARNING):
         fields = step.run(llama).fields
@@ -202,6 +240,7 @@ def test_what_does_not_pass_has_no_entry(
     assert entered != set(METHODS)
     for method in METHODS:
         assert (f"no threshold for {method}: none keeps" in caplog.text) != (method in entered)
+        assert (method in fields["exit_failures"]) != (method in entered)
 
 
 def test_without_heads_two_methods_have_none(

@@ -66,7 +66,9 @@ EXPERT_PARTS = {
     "expert-k": Part({"expert_k": [{"budget": 7, "top_k": [1, 2, 2, 1, 1, 1], "divergence": 1.0}]}),
     "skip-ratios": Part({"skip_ratios": [0.6, 0.0, 0.5, 0.4, 0.5, 0.6]}),
 }
-STEP = Frontier(items=5, batch=3, timed=3, repeats=6, levels=2, samples=4, draws=2, combined=1)
+STEP = Frontier(
+    items=5, batch=3, timed=3, repeats=6, levels=2, samples=4, draws=2, combined=1, least=0.0
+)
 
 
 def started(folder: Path, out: Path, parts: dict[str, Part] = PARTS) -> Calibration:
@@ -170,7 +172,8 @@ def test_a_mixture_of_experts_and_its_profile(qwen3_moe: Path, tmp_path: Path) -
     assert {"7 experts over the layers", "skip ratios times 1", "1 of 2 experts"} <= {*names}
     both = [p for p in found.points if {"depth", "experts"} <= p.routing.keys()]
     assert len(both) == 1
-    assert both[0].name.startswith("exit by confidence at 1, skip ratios times")
+    assert both[0].name.startswith("exit ")
+    assert ", skip ratios times" in both[0].name
     check_against_engine(found, replace(calibration, parts=parts))
     table = frontier_table(found)
     assert table.row_count == len(found.points)
@@ -192,6 +195,15 @@ class Told:
     def quality(self, policy: RoutingPolicy) -> Quality:
         self._note("quality", policy)
         return self._found(policy)
+
+    def tokens(self, policy: RoutingPolicy) -> tuple[TokenMeasures, None]:
+        """Exits after the last layers but two are nearly free, and no sub-layer more than two."""
+        self._note("tokens", policy)
+        lost = 0.04 * (len(policy.skip.mlp) + len(policy.skip.attention))
+        if policy.exit is not None:
+            lost = 0.01 if policy.exit.layers[0] >= LAYERS - 3 else 0.9
+        found = Interval(value=1 - lost, low=0.0, high=1.0)
+        return TokenMeasures(agreement=found, divergence=0.0, perplexity=1.0), None
 
     def ratios(self, policy: RoutingPolicy, repeats: int) -> list[float]:
         self._note("ratios", policy)
@@ -264,8 +276,8 @@ def test_a_run_that_was_stopped_goes_on(llama: Path, tmp_path: Path, told: type[
     told.stop_after = -1
     assert step.run(invented(llama, tmp_path / "cut")) == whole
     assert told.asked == asked
-    # Other levels are measured beside what is there; other repeats anew.
-    more = replace(step, levels=4, draws=0)
+    # Other choices are measured beside what is there; other repeats anew.
+    more = replace(step, draws=4)
     more.run(invented(llama, tmp_path / "cut"))
     again = told.asked[len(asked) :]
     assert {*told.asked[: len(asked)]}.isdisjoint(again)
@@ -370,6 +382,29 @@ def test_where_nothing_is_good_enough_presets_are_full_depth(
     assert preset_lines(found) == "no presets: serve the model at full depth"
 
 
+def test_what_is_nearly_free_is_found_down_to_one_sub_layer(
+    llama: Path, tmp_path: Path, told: type[Told]
+) -> None:
+    found = fields_of(replace(STEP, least=0.5).run(invented(llama, tmp_path)))
+    names = {point.name for point in found.points}
+    # A sub-layer costs 4 points of tokens, and `fast` may lose 10: two, the least important ones.
+    assert {"1 MLP left out", "2 MLPs left out"} <= names
+    assert "3 MLPs left out" not in names
+    points = {point.name: point for point in found.points}
+    assert points["2 MLPs left out"].routing["depth"]["skip"] == {"attention": [], "mlp": [1, 2]}
+    assert points["1 attention left out"].routing["depth"]["skip"]["attention"] == [2]
+    # The exit of all layers from 2 on loses nearly everything; late ones next to nothing.
+    last = LAYERS - 2
+    assert f"exit at 0.99 after layer {last}" in names
+    assert f"exit at 0.99 after layer {last - 1}" in names
+    assert f"exit at 0.99 after layer {last - 2}" not in names
+    failed = {each.name: each.reason for each in found.failed}
+    assert failed["exit by confidence at 0.02"] == "agrees with 10.0% of full depth's tokens"
+    asked = {digest for what, digest in told.asked if what == "ratios"}
+    resolved = {FakeEngine().resolve(each.routing).digest for each in found.failed}
+    assert resolved.isdisjoint(asked)
+
+
 def test_settings_that_come_to_one_policy_are_one_point(
     llama: Path, tmp_path: Path, told: type[Told]
 ) -> None:
@@ -414,5 +449,5 @@ def test_a_setting_that_the_edge_refuses_is_named(
         return RoutingPolicy(SkipSet.of(blocks=(1,), phase=Phase.DECODE))
 
     monkeypatch.setattr(FakeEngine, "resolve", refusing)
-    with pytest.raises(CalibrationError, match=r"setting 'exit by .*: routing.depth.exit: not to"):
+    with pytest.raises(CalibrationError, match=r"setting 'exit .*: routing.depth.exit: not to"):
         STEP.run(invented(llama, tmp_path))

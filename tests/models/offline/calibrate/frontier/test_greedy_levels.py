@@ -20,6 +20,7 @@ from sluice.models.offline.calibrate.frontier.agreement import agreement, teache
 from sluice.models.offline.calibrate.frontier.greedy_levels import (
     drawn,
     greedy_levels,
+    level_samples,
     uniform,
     units,
     without,
@@ -123,7 +124,8 @@ def test_a_chain_that_was_stopped_goes_on(
     llama: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = greedy_levels(llama, llama.samples, 4, sub_layers=False)
-    (llama.workspace.folder / "chain.json").unlink()
+    for name in ("chain.json", "chain-last.json"):
+        (llama.workspace.folder / name).unlink()
     passes, real = [], teacher_forced
 
     def stopping(model: Any, given: Any, skip: SkipSet) -> Any:
@@ -145,6 +147,30 @@ def test_a_chain_that_was_stopped_goes_on(
     assert len(passes) - begun == 4 + 3
     greedy_levels(llama, llama.samples[:3], 1, sub_layers=False)
     assert len(passes) - begun == 4 + 3 + 6
+
+
+def test_later_rounds_may_try_the_most_promising_units_only(
+    llama: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, real = [], teacher_forced
+
+    def counted(model: Any, given: Any, skip: SkipSet) -> Any:
+        passes.append(skip)
+        return real(model, given, skip)
+
+    monkeypatch.setattr(module, "teacher_forced", counted)
+    levels = greedy_levels(llama, llama.samples, 4, sub_layers=False, tried=2)
+    assert len(passes) == LAYERS + 3 * 2
+    by_itself = {
+        layer: real(llama.model, batches(llama), SkipSet.of(blocks=(layer,), phase=Phase.DECODE))
+        for layer in range(LAYERS)
+    }
+    order = sorted(by_itself, key=lambda layer: -by_itself[layer].log_likelihood)
+    assert levels[0].unit == (Unit.BLOCK, order[0])
+    assert levels[1].unit[1] in order[1:3]
+    # As many prompts as are worth their time.
+    assert [level_samples(n, 0) for n in (6, 30, 80)] == [64, 16, 8]
+    assert level_samples(30, 5) == 5
 
 
 def test_answers_of_one_token_say_nothing(models_folder: Path, tmp_path: Path) -> None:
