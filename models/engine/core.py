@@ -19,7 +19,8 @@ from torch import nn
 
 from sluice.kernels.dispatch import chosen
 from sluice.models.engine.attention import BatchBuffers
-from sluice.models.engine.loop import ResidualStream
+from sluice.models.engine.loop import captured_by
+from sluice.models.engine.residual_stream import ResidualStream
 from sluice.models.engine.startup import RoutedModel, counter_path
 from sluice.models.engine.step import RoutedStep, StepRequests
 from sluice.models.experts.contrast import BlockIds
@@ -209,8 +210,34 @@ class RoutingCore:
             if routed.router is not None:
                 routed.router.end()
                 routed.recorder.count_experts_later(step)
-        routed.recorder.count(step, routed.batch.commit(step, stream.hidden))
-        _offer_logits(routed, step, stream)
+        _commit(routed, step, stream)
+        return hidden
+
+    def captures(self, step: RoutedStep, rows: int) -> bool:
+        """Whether `run_captured` can run a step with so many rows, padding included."""
+        captured = None if self.routed is None else self.routed.loop.captured
+        return captured is not None and rows in captured and captured_by(step)
+
+    def run_captured(
+        self, step: RoutedStep, positions: torch.Tensor, input_ids: torch.Tensor, rows: int
+    ) -> torch.Tensor:
+        """Run a planned step on static buffers.
+
+        Args:
+            step: from `plan`; `captures` it.
+            positions: (tokens or more,), int64.
+            input_ids: (tokens or more,).
+            rows: to run with, padding included.
+
+        Returns:
+            Hidden states after the final norm, (tokens, hidden); the next step overwrites them.
+        """
+        assert self.routed is not None
+        tokens = len(step.requests.ids)
+        hidden, stream = self.routed.loop.run_captured(
+            step, positions[:tokens], input_ids[:tokens], rows
+        )
+        _commit(self.routed, step, stream)
         return hidden
 
     @property
@@ -224,6 +251,11 @@ class RoutingCore:
     def take_routing_record(self, request_key: str) -> RoutingRecord | None:
         """What an ended request ran; None if it never reached a step, or after the first call."""
         return None if self.routed is None else self.routed.recorder.take(request_key)
+
+
+def _commit(routed: RoutedModel, step: RoutedStep, stream: ResidualStream) -> None:
+    routed.recorder.count(step, routed.batch.commit(step, stream.hidden))
+    _offer_logits(routed, step, stream)
 
 
 def _offer_logits(routed: RoutedModel, step: RoutedStep, stream: ResidualStream) -> None:

@@ -1,145 +1,49 @@
 """The layer loop: runs a step plan over a decoder's own modules, one loop for every family.
 
-The residual stream (`ResidualStream`) is vLLM's pair `(delta, residual)`, whose sum is the hidden
-state. vLLM's fused norms add `delta`, the output of the sub-layer before, to `residual`; so a row
-that skips a sub-layer just keeps its `delta` until it runs the next one. Rows that run are gathered
-(compacted), and stay gathered as long as the following sub-layers run the same rows.
+vLLM's fused norms add `delta`, the output of the sub-layer before, to `residual`
+(`sluice.models.engine.residual_stream`); so a row that skips a sub-layer just keeps its `delta`
+until it runs the next one.
 
 Observers look at the stream on the way and may take rows out. `RemainingRows` then cuts the plans
-of the layers that follow.
+of the layers that follow. How a layer is run is one of two ways: rows are gathered for it
+(`_GatheredLayers`), or all stay in it on static buffers (`sluice.models.engine.captured`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from sluice.kernels.ops.row_compact import row_compact, row_scatter
 from sluice.models.engine.attention import BatchBuffers, StepContext, rows_forward_context
+from sluice.models.engine.captured.decode import CapturedDecode, DecodeRun, LayerMasks
 from sluice.models.engine.observers import LayerObserver
-from sluice.models.engine.plan import LayerNeeds, LayerPlan, LayerPlanner, Rows, StepPlan
+from sluice.models.engine.plan import LayerPlan, LayerPlanner
+from sluice.models.engine.remaining_rows import RemainingRows
+from sluice.models.engine.residual_stream import ResidualStream
 from sluice.models.engine.step import RoutedStep
 from sluice.models.engine.sublayers.sublayers import SubLayers
 from sluice.models.experts.router import ExpertRouter
-from sluice.models.policy.axes import BoolArray, IntArray
 from sluice.models.vllm_adapter.decoder import DecoderStack
 
 
-class RemainingRows:
-    """Restricts the plans of layers to the rows that no observer has taken out.
+class _Layers(Protocol):
+    """A way to run the layers of one step."""
 
-    A row that leaves runs no further layer. In the attentions that it would have run its keys and
-    values (K/V) are filled, or nothing is, as the observer says. After a leave the layers that
-    follow are planned once more, all together.
-    """
+    def layer(self, index: int, plan: LayerPlan) -> None:
+        """Run a layer, at the latest when `settle` is called."""
 
-    def __init__(self, plan: StepPlan, plan_layers: LayerPlanner) -> None:
-        self._shape = plan.shape.forked()
-        self._planned = plan.layers
-        self._plan_layers = plan_layers
-        total = len(self._shape.requests)
-        self._gone = np.zeros(total, dtype=np.bool_)
-        self._filling = np.zeros(total, dtype=np.bool_)
-        self._passing: BoolArray | None = None
-        self._changed = False
-        self._restricted = plan.layers
-
-    def leave(self, tokens: IntArray, *, fill: bool) -> None:
-        """Take rows out of all further layers."""
-        self._gone[tokens] = True
-        self._filling[tokens] = fill
-        self._changed = True
-
-    def pass_over(self, tokens: IntArray) -> None:
-        """Take rows out of the next layer, without K/V."""
-        if self._passing is None:
-            self._passing = np.zeros_like(self._gone)
-        self._passing[tokens] = True
-
-    def layer(self, index: int) -> LayerPlan:
-        """What is left of layer `index`, which comes next."""
-        if self._changed:
-            after = self._replanned(self._planned[index:], self._gone)
-            self._restricted = (*self._planned[:index], *after)
-            self._changed = False
-        passing, self._passing = self._passing, None
-        if passing is None:
-            return self._restricted[index]
-        (plan,) = self._replanned([self._planned[index]], self._gone | passing)
-        return plan
-
-    def _replanned(self, plans: Sequence[LayerPlan], out: BoolArray) -> list[LayerPlan]:
-        shape = self._shape
-        needs: dict[int, LayerNeeds] = {}
-        for plan in plans:
-            if id(plan) not in needs:
-                attending = shape.chosen(plan.attention)
-                needs[id(plan)] = LayerNeeds(
-                    shape.rows(attending & ~out),
-                    shape.rows(shape.chosen(plan.fill) | (attending & self._filling)),
-                    shape.rows(shape.chosen(plan.mlp) & ~out),
-                )
-        return self._plan_layers(shape, [needs[id(plan)] for plan in plans])
-
-
-class ResidualStream:
-    """vLLM's pair `(delta, residual)` of all rows, (tokens, hidden) each; the sum is the state."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        self._all = (hidden, torch.zeros_like(hidden))
-        self._view = self._all
-        self._rows: Rows | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self._all[0].device
-
-    def select(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pair of `rows`; what was selected before is written back first."""
-        wanted = None if rows.everything else rows
-        if wanted is not self._rows:
-            self.expand()
-            if wanted is not None:
-                index = wanted.index(self._all[0].device)
-                self._view = row_compact(*self._all, index)
-            self._rows = wanted
-        return self._view
-
-    def store(self, delta: torch.Tensor, residual: torch.Tensor) -> None:
-        """Replace the selected rows' pair."""
-        self._view = (delta, residual)
-        if self._rows is None:
-            self._all = self._view
-
-    def expand(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pair of all rows."""
-        if self._rows is not None:
-            index = self._rows.index(self._all[0].device)
-            row_scatter(*self._all, index, *self._view)
-            self._rows, self._view = None, self._all
-        return self._all
-
-    def hidden(self, tokens: IntArray) -> torch.Tensor:
-        """Copy of the hidden states of rows, (rows, hidden), in the model's dtype."""
-        delta, residual = self.expand()
-        if len(tokens) == len(delta):
-            return delta + residual
-        index = torch.from_numpy(tokens).to(delta.device)
-        delta, residual = row_compact(delta, residual, index)
-        return delta + residual
-
-    def assign(self, tokens: IntArray, hidden: torch.Tensor) -> None:
-        """Set the hidden states of rows. `hidden`: (rows, hidden)."""
-        delta, residual = self.expand()
-        index = torch.from_numpy(tokens).to(delta.device)
-        row_scatter(delta, residual, index, torch.zeros_like(hidden), hidden)
+    def settle(self) -> None:
+        """Bring the residual stream up to date."""
 
 
 class LayerLoop:
-    """Runs steps with a depth control; one instance per model runner."""
+    """Runs steps with a depth control; one instance per model runner.
+
+    Attributes:
+        captured: launches that serve decode steps, or None.
+    """
 
     def __init__(
         self,
@@ -147,11 +51,13 @@ class LayerLoop:
         sublayers: SubLayers,
         plan_layers: LayerPlanner,
         router: ExpertRouter | None,
+        captured: CapturedDecode | None = None,
     ) -> None:
         self._stack = stack
         self._sublayers = sublayers
         self._plan_layers = plan_layers
         self._router = router
+        self.captured = captured
 
     def run(
         self,
@@ -181,28 +87,59 @@ class LayerLoop:
             # Fused norms work in place, and this is the runner's own buffer.
             hidden = inputs_embeds.clone()
         hidden, positions = _with_unscheduled(step, hidden, positions)
-        stream = ResidualStream(hidden)
+        stream = ResidualStream(hidden, torch.zeros_like(hidden))
         remaining = RemainingRows(step.plan, self._plan_layers)
         with rows_forward_context() as context:
             at_rows = StepContext(buffers, context, step, positions)
-            run = _Run(self._stack, self._sublayers, at_rows, stream, self._router)
-            control = _Control(remaining, stream)
-            for index in range(len(self._stack.layers)):
-                observers = [o for o in step.observers if len(o.tokens) and index in o.layers]
-                befores = [_before(observer, index, stream, control) for observer in observers]
-                run.layer(index, remaining.layer(index))
-                self._look(index, observers, befores, stream, control)
-            for observer in step.observers:
-                observer.finish(control)
-            delta, residual = stream.expand()
-            if step.plan.shape.pending:
-                kept = torch.from_numpy(step.plan.shape.scheduled).to(delta.device)
-                delta, residual = delta[kept], residual[kept]
-            if step.reads_stream:
-                # The norm works in place.
-                delta, residual = delta.clone(), residual.clone()
-            final, _ = self._stack.final_norm(delta, residual)
-        return final, stream
+            layers = _GatheredLayers(self._stack, self._sublayers, at_rows, stream, self._router)
+            return self._run(step, layers, stream, remaining), stream
+
+    def run_captured(
+        self, step: RoutedStep, positions: torch.Tensor, input_ids: torch.Tensor, rows: int
+    ) -> tuple[torch.Tensor, ResidualStream]:
+        """Run the layers of a step that `captured_by` serves, with `captured` launches.
+
+        Args:
+            step: what to run.
+            positions: (tokens,), int64.
+                input_ids: (tokens,).
+            rows: with padding.
+
+        Returns:
+            As `run` does; both are overwritten by the next step.
+        """
+        assert self.captured is not None
+        remaining = RemainingRows(step.plan, self._plan_layers)
+        decode = self.captured.begin(self._stack.embed(input_ids), positions, rows)
+        stream = ResidualStream(*decode.pair)
+        layers = _CapturedLayers(decode, remaining, len(positions))
+        return self._run(step, layers, stream, remaining), stream
+
+    def _run(
+        self, step: RoutedStep, layers: _Layers, stream: ResidualStream, remaining: RemainingRows
+    ) -> torch.Tensor:
+        control = _Control(remaining, stream)
+        for index in range(len(self._stack.layers)):
+            observers = [o for o in step.observers if len(o.tokens) and index in o.layers]
+            if any(observer.needs_before for observer in observers):
+                layers.settle()
+            befores = [_before(observer, index, stream, control) for observer in observers]
+            layers.layer(index, remaining.layer(index))
+            if observers:
+                layers.settle()
+            self._look(index, observers, befores, stream, control)
+        layers.settle()
+        for observer in step.observers:
+            observer.finish(control)
+        delta, residual = stream.expand()
+        if step.plan.shape.pending:
+            kept = torch.from_numpy(step.plan.shape.scheduled).to(delta.device)
+            delta, residual = delta[kept], residual[kept]
+        if step.reads_stream:
+            # The norm works in place.
+            delta, residual = delta.clone(), residual.clone()
+        final, _ = self._stack.final_norm(delta, residual)
+        return final
 
     def _look(
         self,
@@ -222,6 +159,14 @@ class LayerLoop:
             logits = dict(zip(wanting, parts, strict=True))
         for i, observer in enumerate(observers):
             observer.after_layer(index, befores[i], afters[i], logits.get(i), control)
+
+
+def captured_by(step: RoutedStep) -> bool:
+    """Whether launches on static buffers could serve a step.
+
+    A step that only decodes, without expert controls, and without rows that vLLM did not schedule.
+    """
+    return step.plan.shape.one_row_each and step.experts is None
 
 
 def _before(
@@ -269,8 +214,8 @@ class _Control:
         self.assign = stream.assign
 
 
-class _Run:
-    """Runs the sub-layers of one step."""
+class _GatheredLayers:
+    """Gathers the rows that a sub-layer is to run, with attention metadata of their own."""
 
     def __init__(
         self,
@@ -305,3 +250,36 @@ class _Run:
         if len(mlp.rows):
             pair = self._stream.select(mlp.rows)
             self._stream.store(*self._sublayers.run_mlp[index](*pair, kept[1]))
+
+    def settle(self) -> None:
+        """Nothing waits."""
+
+
+class _CapturedLayers:
+    """Runs all rows in every layer that one of them wants, whatever else a plan says."""
+
+    def __init__(self, decode: DecodeRun, remaining: RemainingRows, tokens: int) -> None:
+        self._remaining = remaining
+        self._decode = decode
+        self._tokens = tokens
+        self._loaded: list[LayerPlan] = []
+        self._masks: dict[int, tuple[LayerPlan, LayerMasks]] = {}
+        self.settle = decode.settle
+
+    def layer(self, index: int, plan: LayerPlan) -> None:
+        """Put the masks in place that are new, and run what they want."""
+        if index >= len(self._loaded) or self._loaded[index] is not plan:
+            plans = [plan, *self._remaining.after(index)]
+            self._loaded[index:] = plans
+            self._decode.load(index, [self._of(each) for each in plans])
+        self._decode.layer(index, self._of(plan).parts)
+
+    def _of(self, plan: LayerPlan) -> LayerMasks:
+        if id(plan) not in self._masks:
+            attention, fill, mlp = (
+                np.bincount(rows.tokens, minlength=self._tokens).astype(np.bool_)
+                for rows in (plan.attention, plan.fill, plan.mlp)
+            )
+            # With the plan, so that nothing else gets its identity.
+            self._masks[id(plan)] = plan, LayerMasks(attention, mlp, attention | fill)
+        return self._masks[id(plan)][1]

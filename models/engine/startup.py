@@ -46,7 +46,7 @@ from sluice.models.vllm_adapter.logits import KnownLogits
 from sluice.models.vllm_adapter.routers import UnsupportedRouterError, attach, read_routers
 
 SEGMENTS_ENV = "SLUICE_SEGMENTS"
-"""Environment variable that is `off` to run the layers uncompiled, for a comparison."""
+"""Environment variable that is `off` to run layers uncompiled and in no graph, for a comparison."""
 
 _LOG = logging.getLogger(__name__)
 

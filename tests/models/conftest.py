@@ -13,13 +13,15 @@ from support.interpreter import v2
 from sluice.kernels import dispatch
 from sluice.kernels.dispatch import AUTO, REFERENCE, TRITON, VARIABLE, Operation
 
-INTERPRETED = (
-    "interpreted: of tests with the fixture `kernels`, also runs with Triton's interpreter"
+MARKERS = (
+    "interpreted: of tests with the fixture `kernels`, also runs with Triton's interpreter",
+    "family(name): of tests with the fixture `served`, runs with this family alone",
 )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", INTERPRETED)
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -35,7 +37,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     interpreted = getattr(metafunc.module, "INTERPRETED_FAMILIES", chosen)
     settings += [(family, REFERENCE) for family in chosen]
     settings += [(family, TRITON) for family in interpreted]
-    if v2():
+    only = metafunc.definition.get_closest_marker("family")
+    if only is not None:
+        settings = [(only.args[0], AUTO)]
+    elif v2():
         settings = [(family, AUTO) for family in (chosen[0], chosen[-1])]
     metafunc.parametrize(("family", "kernels"), settings, indirect=["kernels"], scope="module")
 

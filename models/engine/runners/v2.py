@@ -2,7 +2,7 @@
 
 `RoutedV2Runner` is mixed in front of a V2 runner class. The core learns of requests where vLLM
 drops and adds them (`finish_requests`, `add_requests`), and plans the step once vLLM knows its
-batch (`gather_batch_req_state`): before it chooses a CUDA graph. A step of the core runs in none.
+batch (`gather_batch_req_state`): before it chooses a CUDA graph (`v2_graphs`).
 The runner calls the model itself, so an instance attribute stands before the model's `forward`.
 
 This runner drops a preempted request and takes it as a new one later, with its generated tokens
@@ -20,18 +20,23 @@ from sluice.models.engine.attention import BatchBuffers, CacheGroup
 from sluice.models.engine.row_builders import RowBuilders
 from sluice.models.engine.runners.base import RoutedRunner
 from sluice.models.engine.runners.seams import BOTH, V2
+from sluice.models.engine.runners.v2_graphs import StepGraphs
 from sluice.models.engine.step import RoutedStep, StepRequests
 
 
 class RoutedV2Runner(RoutedRunner):
-    """Mixin for V2 model runners; see the module."""
+    """Mixin for V2 model runners; see the module.
+
+    Attributes:
+        planned_step: the core's step that is about to run; None is vLLM's.
+    """
 
     seams = (*BOTH, *V2)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._preempted: set[str] = set()
-        self._step: RoutedStep | None = None
+        self.planned_step: RoutedStep | None = None
         self._buffers: BatchBuffers | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -41,14 +46,21 @@ class RoutedV2Runner(RoutedRunner):
             self.model.forward = self._before(self.model.forward)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM does; its choice of a CUDA graph is asked for stock steps only."""
+        """As vLLM does, with our choice of what runs in a CUDA graph."""
         super().initialize_kv_cache(*args, **kwargs)
         self._builders = RowBuilders(
             self.attn_groups, self.kernel_block_sizes, self.vllm_config, self.device
         )
         if self.routed is not None:
-            manager = self.cudagraph_manager
-            manager.dispatch = self._without_graph(manager.dispatch)
+            self._graphs = StepGraphs(self)
+
+    def capture_model(self, *, profile_only: bool = False) -> int:
+        """As vLLM does, and then for decode steps of the core."""
+        size: int = super().capture_model(profile_only=profile_only)
+        if self.routed is not None and not profile_only:
+            with torch.inference_mode():
+                self._graphs.capture()
+        return size
 
     def finish_requests(self, scheduler_output: Any) -> None:
         """Drop requests that ended or are preempted."""
@@ -73,7 +85,7 @@ class RoutedV2Runner(RoutedRunner):
     def gather_batch_req_state(self, scheduler_output: Any, dummy_run: bool) -> Any:
         """Order the batch, and plan its step."""
         gathered = super().gather_batch_req_state(scheduler_output, dummy_run)
-        self._step = None
+        self.planned_step = None
         if not dummy_run:
             batch, states = gathered[0], self.req_states
             requests = StepRequests(
@@ -82,7 +94,7 @@ class RoutedV2Runner(RoutedRunner):
                 computed=states.num_computed_tokens_np[batch.idx_mapping_np].astype(np.int64),
                 prompt=states.prompt_len.np[batch.idx_mapping_np].astype(np.int64),
             )
-            self._step = self.core.plan(requests)
+            self.planned_step = self.core.plan(requests)
         return gathered
 
     def prepare_attn(self, input_batch: Any) -> Any:
@@ -92,9 +104,9 @@ class RoutedV2Runner(RoutedRunner):
         of the batch may lack what lies behind a sliding window, where such a token still attends.
         """
         block_tables, slots = super().prepare_attn(input_batch)
-        if self._step is not None:
+        if self.planned_step is not None:
             tables = self.block_tables
-            own = self._step.plan.shape.pending
+            own = self.planned_step.plan.shape.pending
             groups = [
                 CacheGroup(
                     layer_names=group.layer_names,
@@ -114,12 +126,17 @@ class RoutedV2Runner(RoutedRunner):
             )
         return block_tables, slots
 
+    def take_step(self) -> RoutedStep | None:
+        """The core's step that is about to run; None is vLLM's."""
+        step, self.planned_step = self.planned_step, None
+        return step
+
     def _before(self, stock: Any) -> Any:
         """The model's `forward`, or the core's run of the layers."""
 
         def forward(*args: Any, **inputs: Any) -> Any:
-            step, self._step = self._step, None
             buffers, self._buffers = self._buffers, None
+            step = self.take_step()
             if step is None:
                 return stock(*args, **inputs)
             assert buffers is not None
@@ -127,17 +144,3 @@ class RoutedV2Runner(RoutedRunner):
             return self.core.run(step, positions, input_ids, inputs["inputs_embeds"], buffers)
 
         return forward
-
-    def _without_graph(self, stock: Any) -> Any:
-        """`CudaGraphManager.dispatch` that chooses no graph, and no padding, for the core."""
-        from vllm.config.compilation import CUDAGraphMode
-        from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
-
-        def dispatch(num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
-            if self._step is None:
-                return stock(num_reqs, num_tokens, *args, **kwargs)
-            return BatchExecutionDescriptor(
-                cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs
-            )
-
-        return dispatch

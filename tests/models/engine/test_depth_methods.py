@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support.engine import Engine, engine
-from support.planning import KEEP_ALL, plan_by
+from support.planning import KEEP_ALL, on_static_buffers, plan_by
 from support.profiles import write_profile
 from support.reference import Reference, Run
 from support.references.choices import random_heads, threshold_between
@@ -195,6 +195,23 @@ INTERPRETED = [
 
 @pytest.mark.parametrize("case", INTERPRETED)
 def test_equals_the_reference(served: Served, case: str, ran: set[str]) -> None:
+    _check(served, case)
+    assert ran >= operations(case)
+
+
+@pytest.mark.family("llama")
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_reference_on_static_buffers(
+    served: Served, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode steps as on CUDA; those with tokens that wait for their upper layers are gathered."""
+    steps = on_static_buffers(served.engine, monkeypatch)
+    _check(served, case)
+    # Mixture of depths masks prompts alone.
+    assert steps or case.startswith("mod ")
+
+
+def _check(served: Served, case: str) -> None:
     assert served.engine.llm.reset_prefix_cache()
     policy = served.policy(case)
     expected = served.run(policy)
@@ -209,7 +226,6 @@ def test_equals_the_reference(served: Served, case: str, ran: set[str]) -> None:
     if expected.mask is not None:
         assert record.mask == {"attention": sorted(expected.mask), "mlp": sorted(expected.mask)}
     _check_kv(served, policy, expected, written)
-    assert ran >= operations(case)
     if policy.exit is not None:
         assert exits[:-1].any(), "some tokens must leave early"
         assert exits[-1] or policy.exit.method == "patience", "and some stay"

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.engine import Engine, engine
+from support.planning import on_static_buffers
 from support.tiny import make_model
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import set_forward_context
+from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from sluice.models.engine.runners.v2 import RoutedV2Runner
 from sluice.models.policy.policy import RoutingPolicy, SkipSet
@@ -24,31 +30,90 @@ def running(models_folder: Path) -> Iterator[Engine]:
         yield started
 
 
+@dataclass
+class Graphs:
+    """Graphs that vLLM would have on CUDA, for steps of ours: of one token per request, padded."""
+
+    asked: list[int] = field(default_factory=list)
+    chosen: list[tuple[Any, int]] = field(default_factory=list)
+    """Mode and tokens with padding, by step."""
+    context: Any = None
+    """Metadata and slots of the step, which a graph reads from buffers."""
+
+
+PADDING = 2
+
+
 @pytest.fixture
-def dispatched(running: Engine) -> Iterator[list[int]]:
-    """Tokens of the steps for which vLLM was asked which CUDA graph fits."""
-    runner = running.runner
-    manager, ours = runner.cudagraph_manager, runner.cudagraph_manager.dispatch
-    asked: list[int] = []
+def graphs(running: Engine, monkeypatch: pytest.MonkeyPatch) -> Graphs:
+    runner, graphs = running.runner, Graphs()
+    ours, state, config = runner._graphs, runner.model_state, runner.vllm_config
+    stock_dispatch, stock_attention = ours._stock_dispatch, state.prepare_attn
 
-    def dispatch(num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
-        asked.append(num_tokens)
-        return type(manager).dispatch(manager, num_reqs, num_tokens, *args, **kwargs)
+    def stock(num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        graphs.asked.append(num_tokens)
+        if runner.planned_step is None or num_reqs < num_tokens:
+            return stock_dispatch(num_reqs, num_tokens, *args, **kwargs)
+        padded = num_tokens + PADDING
+        return BatchExecutionDescriptor(
+            cg_mode=CUDAGraphMode.FULL, num_tokens=padded, num_reqs=padded
+        )
 
-    manager.dispatch = runner._without_graph(dispatch)
-    yield asked
-    manager.dispatch = ours
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        choice = ours._dispatch(*args, **kwargs)
+        graphs.chosen.append((choice.cg_mode, choice.num_tokens))
+        return choice
+
+    def prepare(batch: Any, _mode: Any, tables: Any, slots: Any, *others: Any, **more: Any) -> Any:
+        built = stock_attention(batch, CUDAGraphMode.NONE, tables, slots, *others, **more)
+        graphs.context = built, build_slot_mappings_by_layer(slots, others[1])
+        return built
+
+    def replay(choice: Any) -> Any:
+        metadata, slots = graphs.context
+        with set_forward_context(metadata, config, num_tokens=2, slot_mapping=slots):
+            return ours._run(choice)
+
+    monkeypatch.setattr(ours, "_stock_dispatch", stock)
+    monkeypatch.setattr(state, "prepare_attn", prepare)
+    monkeypatch.setattr(runner.cudagraph_manager, "dispatch", dispatch)
+    monkeypatch.setattr(runner.cudagraph_manager, "run_fullgraph", replay)
+    return graphs
 
 
-def test_a_step_of_ours_runs_in_no_graph(running: Engine, dispatched: list[int]) -> None:
+def test_a_step_that_no_launch_serves_runs_in_no_graph(running: Engine, graphs: Graphs) -> None:
     running.generate(PROMPTS, [None, None], 4)
-    assert dispatched == [7, 2, 2, 2]
-    dispatched.clear()
+    assert graphs.asked == [7, 2, 2, 2]
+    graphs.chosen.clear()
     running.generate(PROMPTS, [SKIP, None], 4)
-    assert dispatched == []
-    # A policy that takes nothing away is vLLM's to run.
+    assert graphs.chosen == [(CUDAGraphMode.NONE, tokens) for tokens in (7, 2, 2, 2)]
+
+
+def test_decode_steps_run_in_the_place_of_a_graph(
+    running: Engine, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = running.generate(PROMPTS, [SKIP, None], 4)
+    steps = on_static_buffers(running, monkeypatch)
+    assert running.runner.routed.loop.captured.capture(2 + PADDING)
+    graphs.chosen.clear()
+    ran = []
+    stock_run = running.runner.core.run_captured
+
+    def run(step: Any, positions: Any, input_ids: Any, rows: int) -> Any:
+        ran.append(rows)
+        return stock_run(step, positions, input_ids, rows)
+
+    monkeypatch.setattr(running.runner.core, "run_captured", run)
+    assert running.generate(PROMPTS, [SKIP, None], 4) == expected
+    assert ran == [2 + PADDING] * 3
+    assert steps == []
+    assert [mode for mode, _ in graphs.chosen] == [CUDAGraphMode.NONE, *[CUDAGraphMode.FULL] * 3]
+
+
+def test_a_policy_that_takes_nothing_away_is_vllms_to_run(running: Engine, graphs: Graphs) -> None:
     running.generate(PROMPTS, [RoutingPolicy(), None], 4)
-    assert dispatched == [7, 2, 2, 2]
+    assert graphs.asked == [7, 2, 2, 2]
+    assert running.runner.planned_step is None
 
 
 def test_requests_that_warm_up_are_not_counted(running: Engine) -> None:
