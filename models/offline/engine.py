@@ -24,6 +24,7 @@ from sluice.models.depth.prefix_sharing import cache_salt
 from sluice.models.engine.workers import CPU_KV_CACHE_BYTES, worker_class
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy
+from sluice.models.profile.fields import EngineMode
 from sluice.models.profile.profile import PROFILE_ENV, Profile
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.presets import request_policy
@@ -31,6 +32,7 @@ from sluice.models.routing.resolve import merge_preset
 from sluice.models.routing.schema import PresetFields, parse_routing
 from sluice.models.telemetry.counter_file import TELEMETRY_ENV
 from sluice.models.telemetry.request_record import RoutingRecord
+from sluice.models.vllm_adapter.compilation import engine_mode
 
 _MODEL_NAME = "model"
 
@@ -89,6 +91,11 @@ class OfflineEngine:
     def vllm_config(self) -> Any:
         """VLLM's configuration of the engine."""
         return self._llm.llm_engine.vllm_config
+
+    @property
+    def mode(self) -> EngineMode:
+        """How it runs the model."""
+        return engine_mode(self.vllm_config)
 
     @property
     def model_runner(self) -> Any:

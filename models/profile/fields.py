@@ -10,6 +10,8 @@ OWN_ENCODER = "model"
 """Encoder of the reference sets whose prompt embeddings are the model's own."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
+EngineMode = Literal["compiled", "eager"]
+"""How an engine runs a model: compiled or captured in graphs, or neither."""
 Layers = tuple[int, ...]
 PerLayer = tuple[float, ...]
 """One number a decoder layer."""
@@ -30,12 +32,14 @@ class ModelFields(Strict):
         fingerprint: `sluice.models.profile.fingerprint`.
         name: of its folder, or of its repository on the hub; None in profiles made before it was
             kept.
+        experts: whether a layer has routed experts; None in profiles made before it was kept.
     """
 
     layers: int
     hidden: int
     fingerprint: str
     name: str | None = None
+    experts: bool | None = None
 
 
 class StepFields(Strict):
@@ -344,6 +348,8 @@ class FrontierFields(Strict):
         items: that quality was measured on.
         batch: requests at a time while speed was measured.
         device: that it was measured on.
+        mode: how the engine ran the model while speed was measured; profiles made before this was
+            kept were measured eager.
         points: full depth first.
         presets: point by preset.
         effort: nested levels, from the fullest on; full depth is not among them.
@@ -361,6 +367,7 @@ class FrontierFields(Strict):
     items: int
     batch: int
     device: str
+    mode: EngineMode = "eager"
     points: tuple[FrontierPoint, ...]
     presets: dict[str, str]
     effort: tuple[EffortLevel, ...]
@@ -376,6 +383,7 @@ class ProfileFields(Strict):
 
     Attributes:
         schema_version: of this description.
+        skipped_steps: steps that the last whole run could not do, and why.
         exit_failures: why exit methods that were tried have no threshold.
         files: SHA-256 of the profile's other files by name.
         digest: SHA-256 of all the other fields; see `sluice.models.profile.writer`.
@@ -384,6 +392,7 @@ class ProfileFields(Strict):
     schema_version: int
     model: ModelFields
     calibration: dict[str, StepFields] = {}
+    skipped_steps: dict[str, str] = {}
     importance: ImportanceFields | None = None
     importance_evidence: ImportanceEvidence | None = None
     layer_metrics: LayerMetrics | None = None

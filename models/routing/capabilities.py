@@ -10,8 +10,15 @@ from sluice.models.depth.method import DepthMethod
 from sluice.models.depth.registry import methods
 from sluice.models.depth.skip_order import Importance
 from sluice.models.policy.expert_shape import ExpertShape
-from sluice.models.profile.fields import OWN_ENCODER, EffortLevel, ExitThreshold, ReferenceSet
+from sluice.models.profile.fields import (
+    OWN_ENCODER,
+    EffortLevel,
+    EngineMode,
+    ExitThreshold,
+    ReferenceSet,
+)
 from sluice.models.profile.profile import Profile, ProfileError
+from sluice.models.vllm_adapter.compilation import engine_mode
 from sluice.models.vllm_adapter.families import depth_refusal
 
 
@@ -32,6 +39,7 @@ class Capabilities:
         expert_refusal: why no expert control can be done, or None if it can.
         expert_routing: whether the server lets requests control experts.
         contrast_refusal: why no contrast can be done, or None if it can.
+        mode: how the engine runs the model.
     """
 
     models: tuple[str, ...]
@@ -46,6 +54,7 @@ class Capabilities:
     expert_refusal: str | None
     expert_routing: bool
     contrast_refusal: str | None
+    mode: EngineMode = "eager"
 
     @classmethod
     def of(
@@ -96,12 +105,25 @@ class Capabilities:
             expert_refusal=refusal,
             expert_routing=expert_routing,
             contrast_refusal=_contrast_refusal(vllm_config),
+            mode=engine_mode(vllm_config),
         )
 
     @property
     def importance(self) -> Importance | None:
         """Importance of the layers as measured, or None."""
         return self.profile.importance if self.profile else None
+
+    @property
+    def speed_warning(self) -> str | None:
+        """That the profile's speeds are of an engine that runs otherwise, or None."""
+        frontier = self.profile.frontier if self.profile else None
+        if frontier is None or frontier.mode == self.mode:
+            return None
+        eager = " --enforce-eager" if self.mode == "eager" else ""
+        return (
+            f"the profile's speeds were measured in an engine that ran {frontier.mode}, and this "
+            f"one runs {self.mode}: measure them again with `sluice calibrate frontier{eager}`"
+        )
 
     @property
     def references(self) -> Mapping[str, ReferenceSet]:

@@ -193,9 +193,11 @@ def check_presets(presets: Mapping[str, PresetFields], capabilities: Capabilitie
             raise RoutingError(error.message, param=param, reason=error.reason) from None
 
 
-def measured_preset(profile: Profile, name: str) -> dict[str, Any] | None:
+def measured_preset(capabilities: Capabilities, name: str) -> dict[str, Any] | None:
     """What was measured of a preset, or None if it is not the profile's."""
-    frontier, point = profile.frontier, profile.presets.get(name)
+    profile = capabilities.profile
+    frontier = None if profile is None else profile.frontier
+    point = None if profile is None else profile.presets.get(name)
     if frontier is None or point is None:
         return None
     return {
@@ -207,4 +209,6 @@ def measured_preset(profile: Profile, name: str) -> dict[str, Any] | None:
         "items": frontier.items,
         "batch": frontier.batch,
         "device": frontier.device,
+        "mode": frontier.mode,
+        "warning": capabilities.speed_warning,
     }

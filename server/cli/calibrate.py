@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sluice.server.cli.extras import require_vllm
 from sluice.server.cli.parser import STOPPED_STATUS, OneLineParser
+from sluice.server.cli.progress import Progress
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from sluice.models.offline.calibrate.step import Calibration, Step
 
 
@@ -24,30 +24,44 @@ def main(argv: list[str]) -> None:
 
     Raises:
         SystemExit: 2 for arguments, examples or a model that do not fit, 1 for a file that cannot
-            be written, 130 for Ctrl-C.
+            be written, 130 for Ctrl-C, 143 for SIGTERM.
     """
     require_vllm("sluice calibrate")
-    from sluice.models.offline.calibrate.registry import STEPS
+    from sluice.models.offline.calibrate.registry import QUICK, STEPS
     from sluice.models.offline.hf_model.examples import CalibrationError
 
     by_name = {step.name: step for step in STEPS}
     named = by_name.get(argv[0]) if argv else None
-    parser = _parser([named] if named else STEPS, named)
+    quick = named is None and "--quick" in argv
+    offered = [step for step in STEPS if not quick or step.name in QUICK]
+    parser = _parser([named] if named else offered, named, quick=quick)
     args = parser.parse_args(argv[1:] if named else argv)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
-        _run(args, [named] if named else [s for s in STEPS if s.name not in args.skip], named)
+        _run(args, [named] if named else [s for s in offered if s.name not in args.skip], named)
     except CalibrationError as error:
         parser.error(str(error))
     except OSError as error:
         print(f"{parser.prog}: {error}; the results so far are kept", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _TerminatedError) as stop:
         print("stopped; run the same command again to continue", file=sys.stderr)
-        raise SystemExit(STOPPED_STATUS) from None
+        by_signal = isinstance(stop, _TerminatedError)
+        raise SystemExit(128 + signal.SIGTERM if by_signal else STOPPED_STATUS) from None
 
 
-def _parser(steps: Sequence[type[Step]], named: type[Step] | None) -> OneLineParser:
-    from sluice.models.offline.calibrate.registry import STEPS
+class _TerminatedError(BaseException):
+    """The process was asked to end; like Ctrl-C, it is no error that a step may handle."""
+
+
+def _terminated(*_: Any) -> NoReturn:
+    # A second one would cut the clean-up short.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _TerminatedError
+
+
+def _parser(steps: Sequence[type[Step]], named: type[Step] | None, *, quick: bool) -> OneLineParser:
+    from sluice.models.offline.calibrate.registry import QUICK, QUICK_NEW_TOKENS, STEPS
 
     every = "; ".join(f"{step.name}: {step.help}" for step in STEPS)
     parser = OneLineParser(
@@ -81,7 +95,7 @@ def _parser(steps: Sequence[type[Step]], named: type[Step] | None) -> OneLinePar
     parser.add_argument(
         "--new-tokens",
         type=int,
-        default=48,
+        default=QUICK_NEW_TOKENS if quick else 48,
         metavar="N",
         help="longest answer, in tokens (default: %(default)s)",
     )
@@ -95,7 +109,19 @@ def _parser(steps: Sequence[type[Step]], named: type[Step] | None) -> OneLinePar
         default="auto",
         help="data type of the weights; auto takes the checkpoint's (default: %(default)s)",
     )
+    parser.add_argument(
+        "--enforce-eager",
+        action="store_true",
+        help="measure speed in an engine that compiles nothing, as `sluice serve --enforce-eager` "
+        "runs; by default it compiles, as `sluice serve` does",
+    )
     if named is None:
+        parser.add_argument(
+            "--quick",
+            action="store_true",
+            help="the order in which layers go, a few points and presets, in minutes: the steps "
+            f"{' and '.join(QUICK)}, on a few prompts and tasks",
+        )
         parser.add_argument(
             "--skip",
             action="append",
@@ -105,17 +131,19 @@ def _parser(steps: Sequence[type[Step]], named: type[Step] | None) -> OneLinePar
         )
     for step in steps:
         group = parser.add_argument_group(f"step {step.name}", step.help)
+        defaults = QUICK[step.name] if quick else {}
         for each in fields(step):
-            _add_option(group, step, each, prefixed=named is None)
+            default = defaults.get(each.name, each.default)
+            _add_option(group, step, each, default, prefixed=named is None)
     return parser
 
 
-def _add_option(group: Any, step: type[Step], option: Any, *, prefixed: bool) -> None:
+def _add_option(group: Any, step: type[Step], option: Any, default: Any, *, prefixed: bool) -> None:
     name = option.name.replace("_", "-")
     flag = f"--{step.name}-{name}" if prefixed else f"--{name}"
     kind = type(option.default)
-    help_text = f"{option.metadata['help']} (default: {option.default!r})"
-    shared = {"dest": _place(step, option.name), "default": option.default, "help": help_text}
+    help_text = f"{option.metadata['help']} (default: {default!r})"
+    shared = {"dest": _place(step, option.name), "default": default, "help": help_text}
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
     else:
@@ -129,9 +157,10 @@ def _place(step: type[Step], option: str) -> str:
 def _run(args: argparse.Namespace, kinds: Sequence[type[Step]], named: type[Step] | None) -> None:
     from rich.console import Console
 
+    from sluice.models.offline.calibrate.estimate import estimate, in_words
     from sluice.models.offline.calibrate.pipeline import open_workspace, run_steps
     from sluice.models.offline.hf_model.examples import CalibrationError
-    from sluice.models.offline.report.frontier import TABLE_WIDTH, frontier_table
+    from sluice.models.offline.report.frontier import TABLE_WIDTH, frontier_table, verdict
 
     if args.new_tokens < 1:
         raise CalibrationError("--new-tokens must be at least 1")
@@ -140,8 +169,8 @@ def _run(args: argparse.Namespace, kinds: Sequence[type[Step]], named: type[Step
         for kind in kinds
     ]
     console = Console(stderr=True)
-    say = partial(console.print, markup=False)
-    progress = _progress(console)
+    say = partial(console.print, markup=False, soft_wrap=True)
+    progress = Progress(console)
     calibration = _calibration(args, progress)
     with progress:
         open_workspace(calibration, args.out)
@@ -150,6 +179,8 @@ def _run(args: argparse.Namespace, kinds: Sequence[type[Step]], named: type[Step
             steps[0].check(calibration)
         else:
             steps = _able(steps, calibration, say)
+            if not all(calibration.workspace.latest_part(step.name) for step in steps):
+                say(in_words(estimate(calibration, steps)))
         profile = run_steps(calibration, steps, args.out, say)
     if profile.frontier is not None:
         from sluice.models.offline.report.charts import write_plots
@@ -157,6 +188,7 @@ def _run(args: argparse.Namespace, kinds: Sequence[type[Step]], named: type[Step
         write_plots(profile.frontier, args.out)
         # In a narrower terminal names would vanish; it wraps lines by itself.
         Console(width=max(Console().width, TABLE_WIDTH)).print(frontier_table(profile.frontier))
+        say(verdict(profile.frontier))
     say(f"wrote {args.out}")
 
 
@@ -168,18 +200,27 @@ def _able(
     for step, refusal in refusals.items():
         if refusal is not None:
             say(f"{step.name}: skipped: {refusal}")
+            calibration.skipped[step.name] = refusal
     return [step for step, refusal in refusals.items() if refusal is None]
 
 
 def _calibration(args: argparse.Namespace, progress: Progress) -> Calibration:
     import torch
 
+    from sluice.models.offline.calibrate.registry import QUICK_PROMPTS
     from sluice.models.offline.calibrate.step import Calibration
     from sluice.models.offline.calibrate.workspace import Workspace
-    from sluice.models.offline.hf_model.examples import CalibrationError, read_examples, read_tasks
+    from sluice.models.offline.hf_model.examples import (
+        CalibrationError,
+        read_examples,
+        read_tasks,
+        spaced_indices,
+    )
     from sluice.models.offline.hf_model.model import HFModel
 
     prompts = read_examples(args.prompts)
+    if getattr(args, "quick", False):
+        prompts = tuple(prompts[n] for n in spaced_indices(QUICK_PROMPTS, len(prompts)))
     tasks = read_tasks(args.tasks) if args.tasks else ()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -192,7 +233,8 @@ def _calibration(args: argparse.Namespace, progress: Progress) -> Calibration:
         new_tokens=args.new_tokens,
         seed=args.seed,
         workspace=Workspace.beside(args.out),
-        track=_tracker(progress),
+        track=progress.track,
+        eager=args.enforce_eager,
     )
 
 
@@ -204,36 +246,3 @@ def _add_earlier_parts(calibration: Calibration, named: type[Step]) -> None:
         part = None if step is named else calibration.workspace.latest_part(step.name)
         if part is not None:
             calibration.parts[step.name] = part
-
-
-def _progress(console: Any) -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
-
-
-def _tracker(progress: Progress) -> Any:
-    def track(things: Iterable[Any], description: str, total: int) -> Iterator[Any]:
-        task = progress.add_task(description, total=total or None)
-        try:
-            for thing in things:
-                yield thing
-                progress.advance(task)
-        finally:  # A step may have seen enough before the end.
-            progress.update(task, visible=False)
-
-    return track

@@ -36,6 +36,8 @@ def capabilities_listing(capabilities: Capabilities) -> dict[str, Any]:
         "depth": depth_listing(capabilities) if supported else {},
         "effort": effort_listing(profile, capabilities.layers) if supported else {},
         "report": supported,
+        "mode": capabilities.mode,
+        "speed_warning": capabilities.speed_warning,
         "experts_routing": expert_listing(
             capabilities.expert_shape,
             capabilities.refusal or capabilities.expert_refusal,

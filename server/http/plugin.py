@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -38,6 +39,8 @@ from sluice.server.telemetry.audit import show_audit_log
 from sluice.server.telemetry.build_info import BuildInfoCollector
 from sluice.server.telemetry.expert_metrics import ExpertCollector
 from sluice.server.telemetry.metrics import LayerCollector, RequestMetrics
+
+logger = logging.getLogger(__name__)
 
 
 class RoutingPlugin:
@@ -92,6 +95,8 @@ class RoutingPlugin:
         capabilities = Capabilities.of(
             engine_client.vllm_config, served, profile, expert_answer, args.expert_routing
         )
+        if capabilities.speed_warning is not None:
+            logger.warning("%s", capabilities.speed_warning)
         try:
             check_presets(presets, capabilities)
         except RoutingError as error:

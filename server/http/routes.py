@@ -69,7 +69,6 @@ def build_router(registry: CollectorRegistry, folder: Path) -> APIRouter:
 def preset_listing(admission: Admission, name: str) -> dict[str, Any]:
     """A preset: its policy, whether it is available here, and what was measured of it."""
     capabilities, refusal = admission.capabilities, admission.preset_refusal(name)
-    profile = capabilities.profile
     return {
         "id": name,
         "object": "routing.preset",
@@ -79,7 +78,7 @@ def preset_listing(admission: Admission, name: str) -> dict[str, Any]:
         "combines_with": combining_fields(name, admission.presets, capabilities),
         "available": refusal is None,
         "reason": refusal and refusal.message,
-        "measured": measured_preset(profile, name) if profile else None,
+        "measured": measured_preset(capabilities, name),
     }
 
 

@@ -126,4 +126,6 @@ def calibration_of(
         seed=seed,
         workspace=Workspace(workspace),
         track=plain_track,
+        # What is compiled is compiled for minutes.
+        eager=True,
     )

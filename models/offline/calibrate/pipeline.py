@@ -50,7 +50,7 @@ def engine_of(calibration: Calibration, longest: int, at_once: int) -> Iterator[
             model.folder,
             profile=Path(name),
             skip_tokenizer_init=True,
-            enforce_eager=True,
+            enforce_eager=calibration.eager,
             dtype=str(model.dtype).removeprefix("torch."),
             # Every prompt runs in full each time it is asked, and is counted.
             enable_prefix_caching=False,
@@ -174,8 +174,10 @@ def profile_parts(calibration: Calibration) -> dict[str, Any]:
             "hidden": model.hidden,
             "fingerprint": model.fingerprint,
             "name": model.name,
+            "experts": model.has_experts,
         },
         "calibration": {},
+        "skipped_steps": dict(calibration.skipped),
     }
     heads: dict[str, Any] = {}
     references: dict[str, Any] = {}

@@ -31,6 +31,8 @@ class Step(ABC):
     needs_several_experts: ClassVar[bool] = False
     """It chooses among the experts of a token."""
     reads_tasks: ClassVar[bool] = False
+    measures_speed: ClassVar[bool] = False
+    """It times an engine, and so depends on how that runs the model."""
 
     @abstractmethod
     def run(self, calibration: Calibration) -> Part:
@@ -39,6 +41,10 @@ class Step(ABC):
         Raises:
             CalibrationError: the examples do not allow it.
         """
+
+    def passes(self, calibration: Calibration) -> float:  # noqa: ARG002 - of most one is enough
+        """How long it takes, in passes over the prompts and their answers; a rough guess."""
+        return 1.0
 
     def refusal(self, calibration: Calibration) -> str | None:
         """Why the step has nothing to do with this model or these examples, or None."""
@@ -83,7 +89,9 @@ class Calibration:
         seed: of everything that is drawn.
         workspace: where results are kept.
         track: makes progress visible.
+        eager: speed is measured in an engine that compiles nothing, as `--enforce-eager` serves.
         parts: results of steps that are done, by name.
+        skipped: steps that cannot be done, and why.
     """
 
     model: HFModel
@@ -93,7 +101,9 @@ class Calibration:
     seed: int
     workspace: Workspace
     track: Track
+    eager: bool = False
     parts: dict[str, Part] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
@@ -104,14 +114,15 @@ class Calibration:
         """
         ids = [list(each) for each in self.encoded(self.prompts)]
         key = key_of(self.model.fingerprint, ids, self.new_tokens)
-        held = self.workspace.value("continuations", key)
-        if held is None:
-            held = [[]] * len(ids)
-            asked = [tuple(each) for each in ids]
-            parts = continued(self.model, asked, self.new_tokens)
-            for places, samples in self.track(parts, "full depth's own answers", 0):
-                for place, sample in zip(places, samples, strict=True):
-                    held[place] = list(sample.answer)
+        held = self.workspace.value("continuations", key) or [[]] * len(ids)
+        missing = [place for place, answer in enumerate(held) if not answer]
+        asked = [tuple(ids[place]) for place in missing]
+        parts = continued(self.model, asked, self.new_tokens) if asked else ()
+        # A part is prompts of one length, and there are at most as many parts as prompts.
+        lengths = len({*map(len, asked)})
+        for places, samples in self.track(parts, "full depth's own answers", lengths):
+            for place, sample in zip(places, samples, strict=True):
+                held[missing[place]] = list(sample.answer)
             self.workspace.keep("continuations", key, held)
         return tuple(Sample(tuple(p), tuple(a)) for p, a in zip(ids, held, strict=True))
 
@@ -138,6 +149,8 @@ class Calibration:
         needed = [self.key_of_part(name) for name in step.needs]
         data = [digest(self.prompts), digest(self.tasks) if step.reads_tasks else None]
         common = [self.model.fingerprint, str(self.model.dtype), self.new_tokens, self.seed]
+        if step.measures_speed:
+            common.append("eager" if self.eager else "compiled")
         return key_of(step.name, step.settings, common, data, needed)
 
     def key_of_part(self, name: str) -> str | None:

@@ -62,6 +62,28 @@ def preset_lines(fields: FrontierFields) -> str:
     return "\n".join(lines) or "no presets: serve the model at full depth"
 
 
+def verdict(fields: FrontierFields) -> str:
+    """What to do with the model, in a sentence."""
+    full, by_name = fields.points[0], {point.name: point for point in fields.points}
+    gains = [(by_name[name], preset) for preset, name in fields.presets.items()]
+    gains = [(point, preset) for point, preset in gains if point != full]
+    if not gains:
+        tried = len(fields.points) - 1 + len(fields.failed)
+        return (
+            f"This model gains nothing from skipping: serve it stock. Of {tried} settings none is "
+            "both shown to be faster and as good as a preset has to be."
+        )
+    point, preset = max(gains, key=lambda gain: gain[0].speed.value)
+    lost = 100 * (point.quality.value - full.quality.value)
+    what = "" if "agreement" in fields.measure else f"{lost:+.1f} points of the tasks"
+    if point.tokens is not None:
+        what += f"{' and ' if what else ''}{point.tokens.agreement.value:.1%} of its tokens"
+    return (
+        f"Use preset {preset} ({point.name}): {point.speed.value:.2f} times full depth's speed, "
+        f"{what or f'{lost:+.1f} points'}."
+    )
+
+
 def presets_by_point(fields: FrontierFields) -> dict[str, list[str]]:
     """Names of presets, by the name of the point that they are."""
     presets: dict[str, list[str]] = {}
@@ -79,4 +101,4 @@ def percent(interval: Interval) -> str:
 def measured_on(fields: FrontierFields) -> str:
     """What the points were measured on."""
     kind = "prompts" if "agreement" in fields.measure else "tasks"
-    return f"{fields.items} {kind}, batch {fields.batch}, {fields.device}"
+    return f"{fields.items} {kind}, batch {fields.batch}, {fields.mode}, {fields.device}"

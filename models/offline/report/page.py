@@ -13,7 +13,7 @@ from sluice.models.offline.report.charts import (
     frontier_chart,
     layer_bars,
 )
-from sluice.models.offline.report.frontier import presets_by_point
+from sluice.models.offline.report.frontier import presets_by_point, verdict
 from sluice.models.offline.report.template import page_template
 from sluice.models.profile.fields import ImportanceFields, ProfileFields
 from sluice.models.profile.profile import Profile
@@ -41,6 +41,7 @@ PARTS = {
     "skip-sets": ("Skip sets found by search", "search"),
 }
 """Headings of the page's parts, and the step of `sluice calibrate` that makes each."""
+_OF_EXPERTS = ("experts", "behaviours", "expert-k", "skip-ratios", "references")
 
 
 def report_page(profile: Profile) -> str:
@@ -52,7 +53,7 @@ def report_page(profile: Profile) -> str:
         name=profile.folder.resolve().name,
         fields=fields,
         methods=sorted(profile.methods),
-        parts=PARTS,
+        parts=parts_of(fields),
         missing=missing(fields),
         charts=_charts(fields),
         metrics=_metrics(fields),
@@ -60,6 +61,7 @@ def report_page(profile: Profile) -> str:
         versions={name: v for made in steps.values() for name, v in made.versions.items()},
         data=_steps_by_data(fields),
         presets={} if fields.frontier is None else presets_by_point(fields.frontier),
+        verdict=None if fields.frontier is None else verdict(fields.frontier),
     )
 
 
@@ -76,7 +78,7 @@ def missing(fields: ProfileFields) -> tuple[str, ...]:
     held: dict[str, Any] = {
         "importance": fields.importance,
         "metrics": fields.layer_metrics,
-        "exits": fields.exits,
+        "exits": fields.exits or fields.exit_failures,
         "saturation": fields.saturation,
         # None of the experts being super is a finding.
         "experts": fields.expert_map or fields.super_experts,
@@ -87,7 +89,13 @@ def missing(fields: ProfileFields) -> tuple[str, ...]:
         "skip-sets": fields.skip_sets,
         "frontier": fields.frontier,
     }
-    return tuple(name for name in PARTS if not held[name])
+    return tuple(name for name in parts_of(fields) if not held[name])
+
+
+def parts_of(fields: ProfileFields) -> dict[str, tuple[str, str]]:
+    """Parts of the page; those about experts only where the model has some, or nobody knows."""
+    dense = fields.model.experts is False
+    return {name: part for name, part in PARTS.items() if not (dense and name in _OF_EXPERTS)}
 
 
 def _charts(fields: ProfileFields) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def vllm_config(
     window: int | None = None,
     architecture: str = "OlmoeForCausalLM",
     folder: Path = Path("nowhere"),
+    compilation: int = 0,
 ) -> Any:
     """The part of vLLM's configuration that capabilities are read from."""
     model = SimpleNamespace(
@@ -58,6 +59,7 @@ def vllm_config(
             enable_dbo=False,
             enable_batch_sharded_sampling=None,
         ),
+        compilation_config=SimpleNamespace(mode=compilation, cudagraph_mode=None),
         speculative_config=None,
         lora_config=None,
         kv_transfer_config=None,
@@ -181,3 +183,8 @@ def test_a_profile_with_experts_on_other_engines(folder: Path) -> None:
     # The model has experts, and this engine cannot control them: the profile may still be right.
     fused = {"shape": None, "refusal": "one kernel does it all"}
     assert capabilities_of(profile, fused, folder=folder).profile is profile
+
+
+def test_how_the_engine_runs_the_model() -> None:
+    """vLLM's compilation mode 0 is none, 3 what it does by default."""
+    assert [capabilities_of(compilation=mode).mode for mode in (0, 3)] == ["eager", "compiled"]

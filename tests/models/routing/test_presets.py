@@ -23,6 +23,7 @@ from sluice.models.routing.presets import (
 )
 from sluice.server.access.capability import Caller, Capability, ForbiddenError
 from sluice.server.admission import Admission
+from sluice.server.http.listing import capabilities_listing
 from sluice.server.http.routes import preset_listing
 
 CALLER = Caller(None, Capability.BASIC)
@@ -109,12 +110,33 @@ def test_what_was_measured_is_listed(file: Path) -> None:
             "items": 100,
             "batch": 8,
             "device": "a CPU",
+            "mode": "eager",
+            "warning": None,
         },
     }
     own = preset_listing(admission(file=file), "mine")
     assert (own["description"], own["available"], own["measured"]) == ("own", True, None)
     without = Admission(CAPABILITIES, all_presets(file, None))
     assert preset_listing(without, "mine")["measured"] is None
+
+
+def test_speeds_of_another_way_to_run_are_warned_of(file: Path) -> None:
+    """A profile measured eager on a server that compiles, and the other way round."""
+    eager = admission(file=file)
+    assert eager.capabilities.speed_warning is None
+    compiled = replace(eager.capabilities, mode="compiled")
+    said = preset_listing(replace(eager, capabilities=compiled), "balanced")["measured"]["warning"]
+    assert (
+        said
+        == compiled.speed_warning
+        == (
+            "the profile's speeds were measured in an engine that ran eager, and this one runs "
+            "compiled: measure them again with `sluice calibrate frontier`"
+        )
+    )
+    listing = capabilities_listing(compiled)
+    assert (listing["mode"], listing["speed_warning"]) == ("compiled", said)
+    assert capabilities_listing(replace(compiled, profile=None))["speed_warning"] is None
 
 
 def test_a_point_that_this_engine_cannot_do_does_not_stop_it() -> None:

@@ -20,6 +20,7 @@ from sluice.models.offline.calibrate.registry import STEPS
 from sluice.models.offline.demo import DEMO_MODEL_DIR
 from sluice.models.profile.profile import Profile
 from sluice.server.cli import main as cli
+from sluice.server.cli.progress import progress_line
 
 PROMPTS = [{"prompt": "copy abcd", "answer": "abcd"}, {"prompt": "sort 3 1 2", "answer": "1 2 3"}]
 QUICK = ["--new-tokens", "8"]
@@ -175,7 +176,43 @@ def test_a_full_disk_is_said(
     assert "No space left on device" in capsys.readouterr().err
 
 
-def test_ctrl_c_loses_nothing(prompts: Path, tmp_path: Path) -> None:
+def test_a_quick_run_says_how_long_it_takes_and_finds_presets_and_effort(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    prompts: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "profile"
+    small = ["--frontier-timed", "2", "--frontier-prompts", "4", "--enforce-eager"]
+    common = [DEMO_MODEL_DIR, "--prompts", prompts, "--out", out, "--dtype", "float32", *small]
+    run(monkeypatch, *common, "--quick")
+    said = capsys.readouterr()
+    assert "this takes about " in said.err
+    assert "frontier" in said.err.split("this takes about ")[1].splitlines()[0]
+    profile = Profile.load(out)
+    assert set(profile.fields.calibration) == {"importance", "frontier"}
+    assert profile.frontier is not None
+    assert profile.frontier.effort
+    assert profile.frontier.mode == "eager"
+    options = profile.fields.calibration["frontier"].settings
+    assert (options["draws"], options["repeats"], options["timed"]) == (0, 6, 2)
+    # It goes in a file as well: lines, and no bars.
+    assert "\x1b[" not in said.err
+    run(monkeypatch, *common, "--quick")
+    again = capsys.readouterr().err
+    assert "frontier: done before" in again
+    assert "this takes about" not in again
+
+
+def test_how_far_it_is_in_a_line() -> None:
+    assert progress_line("points", 3, 12, 60) == "  points: 3 of 12, about 180 s left"
+    assert progress_line("points", 3, 0, 60) == "  points: 3 in 60 s"
+
+
+@pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_loses_nothing(
+    prompts: Path, tmp_path: Path, signal_number: int, status: int
+) -> None:
     """A run that is stopped in its second step goes on there."""
     out = tmp_path / "profile"
     sluice = shutil.which("sluice", path=str(Path(sys.executable).parent))
@@ -199,9 +236,10 @@ def test_ctrl_c_loses_nothing(prompts: Path, tmp_path: Path) -> None:
     deadline = time.monotonic() + 300
     while not done.exists() and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(signal_number)
     _, errors = running.communicate(timeout=300)
-    assert running.returncode == 130, errors
+    assert running.returncode == status, errors
+    assert "Traceback" not in errors
     assert "run the same command again" in errors
     assert not (out / "profile.json").exists()
     again = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=True)

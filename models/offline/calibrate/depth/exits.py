@@ -65,6 +65,13 @@ class Exits(Step):
     thresholds: int = option(10, "exits that a method is tried with, at most, from the safest on")
     tokens: int = option(1024, "generated tokens that these are chosen by, at most")
 
+    def passes(self, calibration: Calibration) -> float:
+        """See `Step.passes`; half of the prompts are tested, with an LM head at every exit."""
+        head = calibration.model.hidden * int(calibration.model.config.vocab_size)
+        layer = 12 * calibration.model.hidden**2
+        exits = len(self.layers(calibration)) * head / (layer * calibration.model.layers)
+        return len(METHODS) * self.thresholds * 0.5 * (1 + exits)
+
     @property
     def bound(self) -> RiskBound:
         """What is to be shown of each method."""

@@ -149,6 +149,12 @@ class Importance(Step):
     )
     future_positions: int = option(4, "places in each of them up to which a layer is left out")
 
+    def passes(self, calibration: Calibration) -> float:
+        """See `Step.passes`."""
+        prompts = max(len(calibration.prompts), 1)
+        effects = min(self.future_prompts, prompts) * self.future_positions
+        return 1 + effects * (1 + calibration.model.layers) / prompts
+
     def run(self, calibration: Calibration) -> Part:
         """Measure.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
@@ -89,6 +90,7 @@ class Frontier(Step):
         "search",
     )
     reads_tasks: ClassVar[bool] = True
+    measures_speed: ClassVar[bool] = True
 
     items: int = option(400, "tasks that quality is measured on, at most")
     prompts: int = option(64, "prompts on which full depth's own tokens are compared, at most")
@@ -154,6 +156,7 @@ class Frontier(Step):
                 items=items.count,
                 batch=self.batch,
                 device=device,
+                mode=engine.mode,
                 points=measured,
                 presets=presets,
                 effort=run.effort(),
@@ -164,6 +167,21 @@ class Frontier(Step):
                 failed=tuple(points.failed.values()),
             )
         return Part({"frontier": found.model_dump(mode="json")})
+
+    def passes(self, calibration: Calibration) -> float:
+        """See `Step.passes`."""
+        layers = calibration.model.layers
+        prompts = max(len(calibration.prompts), 1)
+        units = layers * (1 + self.sub_layers)
+        rounds = self.deepest * units * (self.tried or units / 2)
+        chain = (units + rounds) * min(level_samples(layers, self.samples), prompts)
+        families = 6 * 3 * math.log2(max(self.deepest * layers, 2))
+        settings = 12  # Others lose too much to be timed.
+        asked = min(self.prompts, prompts) + 2 * min(self.items, len(calibration.tasks))
+        quality = (families + settings + self.levels * (self.draws + 1)) * asked
+        # Timed steps are of a small batch, which costs several times as much a token.
+        timed = settings * 2 * (self.repeats + 1) * min(self.timed, prompts)
+        return (chain + quality + timed) / prompts
 
     def _check(self) -> None:
         least = {

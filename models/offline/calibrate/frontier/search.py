@@ -64,6 +64,7 @@ class Search(Step):
     help: ClassVar[str] = "skip sets found by search (Optuna)"
     needs: ClassVar[tuple[str, ...]] = ("importance",)
     reads_tasks: ClassVar[bool] = True
+    measures_speed: ClassVar[bool] = True
 
     trials: int = option(60, "skip sets to measure")
     timeout: float = option(300.0, "seconds after which no further one is begun, in each run")
@@ -105,6 +106,13 @@ class Search(Step):
         least = self.floor * measure.full.value
         found = [trial for trial in kept.trials if trial.quality >= least]
         return Part({"skip_sets": dict(_named(found))})
+
+    def passes(self, calibration: Calibration) -> float:
+        """See `Step.passes`."""
+        prompts = max(len(calibration.prompts), 1)
+        asked = min(self.prompts, prompts) + 2 * min(self.items, len(calibration.tasks))
+        timed = 2 * (self.repeats + 1) * min(self.timed, prompts)
+        return self.trials * (asked + timed) / prompts
 
     def _greedy_blocks(self, calibration: Calibration) -> Sequence[LayerUnit]:
         """Blocks in the order in which the greedy levels leave them out."""

@@ -14,7 +14,9 @@ import torch
 from support.calibration import calibration_of
 from support.tiny import LAYERS, make_model
 
-from sluice.models.offline.calibrate import pipeline, workspace
+from sluice.models.offline.calibrate import pipeline, step, workspace
+from sluice.models.offline.calibrate.estimate import duration, estimate, in_words
+from sluice.models.offline.calibrate.frontier.frontier import Frontier
 from sluice.models.offline.calibrate.pipeline import open_workspace, run_steps
 from sluice.models.offline.calibrate.step import Calibration, Step, option
 from sluice.models.offline.calibrate.workspace import FOLDER, Part, Workspace
@@ -220,3 +222,43 @@ def test_a_stop_between_two_files_leaves_the_result_before(
     assert after is not None
     assert after.heads["q_exit.w"].tolist() == [0.0, 0.0]
     assert held.part("heads", "one") is None
+
+
+def test_answers_are_kept_as_they_come(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each length of a prompt is a part, and a run that was stopped asks for the missing ones."""
+    prompts = [(1, 2, 3), (4, 5), (6, 7), (8,)]
+    whole = calibration_of(llama, prompts, tmp_path / "whole", new_tokens=3).samples
+    real, asked = step.continued, []
+
+    def stopping(model: Any, given: Any, new_tokens: int) -> Any:
+        for places, samples in real(model, given, new_tokens):
+            asked.append([samples[0].prompt for _ in places])
+            if len(asked) == 3:
+                raise KeyboardInterrupt
+            yield places, samples
+
+    monkeypatch.setattr(step, "continued", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        _ = calibration_of(llama, prompts, tmp_path / "cut", new_tokens=3).samples
+    assert calibration_of(llama, prompts, tmp_path / "cut", new_tokens=3).samples == whole
+    assert [len(part) for part in asked] == [1, 2, 1, 1]
+
+
+def test_how_an_engine_runs_is_part_of_what_speed_depends_on(llama: Path, tmp_path: Path) -> None:
+    given = started(llama, tmp_path)
+    compiled = replace(given, eager=False)
+    assert given.key(Frontier()) != compiled.key(Frontier())
+    assert given.key(Saturation()) == compiled.key(Saturation())
+
+
+def test_an_estimate_has_every_step(llama: Path, tmp_path: Path) -> None:
+    given = replace(started(llama, tmp_path), eager=True)
+    found = estimate(given, [Saturation(), Frontier()])
+    assert [*found] == ["answers", "first", "frontier"]
+    assert all(seconds > 0 for seconds in found.values())
+    assert found["frontier"] < estimate(replace(given, eager=False), [Frontier()])["frontier"]
+    said = in_words({"answers": 30.0, "frontier": 600.0})
+    assert said == "this takes about 10 min on a quiet machine (answers 30 s, frontier 10 min)"
+    assert duration(10_000) == "2.8 h"

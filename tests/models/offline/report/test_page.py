@@ -379,3 +379,37 @@ def test_experts_are_marked_on_the_map(whole: Page) -> None:
     ]
     assert cells[EXPERTS] == ("3", "0", "0.125")
     assert "the strongest is 100.0 % of the tokens, or an output of 70" in whole.text
+
+
+def test_a_dense_model_has_no_parts_about_experts_and_says_what_failed(tmp_path: Path) -> None:
+    """What was tried comes with its reason, and a sentence on top says what to do."""
+    fields = {key: FIELDS[key] for key in ("calibration", "importance", "frontier")}
+    fields = json.loads(json.dumps(fields))
+    fields["model"] = {**FIELDS["model"], "experts": False}
+    frontier = fields["frontier"]
+    frontier["presets"] = {}
+    measured = {"agreement": interval(0.8125), "divergence": 0.25, "perplexity": 3.5}
+    for each in frontier["points"]:
+        each["tokens"] = measured
+    frontier["noise"] = {**measured, "agreement": interval(0.9375)}
+    frontier["failed"] = [
+        {"name": "8 blocks", "routing": {"x": 1}, "reason": "agrees with 12 % of <tokens>"}
+    ]
+    fields["skipped_steps"] = {"routers": "no", "exits": "8 prompts are too few"}
+    fields["exit_failures"] = {"entropy": "none keeps the tokens"}
+    write_profile(tmp_path, fields, {}, {})
+    html = report_page(Profile.load(tmp_path))
+    page = Page(html)
+    assert "This model gains nothing from skipping: serve it stock." in page.text
+    assert html.index("serve it stock") < html.index("<nav")
+    for heading in ("Experts", "Experts behind behaviours", "Skip ratios", "Re-mix references"):
+        assert heading not in page.text
+    assert "agrees with 12 % of &lt;tokens&gt;" in html
+    assert "No threshold for entropy: none keeps the tokens." in page.text
+    assert "Not in this profile: 8 prompts are too few." in page.text
+    assert "this is the noise" in page.text
+    frontier["presets"] = {"fast": frontier["points"][1]["name"]}
+    write_profile(tmp_path, fields, {}, {})
+    used = Page(report_page(Profile.load(tmp_path))).text
+    assert f"Use preset fast ({frontier['points'][1]['name']})" in used
+    assert "81.2% of its tokens" in used

@@ -172,8 +172,10 @@ def test_a_mixture_of_experts_and_its_profile(qwen3_moe: Path, tmp_path: Path) -
     assert {"7 experts over the layers", "skip ratios times 1", "1 of 2 experts"} <= {*names}
     both = [p for p in found.points if {"depth", "experts"} <= p.routing.keys()]
     assert len(both) == 1
-    assert both[0].name.startswith("exit ")
-    assert ", skip ratios times" in both[0].name
+    # Which of those that lose nothing is the fastest is for the clock to say.
+    depth, experts = both[0].name.split(", ")
+    assert depth in names
+    assert experts in names
     check_against_engine(found, replace(calibration, parts=parts))
     table = frontier_table(found)
     assert table.row_count == len(found.points)
@@ -233,6 +235,7 @@ class Told:
 class FakeEngine:
     """An engine that is made up; its policies are the edge's own."""
 
+    mode = "eager"
     expert_answer: ClassVar[dict[str, Any]] = {"shape": edge.PLAIN_SHAPE.to_dict()}
     capabilities = replace(
         edge.MOE, profile=edge.profile_of("classifier", "first", importance=IMPORTANCE)
