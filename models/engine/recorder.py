@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sluice.models.depth.masks import MaskTable, Segment
+from sluice.models.depth.registry import exit_method
 from sluice.models.engine.step import RoutedStep, StepOutcome
 from sluice.models.experts.router import ExpertRouter
 from sluice.models.policy.axes import (
@@ -21,6 +22,7 @@ from sluice.models.policy.axes import (
     MODULES,
     OUTCOMES,
     PHASES,
+    PREFILL,
     SKIPPED,
     BoolArray,
     IntArray,
@@ -72,6 +74,7 @@ class Recorder:
             sums = self._requests.get(state.extra.request_key)
             sums.counts += counts[index]
             sums.exits += exits[index]
+            _count_heads(sums.heads, step, index, outcome.exit_layers.get(index))
             sums.skipped = state.decided_skip
             if index in outcome.exit_layers:
                 sums.exit_layers.append(outcome.exit_layers[index])
@@ -121,6 +124,30 @@ class Recorder:
         self.count_experts()
         sums = self._requests.take(request_key)
         return None if sums is None else sums.record(self._cost, self._shape)
+
+
+def _count_heads(heads: IntArray, step: RoutedStep, index: int, left_after: int | None) -> None:
+    """Add the rows of a request that the LM head ran on in a step.
+
+    A test that asks for logits runs it; where a token leaves, its last test's are what is sampled
+    from. A contrast runs it once more, for the weak pass.
+
+    Args:
+        heads: as in `RequestSums`.
+        step: that has run.
+        index: of the request in the batch.
+        left_after: layer after which its new token left under an exit rule, or None.
+    """
+    requests, policy = step.requests, step.states[index].extra.policy
+    end, prompt = requests.computed[index] + requests.scheduled[index], requests.prompt[index]
+    if end < prompt:
+        return
+    ran = 1 + (step.weak is not None and index in step.weak.owners)
+    rule = policy.exit
+    if rule is not None and left_after is not None and exit_method(rule.method).needs_logits:
+        tests = sum(layer <= left_after for layer in rule.layers)
+        ran += tests - (left_after in rule.layers)
+    heads[DECODE if end > prompt else PREFILL] += 1, ran
 
 
 def count_outcomes(

@@ -132,24 +132,29 @@ class ModuleCost:
         modules: float64, shape (layers, 2 modules).
         fill: float64, shape (layers,): what filling K/V costs instead of attention.
         expert: one routed expert; 0 for a dense model.
+        head: the LM head.
     """
 
     modules: FloatArray
     fill: FloatArray
     expert: float = 0.0
+    head: float = 0.0
 
-    def fraction(self, counts: IntArray, more: float = 0.0) -> float:
+    def fraction(self, counts: IntArray, heads: IntArray, more: float = 0.0) -> float:
         """Share of full depth's parameter multiplications that ran; 1.0 for no tokens.
 
         Args:
             counts: shape (layers, 2 modules, 3 outcomes).
+            heads: rows that a token was sampled from, and rows that the LM head ran on, exit tests
+                included; shape (2,).
             more: multiplications beyond those of the counted rows with all their experts; less
                 than 0 where experts did not run.
         """
         # Layer 0 names every row once: a pending row that runs on later counts again above it.
         rows = int(counts[0, ATTENTION].sum())
-        full = rows * float(self.modules.sum())
-        ran = float((counts[..., EXECUTED] * self.modules).sum())
+        sampled, tested = heads.tolist()
+        full = rows * float(self.modules.sum()) + sampled * self.head
+        ran = tested * self.head + float((counts[..., EXECUTED] * self.modules).sum())
         ran += float((counts[:, ATTENTION, FILLED] * self.fill).sum())
         ran += more
         return ran / full if full else 1.0
@@ -205,6 +210,8 @@ class RequestSums:
     Attributes:
         counts: as in `RoutingRecord`.
         exits: as in `RoutingRecord`.
+        heads: rows that a token was sampled from, and rows that the LM head ran on, int64,
+            (2 phases, 2).
         exit_layers: as in `RoutingRecord`.
         token_layers: as in `RoutingRecord`, by sample.
         skipped: the mask a prompt method decided on, bool, (layers, 2 modules), or None.
@@ -213,6 +220,7 @@ class RequestSums:
 
     counts: IntArray
     exits: IntArray
+    heads: IntArray = field(default_factory=lambda: np.zeros((len(PHASES), 2), dtype=np.int64))
     exit_layers: list[int] = field(default_factory=list)
     token_layers: dict[str, list[int]] = field(default_factory=dict)
     skipped: BoolArray | None = None
@@ -249,8 +257,10 @@ class RequestSums:
         return RoutingRecord(
             counts=self.counts,
             exits=self.exits,
-            compute_fraction=cost.fraction(self.counts.sum(axis=0), more),
-            generated_compute_fraction=cost.fraction(self.counts[DECODE], more_generated),
+            compute_fraction=cost.fraction(self.counts.sum(axis=0), self.heads.sum(axis=0), more),
+            generated_compute_fraction=cost.fraction(
+                self.counts[DECODE], self.heads[DECODE], more_generated
+            ),
             exit_layers=tuple(self.exit_layers),
             token_layers=tuple(*self.token_layers.values()) if len(self.token_layers) == 1 else (),
             mask=mask,

@@ -59,6 +59,8 @@ class DecoderStack:
     layers: tuple[DecoderLayer, ...]
     final_norm: Norm
     compute_logits: Callable[[torch.Tensor], torch.Tensor | None]
+    head: int = 0
+    """Parameters of the LM head, on this rank."""
 
     @classmethod
     def from_model(cls, model: nn.Module, family: DecoderFamily) -> DecoderStack:
@@ -74,6 +76,7 @@ class DecoderStack:
             layers=tuple(_layer(m, family) for m in _part(decoder, family.layers)),
             final_norm=_part(decoder, family.final_norm),
             compute_logits=_part(model, "compute_logits"),
+            head=sum(weight.numel() for weight in _part(model, "lm_head").parameters()),
         )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -91,7 +94,7 @@ class DecoderStack:
         return logits
 
     def cost(self, experts_per_token: int, experts: int) -> ModuleCost:
-        """Parameters a token multiplies with, per layer and module, on this rank.
+        """Parameters a token multiplies with: of layers, modules and LM head, on this rank.
 
         Args:
             experts_per_token: the model's top-k; 0 for a dense model.
@@ -104,7 +107,7 @@ class DecoderStack:
         ]
         # Filling stops before attending and projecting out.
         fill = [_linear(*layer.fill_projections) for layer in self.layers]
-        return ModuleCost(np.array(modules), np.array(fill), max(routed))
+        return ModuleCost(np.array(modules), np.array(fill), max(routed), float(self.head))
 
 
 def _layer(module: nn.Module, family: DecoderFamily) -> DecoderLayer:

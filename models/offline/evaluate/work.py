@@ -38,7 +38,8 @@ class Work:
         mean_layers: layers per such token, or None if there was none; half a layer is an attention
             or an MLP alone.
         generated_compute_fraction: share of full depth's compute that they took, or None.
-        compute_fraction: the same of all tokens, prompts included.
+        compute_fraction: the same of all tokens, prompts included; of several requests the mean,
+            each weighing as many rows as it ran.
         exit_layers: under an exit rule, of each request the layer after which each of its
             generated tokens left. Reports have them.
     """

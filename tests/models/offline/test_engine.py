@@ -85,6 +85,31 @@ def test_tokens_are_those_of_any_engine(family: str, models_folder: Path, tmp_pa
             assert message in f"{caught.value.param}: {caught.value.message}"
 
 
+def test_heads_of_exit_tests_are_counted(models_folder: Path, tmp_path: Path) -> None:
+    """Of each generated token: those of the tests it was put to, and one more if it stayed."""
+    model = make_model("llama", models_folder / "engine-heads")
+    with engine_of(calibration_of(model, PROMPTS, tmp_path), 40, 3) as running:
+        cost = running.model_runner.routed.cost
+        layers, head = float(cost.modules.sum()), cost.head
+        assert head > 0
+        skip = running.answers(PROMPTS, POLICIES["decode skip"], [NEW_TOKENS] * 7, (), 3)
+        left_out = float(cost.modules[2].sum() + cost.modules[4, 0])
+        want = 1 - left_out / (layers + head)
+        assert skip.records[0].generated_compute_fraction == pytest.approx(want)
+        found = running.answers(PROMPTS, POLICIES["exit"], [NEW_TOKENS] * 7, (), 3)
+        both = 0
+        for record in found.records:
+            ran, generated = 0.0, len(record.exit_layers)
+            for last in record.exit_layers:
+                ran += float(cost.modules[: last + 1].sum() + cost.fill[last + 1 :].sum())
+                # After layer 2 one test, after layer 4 two; who stayed had two, and samples anew.
+                ran += head * {2: 1, 4: 2, LAYERS - 1: 3}[last]
+            want = ran / (generated * (layers + head))
+            assert record.generated_compute_fraction == pytest.approx(want)
+            both |= {*record.exit_layers} > {2}
+        assert both
+
+
 def test_latent_attention_in_fp32_starts_on_any_cpu(
     models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,9 +158,17 @@ def test_work_and_time(models_folder: Path, tmp_path: Path) -> None:
         )
         half = RoutingPolicy(SkipSet.of(blocks=(0, 2, 4), phase=Phase.DECODE))
         work = Work.of_records(running.answers(PROMPTS, half, [NEW_TOKENS] * 7, (), 3).records)
-        assert (work.mean_layers, work.generated_compute_fraction) == (3.0, 0.5)
-        prompt, generated = sum(map(len, PROMPTS)), 7 * (NEW_TOKENS - 1)
-        expected = (prompt + 0.5 * generated) / (prompt + generated)
+        cost = running.model_runner.routed.cost
+        layers, head = float(cost.modules.sum()), cost.head
+        assert work.mean_layers == 3.0
+        want = (layers / 2 + head) / (layers + head)
+        assert work.generated_compute_fraction == pytest.approx(want)
+        generated = NEW_TOKENS - 1
+        rows = [len(prompt) + generated for prompt in PROMPTS]
+        # A token is sampled from each generated row, and from the prompt's last one.
+        full_cost = [n * layers + NEW_TOKENS * head for n in rows]
+        fractions = [1 - generated * layers / 2 / each for each in full_cost]
+        expected = sum(n * each for n, each in zip(rows, fractions, strict=True)) / sum(rows)
         assert work.compute_fraction == pytest.approx(expected)
 
 

@@ -158,8 +158,19 @@ def test_steps_before_a_control_acts_are_counted(running: Engine) -> None:
     assert found[:, ROWS].tolist() == [100 + TOKENS - 1] * len(found)
 
 
+PROMPT = 30
+
+
+def full_cost(running: Engine) -> tuple[float, float]:
+    """Of a row at full depth: of all rows, each with its share of the heads, and of generated."""
+    cost = running.runner.routed.cost
+    layers = float(cost.modules.sum())
+    rows = PROMPT + TOKENS - 1
+    return layers + cost.head * TOKENS / rows, layers + cost.head
+
+
 def fraction(running: Engine, policy: RoutingPolicy, neighbours: int = 0) -> RoutingRecord:
-    prompts = [prompt_of(30 + index, seed=9 + index) for index in range(1 + neighbours)]
+    prompts = [prompt_of(PROMPT + index, seed=9 + index) for index in range(1 + neighbours)]
     policies = [policy, *[RoutingPolicy()] * neighbours]
     names = ["own", *[f"other {index}" for index in range(neighbours)]]
     running.generate(prompts, policies, TOKENS, records=names)
@@ -170,14 +181,15 @@ def fraction(running: Engine, policy: RoutingPolicy, neighbours: int = 0) -> Rou
 
 def test_the_compute_fraction_counts_experts(running: Engine) -> None:
     cost, shape = running.runner.routed.cost, running.runner.routed.expert_shape
-    full = float(cost.modules.sum())
+    full, generated = full_cost(running)
     layers, k = len(shape.layers), shape.top_k
     assert cost.expert > 0
+    assert cost.head == running.runner.routed.stack.head > 0
     for policy, experts in ((TOP_1, 1), (TOP_4, 4)):
         record = fraction(running, policy)
-        expected = 1 + layers * (experts - k) * cost.expert / full
-        assert record.compute_fraction == pytest.approx(expected)
-        assert record.generated_compute_fraction == pytest.approx(expected)
+        more = layers * (experts - k) * cost.expert
+        assert record.compute_fraction == pytest.approx(1 + more / full)
+        assert record.generated_compute_fraction == pytest.approx(1 + more / generated)
         assert record.experts.active_mean == experts
     assert fraction(running, MASK).compute_fraction == pytest.approx(1.0)
     contrast = fraction(running, CONTRAST)
@@ -203,7 +215,7 @@ def test_rows_that_are_kept_in_a_layer_save_nothing_there(
         plan_by(running, monkeypatch, planner)
         records.append(fraction(running, policy, neighbours=2))
     cost, shape = running.runner.routed.cost, running.runner.routed.expert_shape
-    full = float(cost.modules.sum())
+    full, _ = full_cost(running)
     left = full - float(cost.modules[[2, 3], 1].sum())
     left -= (len(shape.layers) - 2) * (shape.top_k - 1) * cost.expert
     for record in records:

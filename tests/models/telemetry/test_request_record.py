@@ -39,6 +39,9 @@ def test_records_of_vanished_clients_do_not_pile_up(monkeypatch: pytest.MonkeyPa
     assert [records.take(key) is not None for key in "abcde"] == [False, False, True, True, True]
 
 
+NO_HEADS = np.zeros(2, dtype=np.int64)
+
+
 def full_depth(rows: int) -> np.ndarray:
     counts = np.zeros((LAYERS, 2, 3), dtype=np.int64)
     counts[..., EXECUTED] = rows
@@ -48,12 +51,23 @@ def full_depth(rows: int) -> np.ndarray:
 def test_compute_fraction_weighs_modules_by_their_parameters() -> None:
     cost = ModuleCost(modules=np.array([[1.0, 3.0]] * LAYERS), fill=np.array([0.5] * LAYERS))
     counts = full_depth(10)
-    assert cost.fraction(counts) == 1.0
+    assert cost.fraction(counts, NO_HEADS) == 1.0
     counts[0, 1, EXECUTED], counts[0, 1, SKIPPED] = 0, 10
-    assert cost.fraction(counts) == pytest.approx(9 / 12)
+    assert cost.fraction(counts, NO_HEADS) == pytest.approx(9 / 12)
     counts[1, 0, EXECUTED], counts[1, 0, FILLED] = 0, 10
-    assert cost.fraction(counts) == pytest.approx(8.5 / 12)
-    assert cost.fraction(np.zeros_like(counts)) == 1.0
+    assert cost.fraction(counts, NO_HEADS) == pytest.approx(8.5 / 12)
+    assert cost.fraction(np.zeros_like(counts), NO_HEADS) == 1.0
+
+
+def test_compute_fraction_counts_the_lm_head_and_those_of_exit_tests() -> None:
+    """The head is a third of a sampled row: what saves the layers saves less than it seems."""
+    cost = ModuleCost(np.array([[1.0, 3.0]] * LAYERS), np.array([0.5] * LAYERS), head=6.0)
+    counts = full_depth(10)
+    assert cost.fraction(counts, np.array([10, 10])) == 1.0
+    counts[1:, :, EXECUTED], counts[1:, :, SKIPPED] = 0, 10
+    assert cost.fraction(counts, np.array([10, 10])) == pytest.approx((4 + 6) / (12 + 6))
+    # Two tests a row, and what the second one said is sampled from.
+    assert cost.fraction(counts, np.array([10, 20])) == pytest.approx((4 + 12) / (12 + 6))
 
 
 def test_rows_that_run_on_later_do_not_stretch_the_fraction() -> None:
@@ -61,7 +75,7 @@ def test_rows_that_run_on_later_do_not_stretch_the_fraction() -> None:
     cost = ModuleCost(modules=np.array([[1.0, 3.0]] * LAYERS), fill=np.array([0.5] * LAYERS))
     counts = full_depth(2)
     counts[1:, :, SKIPPED] = 1
-    assert cost.fraction(counts) == 1.0
+    assert cost.fraction(counts, NO_HEADS) == 1.0
 
 
 def test_a_record_crosses_to_the_server_whole() -> None:

@@ -48,7 +48,9 @@ def test_copied_requests_give_the_same_answer(visit: Visit, title: str, prompt: 
     assert "".join(delta.get("content") or "" for delta in deltas) == visit.text(title)
     printed = run([sys.executable, "-c", as_python])
     assert printed == f"{visit.text(title)}\n{chunks[-1]['routing']}\n"
-    assert chunks[-1]["routing"]["compute_fraction"] == (1.0 if title == FULL else 0.75)
+    fraction = chunks[-1]["routing"]["compute_fraction"]
+    # Six of eight layers, and the LM head.
+    assert fraction == 1.0 if title == FULL else 0.75 < fraction < 0.8
 
 
 def test_before_a_run_the_request_is_the_one_to_come(visit: Visit) -> None:

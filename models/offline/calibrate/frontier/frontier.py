@@ -32,7 +32,7 @@ from sluice.models.offline.calibrate.frontier.pareto import (
     choose,
     shortfalls,
 )
-from sluice.models.offline.calibrate.frontier.points import Points
+from sluice.models.offline.calibrate.frontier.points import DIGITS, Points
 from sluice.models.offline.calibrate.frontier.settings import (
     FULL_DEPTH,
     Setting,
@@ -277,7 +277,7 @@ class _Run:
         """Quality, and compute on generated tokens."""
         points = self.points
         found = points.kept.quality(points.policy(setting))
-        return points.interval(found), found.generated_fraction
+        return points.interval(found), round(found.generated_fraction, DIGITS)
 
     def _counts(self) -> list[int]:
         """Units that the levels leave out."""

@@ -25,6 +25,9 @@ from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.fields import FailedSetting, FrontierPoint, Interval
 from sluice.models.routing.errors import RoutingError
 
+DIGITS = 6
+"""Of fractions of compute, as in reports."""
+
 
 @dataclass
 class Points:
@@ -142,8 +145,8 @@ class Points:
             routing=dict(setting.routing),
             quality=self.interval(quality),
             speed=median_interval(self.kept.ratios(policy, self.repeats)),
-            compute_fraction=quality.work.compute_fraction,
-            generated_fraction=quality.generated_fraction,
+            compute_fraction=round(quality.work.compute_fraction, DIGITS),
+            generated_fraction=round(quality.generated_fraction, DIGITS),
             on_frontier=False,
             tokens=quality.tokens,
             normalised=None if normalised is None else share_interval(normalised, self.items.count),
