@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from sluice.models.depth.prefix_sharing import cache_salt
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.routing.capabilities import Capabilities
+from sluice.models.routing.depth.skip import order_warning
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.presets import (
     CUSTOM_PRESET,
@@ -48,6 +49,7 @@ class Admitted:
         preset: name of the preset, or `custom`.
         effort: what the request or its preset asked for, or None.
         model: (what vLLM calls the model, what the client called it) where they differ.
+        warnings: for its report.
     """
 
     body: dict[str, Any]
@@ -55,6 +57,7 @@ class Admitted:
     preset: str
     effort: float | None
     model: tuple[str, str] | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +107,14 @@ class Admission:
             policy = request_policy(merged, self.presets, self.capabilities, param)
             _check_combination(body)
         extra = RoutingExtraArgs(policy, uuid.uuid4().hex)
+        warning = order_warning(merged, self.capabilities)
         return Admitted(
             body=_engine_body(path, body, model, extra, self.secret),
             extra=extra,
             preset=fields.preset or CUSTOM_PRESET,
             effort=merged.effort,
             model=None if model_preset is None else (self.capabilities.models[0], body["model"]),
+            warnings=() if warning is None else (warning,),
         )
 
     def preset_refusal(self, name: str) -> RoutingError | None:

@@ -27,6 +27,7 @@ from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.fields import EngineMode
 from sluice.models.profile.profile import PROFILE_ENV, Profile
 from sluice.models.routing.capabilities import Capabilities
+from sluice.models.routing.depth.skip import order_warning
 from sluice.models.routing.presets import request_policy
 from sluice.models.routing.resolve import merge_preset
 from sluice.models.routing.schema import PresetFields, parse_routing
@@ -136,6 +137,14 @@ class OfflineEngine:
         presets = presets or {}
         fields = merge_preset(parse_routing(routing), presets, "routing.preset")
         return request_policy(fields, presets, self.capabilities)
+
+    def warnings(
+        self, routing: Mapping[str, Any], presets: Mapping[str, PresetFields]
+    ) -> tuple[str, ...]:
+        """What a server's report would say of a `routing` object."""
+        fields = merge_preset(parse_routing(routing), presets, "routing.preset")
+        warning = order_warning(fields, self.capabilities)
+        return () if warning is None else (warning,)
 
     def generate(
         self, requests: Sequence[Request], sampling: Mapping[str, Any], *, cache_salts: bool = False

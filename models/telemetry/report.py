@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sluice.models.policy.axes import DECODE, EXECUTED, MODULES, OUTCOMES
@@ -14,7 +15,9 @@ _NEIGHBOURS = (
 )
 
 
-def build_report(policy: RoutingPolicy, record: RoutingRecord | None) -> dict[str, Any]:
+def build_report(
+    policy: RoutingPolicy, record: RoutingRecord | None, warnings: Sequence[str] = ()
+) -> dict[str, Any]:
     """What ran, as counted by the worker, in JSON values.
 
     `exit_layers` is there under an exit rule, `token_layers` for a single sample, `mask` where the
@@ -23,10 +26,11 @@ def build_report(policy: RoutingPolicy, record: RoutingRecord | None) -> dict[st
     Args:
         policy: the effective policy.
         record: of the request, or None if it was lost.
+        warnings: what is to be said of the request as it was asked.
     """
     report: dict[str, Any] = {"policy": policy.to_dict()}
     if record is None:
-        return {**report, "warnings": ["the engine kept no record of this request"]}
+        return {**report, "warnings": [*warnings, "the engine kept no record of this request"]}
     report["layers"] = [
         {
             "layer": layer,
@@ -48,15 +52,15 @@ def build_report(policy: RoutingPolicy, record: RoutingRecord | None) -> dict[st
     report["generated"] = _generated(record)
     if record.mask is not None:
         report["mask"] = record.mask
-    warnings = []
+    said = [*warnings]
     if record.experts is not None:
         report["experts"] = {
             name: _rounded(value) if isinstance(value, float) else value
             for name, value in record.experts.to_wire().items()
         }
         if record.experts.neighbour_dependent:
-            warnings.append(_NEIGHBOURS)
-    report["warnings"] = warnings
+            said.append(_NEIGHBOURS)
+    report["warnings"] = said
     return report
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from support.edge import CAPABILITIES, LAYERS
+from support.edge import CAPABILITIES, LAYERS, PROFILED
 
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import Phase, SkipSet
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.presets import check_presets
 from sluice.models.routing.schema import DepthFields, PresetFields, SkipFields
+from sluice.models.telemetry.report import build_report
 from sluice.server.access.capability import Caller, Capability
 from sluice.server.admission import Admission
 
@@ -255,3 +257,36 @@ def test_the_answer_is_to_have_the_clients_name_of_the_model() -> None:
     assert names("m@half") == ("m", "m@half")
     assert names("alias@x@half") == ("m", "alias@x@half")
     assert names("m", {"preset": "half"}) is None
+
+
+FRACTION = {"depth": {"skip": {"fraction": 0.5, "by": "block"}}}
+
+
+@pytest.mark.parametrize(
+    ("routing", "named"),
+    [
+        ({"effort": 0.5}, "effort"),
+        ({"preset": "light"}, "effort"),
+        (FRACTION, "depth.skip.fraction"),
+        ({"effort": 1.0}, None),
+        (SKIP, None),
+        ({"preset": "half"}, None),
+    ],
+)
+def test_layers_left_out_in_an_order_that_nobody_measured_are_warned_of(
+    routing: dict[str, Any], named: str | None
+) -> None:
+    """With a profile's order there is nothing to warn of."""
+    admitted = ADMISSION.admit(CHAT, {"model": "m", "routing": routing}, CALLER)
+    assert admitted is not None
+    measured = Admission(PROFILED, PRESETS).admit(CHAT, {"model": "m", "routing": routing}, CALLER)
+    assert measured is not None
+    assert measured.warnings == ()
+    if named is None:
+        assert admitted.warnings == ()
+        return
+    (warning,) = admitted.warnings
+    assert warning.startswith(f"{named} left out layers in a default order")
+    assert "sluice calibrate MODEL --quick" in warning
+    policy = admitted.extra.policy
+    assert build_report(policy, None, admitted.warnings)["warnings"][0] == warning

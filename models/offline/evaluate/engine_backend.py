@@ -94,6 +94,7 @@ class EngineBackend:
             policy = self.engine.resolve(routing or {}, self.presets)
         except RoutingError as error:
             raise PolicyRefusedError(error.message, error.param) from None
+        warnings = self.engine.warnings(routing or {}, self.presets)
         # What else the model's generation_config.json says applies, as it does on a server.
         sampling = {**self.engine.default_sampling, **sampling}
         for start in range(0, len(prompts), self.at_once):
@@ -101,7 +102,7 @@ class EngineBackend:
             requests = [Request(prompt, policy, max_tokens) for prompt in part]
             outputs = self.engine.generate(requests, sampling, cache_salts=True)
             for request, output in zip(requests, outputs, strict=True):
-                yield output, build_report(policy, self.engine.take_record(request))
+                yield output, build_report(policy, self.engine.take_record(request), warnings)
 
 
 @contextmanager

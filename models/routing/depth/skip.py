@@ -11,7 +11,7 @@ from sluice.models.profile.fields import EffortLevel
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.checks import check_layers, invalid
 from sluice.models.routing.errors import RoutingError
-from sluice.models.routing.schema import SkipFields
+from sluice.models.routing.schema import RoutingFields, SkipFields
 
 SKIP = "routing.depth.skip"
 EFFORT = "routing.effort"
@@ -76,6 +76,32 @@ def check_something_runs(skip: SkipSet, capabilities: Capabilities, param: str) 
             param=param,
             reason="nothing_left_to_run",
         )
+
+
+def order_warning(fields: RoutingFields, capabilities: Capabilities) -> str | None:
+    """That a request leaves the choice of layers to an order that nobody measured, or None.
+
+    The default order knows nothing of the model, and a layer that it takes early may be one that
+    the model cannot do without.
+
+    Args:
+        fields: of the request, its preset's filled in.
+        capabilities: of the engine that runs it.
+    """
+    if capabilities.importance is not None:
+        return None
+    chosen = []
+    if fields.effort is not None and fields.effort < 1 and not capabilities.effort_levels:
+        chosen.append("effort")
+    if fields.depth.skip is not None and fields.depth.skip.fraction is not None:
+        chosen.append("depth.skip.fraction")
+    if not chosen:
+        return None
+    return (
+        f"{' and '.join(chosen)} left out layers in a default order: nothing was measured of this "
+        "model, and the answer may have suffered; `sluice calibrate MODEL --quick` measures an "
+        "order, and `sluice serve --profile` uses it"
+    )
 
 
 def effort_set(effort: float, phase: Phase, capabilities: Capabilities) -> SkipSet:
