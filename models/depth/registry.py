@@ -29,7 +29,7 @@ from sluice.models.depth.method import (
 from sluice.models.depth.parameters import Choice, LayerShares, Number, Parameter
 from sluice.models.policy.policy import AdaptiveRule
 
-RESERVED = frozenset({"method", "layers", "min_layer", "decay", "kv", "parameters"})
+RESERVED = frozenset({"method", "layers", "min_layer", "decay", "sparing", "kv", "parameters"})
 """Names that no parameter may have: fields of every exit or rule."""
 
 _Exit = ExitMethod | StaticExit

@@ -25,7 +25,7 @@ from sluice.models.experts.batch import BatchExperts
 from sluice.models.experts.contrast import BlockIds, WeakPasses
 from sluice.models.experts.remix import prompt_embedding
 from sluice.models.experts.selection import StepExperts
-from sluice.models.policy.axes import DECODE, PREFILL, IntArray
+from sluice.models.policy.axes import DECODE, PREFILL, FloatArray, IntArray
 from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.profile.profile import Profile
 
@@ -44,6 +44,7 @@ class Batch:
         device: torch.device,
         plan_layers: LayerPlanner,
         experts: BatchExperts | None,
+        worth: FloatArray,
     ) -> None:
         """Start without requests.
 
@@ -54,12 +55,14 @@ class Batch:
             device: that it runs on.
             plan_layers: chooses how layers are run.
             experts: expert controls, or None if it has no routed experts.
+            worth: of leaving after each layer, in LM heads, (layers,).
         """
         self.plan_layers = plan_layers
         self.experts = experts
         self.table = MaskTable(num_layers)
         self._num_layers = num_layers
         self._device = device
+        self._worth = worth
         self._observers = ObserverFactory(num_layers, block_size, profile, device)
         self._states: dict[str, RequestState] = {}
         self._plans: dict[tuple[Segment, ...], StepPlan] = {}
@@ -84,7 +87,7 @@ class Batch:
             max_tokens: longest output the client allowed.
             embed: from token ids, (n,), to embeddings, (n, hidden).
         """
-        state = RequestState(extra, len(prompt), max_tokens, self.table)
+        state = RequestState(extra, len(prompt), max_tokens, self.table, self._worth)
 
         def embedded() -> torch.Tensor:
             ids = torch.tensor(prompt, device=self._device)
@@ -177,6 +180,7 @@ class Batch:
         for observer in step.observers:
             observer.commit(decisions)
         depths: dict[int, int] = {}
+        tested: set[int] = set()
         for index, state in step.states.items():
             row = step.new_token_row(index)
             if row is None or not state.records_tokens:
@@ -184,6 +188,10 @@ class Batch:
             depth = decisions.exits.get(row, self._num_layers - 1)
             if state.extra.policy.exit is not None:
                 depths[index] = depth
+            if row in decisions.exits:
+                tested.add(index)
+            if state.history is not None:
+                state.history.note(decisions.exits.get(row))
             if state.pending is not None:
                 if depth == self._num_layers - 1:
                     state.pending.clear()
@@ -196,7 +204,7 @@ class Batch:
                 state.decide_token(state.wanted.without_blocks(decisions.void[row], fill=True))
             else:
                 state.decide_token(state.wanted.leaving_after(depth, fill=True))
-        return StepOutcome(self._segments_as_run(step, depths), depths)
+        return StepOutcome(self._segments_as_run(step, depths), depths, frozenset(tested))
 
     def _segments_as_run(self, step: RoutedStep, depths: dict[int, int]) -> list[Segment]:
         """Segments with what was decided on the way."""

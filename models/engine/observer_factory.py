@@ -45,6 +45,8 @@ class ObserverFactory:
             rule = state.extra.policy.exit
             if rule is None or step.new_token_row(index) is None:
                 continue
+            if state.history is not None and not state.history.tests_next:
+                continue
             if state.pending is None or not state.pending.must_run_full_depth(
                 step.last_position(index), self._block_size
             ):

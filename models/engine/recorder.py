@@ -74,7 +74,8 @@ class Recorder:
             sums = self._requests.get(state.extra.request_key)
             sums.counts += counts[index]
             sums.exits += exits[index]
-            _count_heads(sums.heads, step, index, outcome.exit_layers.get(index))
+            left_after = outcome.exit_layers[index] if index in outcome.tested else None
+            _count_heads(sums.heads, step, index, left_after)
             sums.skipped = state.decided_skip
             if index in outcome.exit_layers:
                 sums.exit_layers.append(outcome.exit_layers[index])
@@ -136,7 +137,8 @@ def _count_heads(heads: IntArray, step: RoutedStep, index: int, left_after: int 
         heads: as in `RequestSums`.
         step: that has run.
         index: of the request in the batch.
-        left_after: layer after which its new token left under an exit rule, or None.
+        left_after: layer after which its new token left under an exit rule; None if it was not
+            tested.
     """
     requests, policy = step.requests, step.states[index].extra.policy
     end, prompt = requests.computed[index] + requests.scheduled[index], requests.prompt[index]

@@ -16,7 +16,8 @@ from sluice.models.depth.masks import DepthMask, MaskTable, Segment, phase_masks
 from sluice.models.depth.method import TokenMethod
 from sluice.models.depth.recompute import PendingTokens
 from sluice.models.depth.registry import adaptive_method
-from sluice.models.policy.axes import DECODE, PREFILL, BoolArray, IntArray
+from sluice.models.depth.sparing import ExitHistory
+from sluice.models.policy.axes import DECODE, PREFILL, BoolArray, FloatArray, IntArray
 from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.policy.policy import MissingKV
 
@@ -33,11 +34,26 @@ class RequestState:
         decided: whether a prompt method has decided.
         wanted: mask of generated tokens that the policy alone gives.
         pending: generated tokens whose upper layers are still to run (`kv: recompute`).
+        history: what came of the exit tests, if the policy is sparing with them.
     """
 
     def __init__(
-        self, extra: RoutingExtraArgs, prompt_tokens: int, max_tokens: int, table: MaskTable
+        self,
+        extra: RoutingExtraArgs,
+        prompt_tokens: int,
+        max_tokens: int,
+        table: MaskTable,
+        worth: FloatArray,
     ) -> None:
+        """Start a request.
+
+        Args:
+            extra: its policy and the key of its record.
+            prompt_tokens: length of the prompt.
+            max_tokens: longest output the client allowed.
+            table: of masks.
+            worth: of leaving after each layer, in LM heads, (layers,).
+        """
         self.extra = extra
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
@@ -48,6 +64,8 @@ class RequestState:
         rule = extra.policy.exit
         recomputes = rule is not None and rule.kv is MissingKV.RECOMPUTE
         self.pending = PendingTokens() if recomputes else None
+        sparing = rule is not None and rule.sparing
+        self.history = ExitHistory(rule.layers, worth) if rule is not None and sparing else None
         self._table = table
         self._rows: set[int] = set()
         self._prompt: int | IntArray
@@ -92,6 +110,8 @@ class RequestState:
             del self._generated[-again:]
             if self.pending is not None:
                 self.pending.undo(again)
+            if self.history is not None:
+                self.history.undo(again)
 
     def has_new_token(self, computed: int, scheduled: int) -> bool:
         """Whether the last of these tokens is a generated one that runs for the first time."""

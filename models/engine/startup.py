@@ -123,7 +123,15 @@ class RoutedModel:
             warm_up_routers(specs[0], shape, device)
             experts = BatchExperts(shape, profile, device)
         block_size = vllm_config.cache_config.block_size
-        batch = Batch(len(stack.layers), block_size, profile, device, plan_layers, experts)
+        batch = Batch(
+            len(stack.layers),
+            block_size,
+            profile,
+            device,
+            plan_layers,
+            experts,
+            cost.worth_of_leaving(),
+        )
         return cls(
             stack=stack,
             cost=cost,

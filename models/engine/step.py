@@ -121,7 +121,10 @@ class StepOutcome:
     Attributes:
         segments: its segments with the masks that their tokens ran.
         exit_layers: by batch index, the layer after which a new token under an exit rule left.
+        tested: batch indices whose new token an exit rule was asked about; `recompute` lets some
+            run all layers untested, and `sparing` as well.
     """
 
     segments: list[Segment]
     exit_layers: dict[int, int]
+    tested: frozenset[int]

@@ -131,6 +131,7 @@ class ExitRule(_MethodParameters):
         layers: 0-based layers after which a token is tested and may leave, ascending, unique,
             without the last layer.
         decay: CALM's temperature of the threshold's decay over the output, or None.
+        sparing: whether tokens are tested only while that pays (`sluice.models.depth.sparing`).
         kv: what becomes of the K/V that the token did not compute.
         parameters: names and values of what the method takes.
     """
@@ -138,6 +139,7 @@ class ExitRule(_MethodParameters):
     method: str
     layers: tuple[int, ...]
     decay: float | None
+    sparing: bool
     kv: MissingKV
     parameters: tuple[tuple[str, ParameterValue], ...]
 
@@ -147,11 +149,13 @@ class ExitRule(_MethodParameters):
         layers: tuple[int, ...],
         *,
         decay: float | None = None,
+        sparing: bool = False,
         kv: MissingKV = MissingKV.PROPAGATE,
         **parameters: ParameterValue | None,
     ) -> None:
         """A rule; of the method's `parameters`, those that are None or False are not given."""
-        for name, value in {"method": method, "layers": layers, "decay": decay, "kv": kv}.items():
+        fixed = {"method": method, "layers": layers, "decay": decay, "sparing": sparing, "kv": kv}
+        for name, value in fixed.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "parameters", _given(parameters))
 
@@ -159,7 +163,8 @@ class ExitRule(_MethodParameters):
         """What is set, as JSON values."""
         wire = {"method": self.method, "layers": list(self.layers), "kv": self.kv.value}
         decay = {} if self.decay is None else {"decay": self.decay}
-        return {**wire, **decay, **_listed(self.parameters)}
+        sparing = {"sparing": True} if self.sparing else {}
+        return {**wire, **decay, **sparing, **_listed(self.parameters)}
 
     @classmethod
     def from_dict(cls, wire: dict[str, Any]) -> Self:

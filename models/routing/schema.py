@@ -124,6 +124,7 @@ class ExitFields(MethodFields):
     layers: LayerList | None = None
     min_layer: StrictInt | None = None
     decay: Annotated[Real, Field(gt=0)] | None = None
+    sparing: StrictBool | None = None
     kv: MissingKV | None = None
 
 

@@ -140,6 +140,16 @@ class ModuleCost:
     expert: float = 0.0
     head: float = 0.0
 
+    def worth_of_leaving(self) -> FloatArray:
+        """What a token saves that leaves after a layer and fills the K/V above; in LM heads.
+
+        Returns:
+            (layers,).
+        """
+        own = self.modules.sum(axis=1) - self.fill
+        above: FloatArray = own[::-1].cumsum()[::-1] - own
+        return above / self.head
+
     def fraction(self, counts: IntArray, heads: IntArray, more: float = 0.0) -> float:
         """Share of full depth's parameter multiplications that ran; 1.0 for no tokens.
 

@@ -78,6 +78,7 @@ def _exit(method: ExitMethod | StaticExit, capabilities: Capabilities) -> dict[s
         description=method.description,
         per_token=per_token,
         decay=isinstance(method, ExitMethod) and method.decays,
+        sparing=isinstance(method, ExitMethod) and method.needs_logits,
         kv=[kv.value for kv in MissingKV] if per_token else [],
         calibrated=[entry.model_dump(mode="json", exclude={"method"}) for entry in calibrated],
         **more,

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from support.references.exits import ExitTest
+from support.references.exits import ExitTest, pays
 from support.references.prompts import first_probability, lac_ranges, mean_cosines
 from support.references.watches import (
     ExitWatch,
@@ -130,16 +130,21 @@ class Reference:
         ran = lasting.clone()
         recompute = policy.exit is not None and policy.exit.kv is MissingKV.RECOMPUTE
         sequence, left, pending = [*prompt, int(logits.argmax())], [], 0
+        gains: list[float | None] = []
         for index in range(tokens - 1):
             position = len(sequence) - 1
             full = recompute and (
                 pending == pending_limit or position % block_size == block_size - 1
             )
+            if policy.exit is not None and policy.exit.sparing:
+                full = full or not pays(gains)
             watch = self._decode_watch(policy, heads, index, max_tokens or tokens, full)
             now = lasting[: len(sequence)].clone()
             logits, _ = self._pass(sequence, now, watch)
             margin = min(margin, watch.margin)
             left.append(watch.left if isinstance(watch, ExitWatch) else None)
+            if policy.exit is not None and policy.exit.sparing:
+                gains.append(None if full else self._gain(policy.exit, left[-1]))
             pending = 0 if left[-1] is None else pending + 1
             ran[position] = now[position]
             if not recompute:
@@ -242,6 +247,20 @@ class Reference:
         if policy.adaptive is not None and policy.adaptive.get("mode") in ("readout", "replace"):
             return VoidWatch(policy.adaptive, self._layers)
         return Watch()
+
+    def _gain(self, rule: ExitRule, left: int | None) -> float:
+        """Layers that a tested token left out, less the LM heads of its tests; in LM heads."""
+        layers = rule.layers
+        if left is None:
+            return -float(len(layers))
+        saved = 0
+        for layer in self.model.model.layers[left + 1 :]:
+            attention = layer.self_attn
+            filled = (attention.k_proj, attention.v_proj)
+            saved += sum(each.numel() for name, each in layer.named_parameters() if each.dim() == 2)
+            saved -= sum(each.weight.numel() for each in filled)
+        tests = sum(layer <= left for layer in layers)
+        return saved / self.model.lm_head.weight.numel() - tests
 
     def _static(self, skip: SkipSet, prompt: int, length: int) -> Tensor:
         skipping = torch.zeros(length, dtype=torch.bool)

@@ -91,7 +91,8 @@ def _exit_rule(fields: ExitFields, method: ExitMethod, capabilities: Capabilitie
     Without a threshold, that of the profile is taken if one was calibrated for the method: with
     its layers, or with those that are given if they are the same.
     """
-    taken = (*_ALWAYS_TAKEN, *method.parameters, *(["decay"] if method.decays else []))
+    taken = [*_ALWAYS_TAKEN, *method.parameters]
+    taken += [*(["decay"] if method.decays else []), *(["sparing"] if method.needs_logits else [])]
     check_fields(fields, taken, method.name, EXIT)
     calibrated = capabilities.calibrated_exits(method.name)
     if calibrated and "threshold" not in fields.parameters:
@@ -100,6 +101,7 @@ def _exit_rule(fields: ExitFields, method: ExitMethod, capabilities: Capabilitie
         method.name,
         _exit_layers(fields, capabilities.layers),
         decay=fields.decay,
+        sparing=fields.sparing or False,
         kv=fields.kv or MissingKV.PROPAGATE,
         **parameter_values(fields, method, capabilities, EXIT),
     )

@@ -156,6 +156,7 @@ class TestAddedMethods:
             "description": "at a layer or behind it",
             "per_token": True,
             "decay": False,
+            "sparing": False,
             "kv": ["propagate", "recompute"],
             "calibrated": [],
         }

@@ -36,6 +36,7 @@ from sluice.models.policy.policy import (
 from sluice.models.profile.profile import PROFILE_ENV
 
 TOKENS = 24
+LONG = 48
 EXITS = tuple(range(LAYERS - 1))
 # Ends inside the second block; the answer crosses into the third.
 PROMPT = [(37 * i * i + 11 * i + 5) % VOCABULARY for i in range(45)]
@@ -251,6 +252,33 @@ def _check_kv(served: Served, policy: RoutingPolicy, expected, written) -> None:
     if served.expected.reference.model.config.model_type == "deepseek_v3":
         values = [in_pairs(states) for states in values]
     assert_same_kv(written, names, expected.keys, values, needed)
+
+
+@pytest.mark.family("llama")
+@pytest.mark.parametrize("kv", list(MissingKV))
+@pytest.mark.parametrize(("layers", "share"), [((1,), 0.6), ((1, 3), 0.8), ((4,), 0.5)])
+def test_sparing_tests_while_it_pays(
+    served: Served, layers: tuple[int, ...], share: float, kv: MissingKV
+) -> None:
+    """As the reference tells from the model's own sizes; alone, preempted, and with a neighbour."""
+    rule = served.rule("confidence", layers, share, kv=kv)
+    sparing = served.rule("confidence", layers, share, kv=kv, sparing=True)
+    policy = RoutingPolicy(exit=sparing)
+    assert served.engine.llm.reset_prefix_cache()
+    expected, always = (
+        served.expected.reference.run(PROMPT, each, LONG, block_size=served.block)
+        for each in (policy, RoutingPolicy(exit=rule))
+    )
+    output = served.engine.run([PROMPT], [policy], LONG, records=["sparing"])[0]
+    record = served.engine.runner.take_routing_record("sparing")
+    assert output.outputs[0].token_ids == expected.tokens, expected.margin
+    exits = np.bincount([max(e, 0) for e in expected.exits], minlength=LAYERS)
+    assert record.exits.tolist() == exits.tolist()
+    assert expected.left != always.left, "the rule must matter"
+    again = served.engine.generate_preempted([PROMPT], [policy], LONG, {9, 20})
+    assert again == [expected.tokens]
+    prompts, policies = [PROMPT, PROMPT[:20]], [policy, RoutingPolicy(exit=rule)]
+    assert served.engine.generate(prompts, policies, LONG)[0] == expected.tokens
 
 
 @pytest.mark.parametrize("plan_layers", [None, compact, KEEP_ALL])

@@ -177,6 +177,12 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "confidence with patience": (leaving(patience=2), f"{EXIT}.patience", "invalid_field"),
     "entropy with decay": (leaving("entropy", decay=4), f"{EXIT}.decay", "invalid_field"),
+    "sparing where a test costs nothing": (
+        leaving("saturation", sparing=True),
+        f"{EXIT}.sparing",
+        "invalid_field",
+    ),
+    "sparing, a number": (leaving(sparing=1), f"{EXIT}.sparing", "invalid_field"),
     "decay 0": (leaving(decay=0), f"{EXIT}.decay", "invalid_field"),
     "unknown kv": (leaving(kv="copy"), f"{EXIT}.kv", "invalid_field"),
     "recompute beside skip": (

@@ -87,6 +87,14 @@ GOOD: dict[str, tuple[dict[str, Any], RoutingPolicy]] = {
         leaving(decay=4),
         RoutingPolicy(exit=ExitRule("confidence", ALL_EXITS, threshold=0.5, decay=4.0)),
     ),
+    "sparing": (
+        leaving(sparing=True),
+        RoutingPolicy(exit=ExitRule("confidence", ALL_EXITS, threshold=0.5, sparing=True)),
+    ),
+    "sparing, not": (
+        leaving(sparing=False),
+        RoutingPolicy(exit=ExitRule("confidence", ALL_EXITS, threshold=0.5)),
+    ),
     "recompute": (
         leaving("entropy", kv="recompute"),
         RoutingPolicy(exit=ExitRule("entropy", ALL_EXITS, threshold=0.5, kv=MissingKV.RECOMPUTE)),

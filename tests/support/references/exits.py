@@ -7,7 +7,7 @@ Sources: CALM (arXiv 2207.07061), DeeBERT (arXiv 2004.12993), PABEE (NeurIPS 202
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -90,3 +90,20 @@ def decayed(rule: ExitRule, index: int, limit: int) -> float | None:
         raise ValueError(f"{rule.method} has no threshold that decays")
     value = 0.9 * threshold + 0.1 * math.exp(-rule.decay * index / limit)
     return min(max(value, 0.0), 1.0)
+
+
+def pays(gains: Sequence[float | None]) -> bool:
+    """Whether the next token is tested under `sparing`, from the gains of those before it.
+
+    None is a token that was not tested. The last four tests must have saved what they cost;
+    otherwise one token in sixteen is tested.
+    """
+    tested = [gain for gain in gains if gain is not None]
+    if len(tested) < 4 or sum(tested[-4:]) >= 0:
+        return True
+    since = 0
+    for gain in reversed(gains):
+        if gain is not None:
+            break
+        since += 1
+    return since >= 15
