@@ -64,7 +64,9 @@ def test_a_row_per_policy(
     assert full["interval"] == pytest.approx([0.7575, 1.0], abs=1e-4)
     assert full["intervals"]["max"] == pytest.approx([0.5101, 1.0], abs=1e-4)
     assert [row["mean_layers"] for row in (full, half, early)] == [8, 4, 4]
-    assert (full["compute_fraction"], half["compute_fraction"]) == (1, 0.5)
+    # Half of the layers, and the LM head.
+    assert full["compute_fraction"] == 1
+    assert 0.5 < half["compute_fraction"] < 0.6
     assert 0.5 < early["compute_fraction"] < 1
     assert early["tasks"]["max"] == full["tasks"]["max"], "choices know nothing of exits"
     shown = capsys.readouterr()
