@@ -57,7 +57,8 @@ def test_first_requests(demo: Server) -> None:
     assert all("1 2 4 5 9" in line for line in lines)
     shares = [float(share) for share in re.findall(r"([\d.]+)% of full depth", "\n".join(lines))]
     assert shares[0] == 100
-    assert shares[1] == 75
+    # Two of the eight blocks, and all of the LM head.
+    assert 75 < shares[1] < 76
     assert all(0 < share < 100 for share in shares[2:])
 
 
@@ -84,7 +85,9 @@ def test_calibrate_and_serve() -> None:
     # Measured: nothing is lost without them, and the first layers do most of the work.
     assert layers is not None
     assert all(int(layer) >= 4 for layer in layers.groups())
-    assert compute == "compute of the answer: 75.0% of full depth's"
+    share = re.fullmatch(r"compute of the answer: ([\d.]+)% of full depth's", compute)
+    assert share is not None
+    assert 75 < float(share[1]) < 76  # All of the LM head.
 
 
 def test_load_test(demo: Server) -> None:
