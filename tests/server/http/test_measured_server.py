@@ -92,7 +92,8 @@ def test_measured_presets_run_by_name_and_as_models(client: openai.OpenAI) -> No
     fractions = [report["compute_fraction"] for _, report in answers.values()]
     assert fractions[0] == 1.0
     assert fractions == sorted(fractions, reverse=True)
-    assert fractions[1] == 0.75
+    # Two blocks less, and with half of the blocks fewer experts: the LM head is a hundredth.
+    assert 0.75 < fractions[1] < 0.77
     assert fractions[2] < 0.5
     for name, (text, report) in answers.items():
         again, by_name = ask(client, preset=name)
