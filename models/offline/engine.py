@@ -33,7 +33,7 @@ from sluice.models.routing.resolve import merge_preset
 from sluice.models.routing.schema import PresetFields, parse_routing
 from sluice.models.telemetry.counter_file import TELEMETRY_ENV
 from sluice.models.telemetry.request_record import RoutingRecord
-from sluice.models.vllm_adapter.compilation import engine_mode
+from sluice.models.vllm_adapter.engine_mode import engine_mode
 
 _MODEL_NAME = "model"
 

@@ -18,7 +18,7 @@ from sluice.models.profile.fields import (
     ReferenceSet,
 )
 from sluice.models.profile.profile import Profile, ProfileError
-from sluice.models.vllm_adapter.compilation import engine_mode
+from sluice.models.vllm_adapter.engine_mode import engine_mode
 from sluice.models.vllm_adapter.families import depth_refusal
 
 

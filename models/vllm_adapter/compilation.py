@@ -8,26 +8,11 @@ from typing import Any
 
 import torch
 
-from sluice.models.profile.fields import EngineMode
 from sluice.models.vllm_adapter.decoder import DecoderStack
 from sluice.models.vllm_adapter.patching import SeamMovedError
 from sluice.models.vllm_adapter.routers import moe_runners
 
 _ENTRY = "_forward_entry"
-
-
-def engine_mode(vllm_config: Any) -> EngineMode:
-    """How an engine runs its model: compiled (or captured in CUDA graphs), or eager.
-
-    Args:
-        vllm_config: vLLM's `VllmConfig`.
-    """
-    from vllm.config import CompilationMode, CUDAGraphMode
-
-    config = vllm_config.compilation_config
-    compiles = config.mode not in (None, CompilationMode.NONE)
-    captures = config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
-    return "compiled" if compiles or captures else "eager"
 
 
 def inductor_options(vllm_config: Any) -> dict[str, Any] | None:

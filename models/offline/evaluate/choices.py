@@ -6,12 +6,15 @@ The tokens of a choice are read behind those of the prompt, as a part of it: not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sluice.models.depth.prefix_sharing import prompt_effects
 from sluice.models.offline.hf_model.examples import CalibrationError, Example
-from sluice.models.offline.hf_model.model import HFModel
 from sluice.models.policy.policy import Phase, RoutingPolicy
+
+if TYPE_CHECKING:
+    # It loads torch, which `sluice --version` does not need.
+    from sluice.models.offline.hf_model.model import HFModel
 
 
 def choice_tokens(prompt: Sequence[int], joined: Sequence[int], alone: Sequence[int]) -> list[int]:
