@@ -150,7 +150,9 @@ def test_triton_controls(routing: Routing) -> None:
 def test_triton_slots_that_nobody_uses(routing: Routing, more: int, repeat: bool) -> None:
     wide = routing.selected(TRITON, more=more, repeat=repeat)
     assert wide.ids.shape[1] > max(wide.active)
-    assert dispatched(wide, repeat=repeat) == dispatched(routing.selected(TRITON))
+    narrow = dispatched(routing.selected(TRITON))
+    # Weights are normed by a sum over the slots, which may be taken in another order.
+    assert dispatched(wide, repeat=repeat) == [pytest.approx(row, rel=1e-5) for row in narrow]
 
 
 @FEW
