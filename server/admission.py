@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from sluice.models.depth.prefix_sharing import cache_salt
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.routing.capabilities import Capabilities
-from sluice.models.routing.depth.skip import order_warning
+from sluice.models.routing.depth.skip import order_warnings
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.presets import (
     CUSTOM_PRESET,
@@ -107,14 +107,13 @@ class Admission:
             policy = request_policy(merged, self.presets, self.capabilities, param)
             _check_combination(body)
         extra = RoutingExtraArgs(policy, uuid.uuid4().hex)
-        warning = order_warning(merged, self.capabilities)
         return Admitted(
             body=_engine_body(path, body, model, extra, self.secret),
             extra=extra,
             preset=fields.preset or CUSTOM_PRESET,
             effort=merged.effort,
             model=None if model_preset is None else (self.capabilities.models[0], body["model"]),
-            warnings=() if warning is None else (warning,),
+            warnings=order_warnings(merged, self.capabilities),
         )
 
     def preset_refusal(self, name: str) -> RoutingError | None:

@@ -9,6 +9,7 @@ Where they are not, every `PAUSE`-th token is tested.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 from sluice.models.policy.axes import FloatArray
 
@@ -33,7 +34,9 @@ class ExitHistory:
     @property
     def tests_next(self) -> bool:
         """Whether the next token is to be tested."""
-        tested = [gain for gain in self._gains if gain is not None][-WINDOW:]
+        # From the end: an answer may be long, and this is asked at each of its tokens.
+        latest = (gain for gain in reversed(self._gains) if gain is not None)
+        tested = [*islice(latest, WINDOW)]
         if len(tested) < WINDOW or sum(tested) >= 0:
             return True
         return all(gain is None for gain in self._gains[-PAUSE + 1 :])

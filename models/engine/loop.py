@@ -11,15 +11,14 @@ of the layers that follow. How a layer is run is one of two ways: rows are gathe
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 
 from sluice.models.engine.attention import BatchBuffers, StepContext, rows_forward_context
-from sluice.models.engine.captured.decode import CapturedDecode, DecodeRun, LayerMasks
+from sluice.models.engine.captured.decode import CapturedDecode, DecodeRun, LayerMasks, Parts
 from sluice.models.engine.observers import LayerObserver
-from sluice.models.engine.plan import LayerPlan, LayerPlanner
+from sluice.models.engine.plan import LayerPlan, LayerPlanner, StepShape
 from sluice.models.engine.remaining_rows import RemainingRows
 from sluice.models.engine.residual_stream import ResidualStream
 from sluice.models.engine.step import RoutedStep
@@ -112,7 +111,7 @@ class LayerLoop:
         remaining = RemainingRows(step.plan, self._plan_layers)
         decode = self.captured.begin(self._stack.embed(input_ids), positions, rows)
         stream = ResidualStream(*decode.pair)
-        layers = _CapturedLayers(decode, remaining, len(positions))
+        layers = _CapturedLayers(decode, remaining, step.plan.shape)
         return self._run(step, layers, stream, remaining), stream
 
     def _run(
@@ -258,12 +257,12 @@ class _GatheredLayers:
 class _CapturedLayers:
     """Runs all rows in every layer that one of them wants, whatever else a plan says."""
 
-    def __init__(self, decode: DecodeRun, remaining: RemainingRows, tokens: int) -> None:
+    def __init__(self, decode: DecodeRun, remaining: RemainingRows, shape: StepShape) -> None:
         self._remaining = remaining
         self._decode = decode
-        self._tokens = tokens
+        self._shape = shape
         self._loaded: list[LayerPlan] = []
-        self._masks: dict[int, tuple[LayerPlan, LayerMasks]] = {}
+        self._wanted: dict[int, _Wanted] = {}
         self.settle = decode.settle
 
     def layer(self, index: int, plan: LayerPlan) -> None:
@@ -271,15 +270,20 @@ class _CapturedLayers:
         if index >= len(self._loaded) or self._loaded[index] is not plan:
             plans = [plan, *self._remaining.after(index)]
             self._loaded[index:] = plans
-            self._decode.load(index, [self._of(each) for each in plans])
+            self._decode.load(index, [self._of(each).masks for each in plans])
         self._decode.layer(index, self._of(plan).parts)
 
-    def _of(self, plan: LayerPlan) -> LayerMasks:
-        if id(plan) not in self._masks:
-            attention, fill, mlp = (
-                np.bincount(rows.tokens, minlength=self._tokens).astype(np.bool_)
-                for rows in (plan.attention, plan.fill, plan.mlp)
-            )
-            # With the plan, so that nothing else gets its identity.
-            self._masks[id(plan)] = plan, LayerMasks(attention, mlp, attention | fill)
-        return self._masks[id(plan)][1]
+    def _of(self, plan: LayerPlan) -> _Wanted:
+        if id(plan) not in self._wanted:
+            attention, fill, mlp = map(self._shape.chosen, (plan.attention, plan.fill, plan.mlp))
+            masks = LayerMasks(attention, mlp, attention | fill)
+            self._wanted[id(plan)] = _Wanted(plan, masks, masks.parts)
+        return self._wanted[id(plan)]
+
+
+class _Wanted(NamedTuple):
+    """What a plan wants of a layer; with the plan, so that nothing else gets its identity."""
+
+    plan: LayerPlan
+    masks: LayerMasks
+    parts: tuple[Parts, ...]

@@ -27,7 +27,7 @@ from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.fields import EngineMode
 from sluice.models.profile.profile import PROFILE_ENV, Profile
 from sluice.models.routing.capabilities import Capabilities
-from sluice.models.routing.depth.skip import order_warning
+from sluice.models.routing.depth.skip import order_warnings
 from sluice.models.routing.presets import request_policy
 from sluice.models.routing.resolve import merge_preset
 from sluice.models.routing.schema import PresetFields, parse_routing
@@ -143,8 +143,7 @@ class OfflineEngine:
     ) -> tuple[str, ...]:
         """What a server's report would say of a `routing` object."""
         fields = merge_preset(parse_routing(routing), presets, "routing.preset")
-        warning = order_warning(fields, self.capabilities)
-        return () if warning is None else (warning,)
+        return order_warnings(fields, self.capabilities)
 
     def generate(
         self, requests: Sequence[Request], sampling: Mapping[str, Any], *, cache_salts: bool = False

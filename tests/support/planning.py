@@ -28,6 +28,11 @@ def plan_by(running: Engine, monkeypatch: pytest.MonkeyPatch, planner: LayerPlan
     monkeypatch.setattr(routed.loop, "_plan_layers", planner)
 
 
+def planned_to_stay(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no row taken out of a layer of an engine that it may stay in."""
+    plan_by(running, monkeypatch, KEEP_ALL)
+
+
 def on_static_buffers(running: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Have an engine on a CPU run its decode steps as one on CUDA does, with calls for graphs.
 

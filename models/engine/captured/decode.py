@@ -29,32 +29,35 @@ from sluice.models.policy.axes import BoolArray
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-class DecodeLayer(Protocol):
-    """A layer on the pair `(delta, residual)`, (rows, hidden) each, whose sum is the hidden state.
+class DecodeRows(NamedTuple):
+    """The rows of a layer's attention.
 
-    `positions`: (rows,), int64. `writes`: who writes K/V, bool, (rows,); the others write nothing.
+    Attributes:
+        delta: (rows, hidden).
+        residual: (rows, hidden); the sum of both is the hidden state.
+        positions: (rows,), int64.
+        writes: who writes K/V, bool, (rows,); the others write nothing.
+    """
+
+    delta: torch.Tensor
+    residual: torch.Tensor
+    positions: torch.Tensor
+    writes: torch.Tensor
+
+
+class DecodeLayer(Protocol):
+    """A layer whose launches are recorded.
+
     Nothing may be read back to the host, and what is read must lie at constant addresses.
     """
 
-    def attend(
-        self,
-        delta: torch.Tensor,
-        residual: torch.Tensor,
-        positions: torch.Tensor,
-        writes: torch.Tensor,
-    ) -> Pair:
+    def attend(self, rows: DecodeRows) -> Pair:
         """Norm and attention; the pair with the attention's output as `delta`."""
 
     def run_mlp(self, delta: torch.Tensor, residual: torch.Tensor) -> Pair:
         """Norm and MLP; the pair with the MLP's output as `delta`."""
 
-    def fill(
-        self,
-        delta: torch.Tensor,
-        residual: torch.Tensor,
-        positions: torch.Tensor,
-        writes: torch.Tensor,
-    ) -> None:
+    def fill(self, rows: DecodeRows) -> None:
         """Write K/V; the pair stays."""
 
 
@@ -228,15 +231,14 @@ class CapturedDecode:
 
     def _run(self, index: int, parts: Parts, rows: int) -> None:
         layer, buffers = self._layers[index], self.buffers
-        delta, residual = buffers.delta[:rows], buffers.residual[:rows]
-        positions = buffers.positions[:rows]
+        delta, residual = pair = buffers.delta[:rows], buffers.residual[:rows]
         attends, runs_mlp, writes = buffers.masks[index, :, :rows]
+        attending = DecodeRows(*pair, buffers.positions[:rows], writes)
         if parts is Parts.FILL:
-            layer.fill(delta, residual, positions, writes)
+            layer.fill(attending)
             return
-        pair = delta, residual
         if parts is not Parts.MLP:
-            pair = _kept(layer.attend(*pair, positions, writes), attends)
+            pair = _kept(layer.attend(attending), attends)
         if parts is not Parts.ATTENTION:
             pair = _kept(layer.run_mlp(*pair), runs_mlp)
         delta.copy_(pair[0])
@@ -265,6 +267,14 @@ class DecodeRun:
         for row, of_layer in zip(table, masks, strict=True):
             row[:, : self._tokens] = of_layer
         self._captured.load(first, table)
+
+    def all_layers(self, masks: Sequence[LayerMasks]) -> Pair:
+        """Run every layer by its masks; the pair after them."""
+        self.load(0, masks)
+        for index, mask in enumerate(masks):
+            self.layer(index, mask.parts)
+        self.settle()
+        return self.pair
 
     def layer(self, index: int, parts: Sequence[Parts]) -> None:
         """Run parts of a layer."""

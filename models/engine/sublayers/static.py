@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from vllm.forward_context import get_forward_context, override_forward_context
 
+from sluice.models.engine.captured.decode import DecodeRows
 from sluice.models.engine.sublayers.functions import Pair, attend, fill, run_mlp
 from sluice.models.vllm_adapter.decoder import DecoderLayer
 
@@ -26,31 +27,19 @@ class StaticLayer:
     def __init__(self, layer: DecoderLayer) -> None:
         self._layer = layer
 
-    def attend(
-        self,
-        delta: torch.Tensor,
-        residual: torch.Tensor,
-        positions: torch.Tensor,
-        writes: torch.Tensor,
-    ) -> Pair:
+    def attend(self, rows: DecodeRows) -> Pair:
         """See `DecodeLayer.attend`."""
-        with _writing(self._layer.kv_name, writes):
-            return attend(self._layer, delta, residual, positions)
+        with _writing(self._layer.kv_name, rows.writes):
+            return attend(self._layer, rows.delta, rows.residual, rows.positions)
 
     def run_mlp(self, delta: torch.Tensor, residual: torch.Tensor) -> Pair:
         """See `DecodeLayer.run_mlp`."""
         return run_mlp(self._layer, delta, residual)
 
-    def fill(
-        self,
-        delta: torch.Tensor,
-        residual: torch.Tensor,
-        positions: torch.Tensor,
-        writes: torch.Tensor,
-    ) -> None:
+    def fill(self, rows: DecodeRows) -> None:
         """See `DecodeLayer.fill`."""
-        with _writing(self._layer.kv_name, writes):
-            fill(self._layer, delta, residual, positions)
+        with _writing(self._layer.kv_name, rows.writes):
+            fill(self._layer, rows.delta, rows.residual, rows.positions)
 
 
 @contextmanager

@@ -78,8 +78,8 @@ def check_something_runs(skip: SkipSet, capabilities: Capabilities, param: str) 
         )
 
 
-def order_warning(fields: RoutingFields, capabilities: Capabilities) -> str | None:
-    """That a request leaves the choice of layers to an order that nobody measured, or None.
+def order_warnings(fields: RoutingFields, capabilities: Capabilities) -> tuple[str, ...]:
+    """That a request leaves the choice of layers to an order that nobody measured; empty if not.
 
     The default order knows nothing of the model, and a layer that it takes early may be one that
     the model cannot do without.
@@ -89,18 +89,18 @@ def order_warning(fields: RoutingFields, capabilities: Capabilities) -> str | No
         capabilities: of the engine that runs it.
     """
     if capabilities.importance is not None:
-        return None
+        return ()
     chosen = []
     if fields.effort is not None and fields.effort < 1 and not capabilities.effort_levels:
         chosen.append("effort")
     if fields.depth.skip is not None and fields.depth.skip.fraction is not None:
         chosen.append("depth.skip.fraction")
     if not chosen:
-        return None
+        return ()
     return (
         f"{' and '.join(chosen)} left out layers in a default order: nothing was measured of this "
         "model, and the answer may have suffered; `sluice calibrate MODEL --quick` measures an "
-        "order, and `sluice serve --profile` uses it"
+        "order, and `sluice serve --profile` uses it",
     )
 
 

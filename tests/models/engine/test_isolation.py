@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from support.engine import BLOCK, Engine, engine
-from support.planning import KEEP_ALL, plan_by
+from support.planning import on_static_buffers, planned_to_stay
 from support.reference import Reference
 from support.tiny import LAYERS, VOCABULARY, make_model
 from support.written import record_writes
@@ -179,11 +179,14 @@ def test_unwritten_slots_are_never_read(
     assert roomy.generate([prompts[left]], [PREFILL_OUT], 8)[0] != expected[left]
 
 
+@pytest.mark.parametrize("stays", [planned_to_stay, on_static_buffers])
 def test_a_row_that_stays_in_a_layer_that_it_skips_writes_nothing_there(
-    roomy: Engine, monkeypatch: pytest.MonkeyPatch
+    roomy: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    stays: Callable[[Engine, pytest.MonkeyPatch], object],
 ) -> None:
     """`phase: both` leaves its prompt out too."""
-    plan_by(roomy, monkeypatch, KEEP_ALL)
+    stays(roomy, monkeypatch)
     assert roomy.llm.reset_prefix_cache()
     lengths, tokens, skipped = (9, 11), 5, 2
     prompts = [prompt_of(length, seed=length) for length in lengths]

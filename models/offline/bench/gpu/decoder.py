@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sluice.models.engine.captured.decode import Pair
+from sluice.models.engine.captured.decode import DecodeRows, Pair
 
 
 class StaticDecoder:
@@ -62,49 +62,37 @@ class StaticLayer:
         self._rows = torch.arange(rows, device=weight.device)
         self._places = torch.arange(context, device=weight.device)
 
-    def attend(
-        self,
-        delta: torch.Tensor,
-        residual: torch.Tensor,
-        positions: torch.Tensor,
-        writes: torch.Tensor,
-    ) -> Pair:
+    def attend(self, rows: DecodeRows) -> Pair:
         """See `DecodeLayer.attend`."""
-        residual = delta + residual
-        attention, rows = self._layer.self_attn, len(delta)
+        residual = rows.delta + rows.residual
+        attention, count = self._layer.self_attn, len(residual)
         normed = self._layer.input_layernorm(residual)
-        self._write(normed, positions, writes)
-        query = self._turned(attention.q_proj(normed), positions)
-        seen = self._places <= positions[:, None]
+        self._write(normed, rows)
+        query = self._turned(attention.q_proj(normed), rows.positions)
+        seen = self._places <= rows.positions[:, None]
         attended = scaled_dot_product_attention(
             query[:, :, None],
-            self.keys[:rows, : self._context].transpose(1, 2),
-            self.values[:rows, : self._context].transpose(1, 2),
+            self.keys[:count, : self._context].transpose(1, 2),
+            self.values[:count, : self._context].transpose(1, 2),
             attn_mask=seen[:, None, None],
             enable_gqa=True,
         )
-        return attention.o_proj(attended.reshape(rows, -1)), residual
+        return attention.o_proj(attended.reshape(count, -1)), residual
 
     def run_mlp(self, delta: torch.Tensor, residual: torch.Tensor) -> Pair:
         """See `DecodeLayer.run_mlp`."""
         residual = delta + residual
         return self._layer.mlp(self._layer.post_attention_layernorm(residual)), residual
 
-    def fill(
-        self,
-        delta: torch.Tensor,
-        residual: torch.Tensor,
-        positions: torch.Tensor,
-        writes: torch.Tensor,
-    ) -> None:
+    def fill(self, rows: DecodeRows) -> None:
         """See `DecodeLayer.fill`."""
-        self._write(self._layer.input_layernorm(delta + residual), positions, writes)
+        self._write(self._layer.input_layernorm(rows.delta + rows.residual), rows)
 
-    def _write(self, normed: torch.Tensor, positions: torch.Tensor, writes: torch.Tensor) -> None:
-        attention, rows = self._layer.self_attn, self._rows[: len(normed)]
-        places = torch.where(writes, positions, self._context)
-        self.keys[rows, places] = self._turned(attention.k_proj(normed), positions)
-        self.values[rows, places] = attention.v_proj(normed).view(len(normed), *self._split)
+    def _write(self, normed: torch.Tensor, rows: DecodeRows) -> None:
+        attention, own = self._layer.self_attn, self._rows[: len(normed)]
+        places = torch.where(rows.writes, rows.positions, self._context)
+        self.keys[own, places] = self._turned(attention.k_proj(normed), rows.positions)
+        self.values[own, places] = attention.v_proj(normed).view(len(normed), *self._split)
 
     def _turned(self, projected: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """After the rotary embedding, (rows, heads, head size)."""

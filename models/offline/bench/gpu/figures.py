@@ -79,11 +79,7 @@ class Bench:
         generator = np.random.default_rng(rows)
         differing = 0
         for _ in range(_PLANS):
-            masks = [
-                LayerMasks(*(generator.random((3, rows)) < generator.random()))
-                for _ in range(self._layers)
-            ]
-            masks = [mask._replace(writes=mask.writes | mask.attention) for mask in masks]
+            masks = random_masks(generator, self._layers, rows)
             tokens = int(generator.integers((rows + 1) // 2, rows + 1))
             hidden = self._hidden(tokens)
             positions = torch.full((tokens,), self._context // 2, device=self._device)
@@ -172,16 +168,17 @@ class Bench:
     ) -> Pair:
         tokens = len(hidden)
         masks = [LayerMasks(*(each[:tokens] for each in mask)) for mask in masks]
-        run = decode.begin(hidden, positions, rows)
-        run.load(0, masks)
-        for index, mask in enumerate(masks):
-            run.layer(index, mask.parts)
-        run.settle()
-        return run.pair
+        return decode.begin(hidden, positions, rows).all_layers(masks)
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def random_masks(generator: np.random.Generator, layers: int, rows: int) -> list[LayerMasks]:
+    """Masks of a step, sparse or dense; who attends writes K/V."""
+    drawn = [LayerMasks(*(generator.random((3, rows)) < generator.random())) for _ in range(layers)]
+    return [mask._replace(writes=mask.writes | mask.attention) for mask in drawn]
 
 
 def _one_by_one(decode: CapturedDecode, layers: Sequence[int], rows: int) -> Callable[[], None]:

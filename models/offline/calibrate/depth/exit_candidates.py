@@ -9,7 +9,7 @@ sequence allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +68,14 @@ def exit_candidates(
         tolerance: of the risk.
         lower_is_stricter: as in `ExitMethod.leaves_below`.
     """
-    every = [*_all(points, right, weights, layers, full, count, lower_is_stricter)]
+    every = []
+    for start in sorted({*spaced_indices(_SETS - 1, len(layers)), 0, len(layers) - 1}):
+        own, after = points[start:], tuple(layers[start:])
+        for threshold in threshold_grid(own, after, full, _FINENESS * count, lower_is_stricter):
+            leaves = own <= threshold if lower_is_stricter else own >= threshold
+            outcome = _outcome(leaves, right[start:], after, full)
+            risk, depth = (float((each * weights).mean()) for each in outcome)
+            every.append(Candidate(after, threshold, risk, depth))
     best: list[Candidate] = []
     for each in sorted(every, key=lambda each: (each.risk, each.depth)):
         if not best or each.depth < best[-1].depth:
@@ -78,8 +85,8 @@ def exit_candidates(
     first = chosen[0]
     safe = [each for each in every if each.risk <= first.risk and each.depth < full]
     for share in reversed(_SAFER):
-        depth = full - share * (full - first.depth)
-        if able := [each for each in safe if each.depth >= depth]:
+        deepest = full - share * (full - first.depth)
+        if able := [each for each in safe if each.depth >= deepest]:
             # Of equals the one whose tokens leave later.
             safer = min(able, key=lambda each: (each.depth, -each.layers[0]))
             if safer not in chosen:
@@ -87,24 +94,20 @@ def exit_candidates(
     return chosen
 
 
-def _all(
-    points: Tensor,
-    right: Tensor,
-    weights: Tensor,
-    layers: Sequence[int],
-    full: int,
-    count: int,
-    lower_is_stricter: bool,
-) -> Iterator[Candidate]:
-    starts = {*spaced_indices(_SETS - 1, len(layers)), 0, len(layers) - 1}
-    for start in sorted(starts):
-        own, after = points[start:], tuple(layers[start:])
-        for threshold in threshold_grid(own, after, full, _FINENESS * count, lower_is_stricter):
-            leaves = own <= threshold if lower_is_stricter else own >= threshold
-            depth = points.new_full(leaves.shape[1:], full)
-            wrong = torch.zeros_like(depth)
-            for place in reversed(range(len(after))):
-                depth[leaves[place]] = after[place] + 1
-                wrong[leaves[place]] = (~right[start + place][leaves[place]]).float()
-            risk, mean = float((wrong * weights).mean()), float((depth * weights).mean())
-            yield Candidate(after, threshold, risk, mean)
+def _outcome(
+    leaves: Tensor, right: Tensor, layers: Sequence[int], full: int
+) -> tuple[Tensor, Tensor]:
+    """Of each token, whether it leaves with another token than full depth's, and its layers.
+
+    Args:
+        leaves: bool, (exits, tokens).
+        right: bool, (exits, tokens).
+        layers: of the exits, ascending.
+        full: layers of the model.
+    """
+    depth = torch.full(leaves.shape[1:], float(full), device=leaves.device)
+    wrong = torch.zeros_like(depth)
+    for place in reversed(range(len(layers))):
+        depth[leaves[place]] = layers[place] + 1
+        wrong[leaves[place]] = (~right[place][leaves[place]]).float()
+    return wrong, depth

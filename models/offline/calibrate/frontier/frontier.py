@@ -22,16 +22,9 @@ from sluice.models.offline.calibrate.frontier.greedy_levels import (
     units,
     without,
 )
-from sluice.models.offline.calibrate.frontier.measure import (
-    AT_ONCE,
-    Measurements,
-    SettingMeasure,
-)
+from sluice.models.offline.calibrate.frontier.measure import AT_ONCE, Measurements, SettingMeasure
 from sluice.models.offline.calibrate.frontier.nearly_free import families
-from sluice.models.offline.calibrate.frontier.pareto import (
-    choose,
-    shortfalls,
-)
+from sluice.models.offline.calibrate.frontier.pareto import choose, shortfalls
 from sluice.models.offline.calibrate.frontier.points import DIGITS, Points
 from sluice.models.offline.calibrate.frontier.settings import (
     FULL_DEPTH,
@@ -46,15 +39,8 @@ from sluice.models.offline.calibrate.pipeline import engine_of, profile_parts
 from sluice.models.offline.calibrate.step import Calibration, Step, check_least, option
 from sluice.models.offline.calibrate.workspace import Part, key_of
 from sluice.models.offline.hf_model.examples import CalibrationError, spaced_indices
-from sluice.models.offline.intervals import (
-    LEAST_REPEATS,
-)
-from sluice.models.profile.fields import (
-    EffortLevel,
-    EqualCompute,
-    FrontierFields,
-    Interval,
-)
+from sluice.models.offline.intervals import LEAST_REPEATS
+from sluice.models.profile.fields import EffortLevel, EqualCompute, FrontierFields, Interval
 
 _LOG = logging.getLogger(__name__)
 _Chosen = Literal["chain", "uniform", "random"]

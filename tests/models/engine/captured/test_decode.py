@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 from sluice.models.engine.captured.decode import (
     CapturedDecode,
     DecodeBuffers,
+    DecodeRows,
     LayerMasks,
     Pair,
     Parts,
@@ -24,6 +25,7 @@ from sluice.models.engine.captured.decode import (
 from sluice.models.engine.captured.recorders import DirectCalls, Launch, Limits
 from sluice.models.offline.bench.gpu import __main__ as script
 from sluice.models.offline.bench.gpu.decoder import StaticDecoder
+from sluice.models.offline.bench.gpu.figures import random_masks
 
 LAYERS, HIDDEN, CONTEXT, ROWS, POSITION = 6, 64, 16, 4, 9
 NO_LIMITS = Limits(seconds=float("inf"), memory=1)
@@ -67,23 +69,15 @@ def decode(decoder: StaticDecoder, recorder: Any = None, limits: Limits = NO_LIM
     return CapturedDecode(decoder.layers, buffers, recorder or DirectCalls(), limits)
 
 
-def random_masks(seed: int, tokens: int) -> list[LayerMasks]:
-    generator = np.random.default_rng(seed)
-    masks = [
-        LayerMasks(*(generator.random((3, tokens)) < generator.random())) for _ in range(LAYERS)
-    ]
-    return [mask._replace(writes=mask.writes | mask.attention) for mask in masks]
+def masks_of(seed: int, tokens: int) -> list[LayerMasks]:
+    return random_masks(np.random.default_rng(seed), LAYERS, tokens)
 
 
 def step(
     captured: CapturedDecode, masks: Sequence[LayerMasks], hidden: torch.Tensor, rows: int
 ) -> Pair:
-    run = captured.begin(hidden, torch.full((len(hidden),), POSITION), rows)
-    run.load(0, masks)
-    for index, mask in enumerate(masks):
-        run.layer(index, mask.parts)
-    run.settle()
-    return run.pair
+    positions = torch.full((len(hidden),), POSITION)
+    return captured.begin(hidden, positions, rows).all_layers(masks)
 
 
 def fresh_cache(decoder: StaticDecoder, masks: Sequence[LayerMasks]) -> None:
@@ -105,12 +99,12 @@ def alone(decoder: StaticDecoder, masks: Sequence[LayerMasks], hidden: torch.Ten
         for layer, mask in zip(decoder.layers, masks, strict=True):
             own = [cache[row : row + 1].clone() for cache in (layer.keys, layer.values)]
             shared, (layer.keys, layer.values) = (layer.keys, layer.values), own
-            place, yes = torch.tensor([POSITION]), torch.tensor([True])
             zero = torch.zeros_like(state)
+            alone = DecodeRows(state, zero, torch.tensor([POSITION]), torch.tensor([True]))
             if mask.attention[row]:
-                state = sum(layer.attend(state, zero, place, yes))
+                state = sum(layer.attend(alone))
             elif mask.writes[row]:
-                layer.fill(state, zero, place, yes)
+                layer.fill(alone)
             if mask.mlp[row]:
                 state = sum(layer.run_mlp(state, zero))
             for cache, changed in zip(shared, own, strict=True):
@@ -134,7 +128,7 @@ def caches(decoder: StaticDecoder) -> list[torch.Tensor]:
 def test_random_plans(decoder: StaticDecoder, rows: int, seed: int) -> None:
     """States and K/V, with padding, over K/V that are NaN where nobody attends."""
     tokens = 1 + seed % rows
-    masks = random_masks(seed, tokens)
+    masks = masks_of(seed, tokens)
     hidden = torch.randn((tokens, HIDDEN), generator=torch.Generator().manual_seed(seed))
     captured = decode(decoder)
     assert captured.capture(rows)
@@ -160,17 +154,14 @@ def test_full_depth_is_the_model(decoder: StaticDecoder) -> None:
     for position in range(ids.shape[1]):
         hidden = decoder.model.model.embed_tokens(ids[:, position])
         run = captured.begin(hidden, torch.full((ROWS,), position), ROWS)
-        run.load(0, masks)
-        for index, mask in enumerate(masks):
-            run.layer(index, mask.parts)
-        run.settle()
-        torch.testing.assert_close(decoder.logits(*run.pair), expected[:, position])
+        pair = run.all_layers(masks)
+        torch.testing.assert_close(decoder.logits(*pair), expected[:, position])
 
 
 @torch.inference_mode()
 def test_masks_that_change_on_the_way(decoder: StaticDecoder) -> None:
     """As after an exit: masks of the layers that follow come while earlier launches wait."""
-    first, later = random_masks(1, 3), random_masks(2, 3)
+    first, later = masks_of(1, 3), masks_of(2, 3)
     hidden = torch.randn((3, HIDDEN), generator=torch.Generator().manual_seed(3))
     masks = [*first[:2], *later[2:]]
     captured = decode(decoder)
@@ -198,7 +189,7 @@ def test_a_launch_reads_nothing_back_and_its_addresses_stay(decoder: StaticDecod
     launches = len(captured)
     for seed in range(3):
         with no_host_reads():
-            step(captured, random_masks(seed, 2), torch.randn((2, HIDDEN)), ROWS)
+            step(captured, masks_of(seed, 2), torch.randn((2, HIDDEN)), ROWS)
     assert [tensor.data_ptr() for tensor in kept] == addresses
     assert len(captured) == launches
     with pytest.raises(HostReadError), no_host_reads():
