@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.repeats < LEAST_REPEATS:
         parser.error(f"--repeats must be at least {LEAST_REPEATS}")
+    if args.routed is not None and not 0 < args.routed < min(args.batch):
+        parser.error("--routed must be above 0 and below every --batch")
     try:
         comparison = _comparison(args)
         rows = _measured(args, comparison)
@@ -52,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         **provenance(),
         "tokens": args.tokens,
         "repeats": args.repeats,
+        "routed": args.routed,
         "mode": "eager" if "--enforce-eager" in args.serve_arguments.split() else "compiled",
         "rows": rows,
     }
@@ -85,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         "--repeats", type=int, default=LEAST_REPEATS, help="pairs of each policy and batch"
     )
     parser.add_argument(
+        "--routed",
+        type=int,
+        metavar="N",
+        help="only N requests of each batch have the policy, and the times are of the others",
+    )
+    parser.add_argument(
         "--serve-arguments", default="", metavar="ARGUMENTS", help="for both servers"
     )
     return parser
@@ -100,6 +109,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
         args.batch,
         args.repeats,
         args.tokens,
+        args.routed,
     )
 
 

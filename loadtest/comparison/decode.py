@@ -33,8 +33,9 @@ async def timed_batch(
     client: httpx.AsyncClient,
     model: str,
     prompts: Sequence[str],
-    routing: Mapping[str, Any] | None,
+    routings: Sequence[Mapping[str, Any] | None],
     tokens: int,
+    first_counted: int = 0,
 ) -> BatchTimes:
     """Send prompts at once as chats, and follow their streams.
 
@@ -42,16 +43,20 @@ async def timed_batch(
         client: with the server's base URL.
         model: its model id.
         prompts: what a user says.
-        routing: `routing` object of all of them; None sends none.
+        routings: `routing` object of each; None sends none.
         tokens: of every answer; an end token does not end it.
+        first_counted: the times are of this request and those after it.
 
     Raises:
         AnswerError: a request was refused, or its answer has another number of tokens.
         httpx.HTTPError: the server is not there.
     """
     began = time.perf_counter()
-    streams = [_stream(client, model, prompt, routing, tokens) for prompt in prompts]
-    ends = await asyncio.gather(*streams)
+    streams = [
+        _stream(client, model, prompt, routing, tokens)
+        for prompt, routing in zip(prompts, routings, strict=True)
+    ]
+    ends = (await asyncio.gather(*streams))[first_counted:]
     last = max(end for _, end in ends)
     return BatchTimes(last - max(first for first, _ in ends), last - began)
 

@@ -58,6 +58,8 @@ class Comparison:
         batches: requests at once.
         repeats: pairs of each policy and batch, 6 or more.
         tokens: of every answer.
+        routed: requests of each batch that have the policy, fewer than the batch; the times are
+            of their neighbours. None: all have it, and the times are of all.
     """
 
     model: str
@@ -66,6 +68,7 @@ class Comparison:
     batches: Sequence[int]
     repeats: int
     tokens: int
+    routed: int | None = None
 
     def run(self, stock_url: str, our_url: str, say: Callable[[str], None]) -> list[Pairs]:
         """Measure on two running servers.
@@ -101,10 +104,15 @@ class Comparison:
     ) -> None:
         start = (repeat + 1) * row.batch
         prompts = [self.prompts[(start + n) % len(self.prompts)] for n in range(row.batch)]
-        sides = [(stock, None, row.stock), (ours, self.policies[row.policy], row.ours)]
+        routed = row.batch if self.routed is None else self.routed
+        none: Sequence[Mapping[str, Any] | None] = [None] * row.batch
+        policies = [*[self.policies[row.policy]] * routed, *none[routed:]]
+        sides = [(stock, none, row.stock), (ours, policies, row.ours)]
         tokens = self.tokens if repeat >= 0 else min(self.tokens, _WARM_UP_TOKENS)
-        for client, routing, times in sides[:: 1 if repeat % 2 else -1]:
-            taken = await timed_batch(client, self.model, prompts, routing, tokens)
+        for client, routings, times in sides[:: 1 if repeat % 2 else -1]:
+            taken = await timed_batch(
+                client, self.model, prompts, routings, tokens, self.routed or 0
+            )
             if repeat >= 0:
                 times.append(taken)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import math
 import os
 import secrets
 import signal
@@ -17,7 +18,12 @@ import tempfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from sluice.models.engine.workers import CPU_KV_CACHE_BYTES, worker_class
+from sluice.models.engine.workers import (
+    CPU_KV_CACHE_BYTES,
+    GROUP_BY_DEPTH_ENV,
+    GROUPING_SCHEDULER,
+    worker_class,
+)
 from sluice.models.offline.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
 from sluice.models.profile.profile import PROFILE_ENV, ProfileError
 from sluice.models.routing.presets import PresetsFileError
@@ -28,6 +34,7 @@ from sluice.server.cli.extras import require_vllm
 from sluice.server.cli.parser import OneLineParser
 from sluice.server.cli.serve_checks import (
     check_address,
+    check_grouping,
     check_keys,
     check_model,
     check_presets,
@@ -107,11 +114,15 @@ def main(argv: list[str]) -> None:
     check_presets(parser, args.presets, profile)
     check_keys(parser, args)
     choose_expert_routing(parser, args)
+    check_grouping(parser, args)
     check_address(parser, args)
     if args.worker_cls == "auto":
         args.worker_cls = worker_class()
     if args.verbose and not chosen:
         os.environ.pop(LOG_LEVEL_ENV, None)  # `--verbose` stood in a file of `--config`.
+    if args.group_by_depth is not None:
+        args.scheduler_cls = GROUPING_SCHEDULER
+        os.environ[GROUP_BY_DEPTH_ENV] = str(args.group_by_depth)
     args.quiet = not args.verbose and args.uvicorn_log_level is None
     args.uvicorn_log_level = args.uvicorn_log_level or UVICORN_LEVEL
     configure_logging_from_args(args)
@@ -213,6 +224,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="answer /metrics without a key where --keys is given",
     )
     group.add_argument(
+        "--group-by-depth",
+        type=seconds,
+        default=None,
+        metavar="SECONDS",
+        help="where more requests wait than fit, let those go first that leave out the same layers "
+        "as the running ones; a waiting request is overtaken for so long at most "
+        "(see docs/serving.md)",
+    )
+    group.add_argument(
         "--verbose",
         action="store_true",
         help="print all that vLLM and uvicorn say. Without it, only warnings, errors and the "
@@ -220,6 +240,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     overload.add_arguments(group)
     body_limit.add_arguments(group)
+
+
+def seconds(text: str) -> float:
+    """Read a flag's length of time.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not above 0, or has no end.
+    """
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
+    return number
 
 
 def apply_demo_defaults(args: argparse.Namespace) -> None:

@@ -143,6 +143,17 @@ def check_keys(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(str(error))
 
 
+def check_grouping(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check for `--group-by-depth` that the order of waiting requests is ours to choose."""
+    if args.group_by_depth is None:
+        return
+    if args.scheduler_cls is not None:
+        parser.error("give either --group-by-depth or --scheduler-cls, not both")
+    policy = args.scheduling_policy
+    if policy != "fcfs":
+        parser.error(f"--group-by-depth needs --scheduling-policy fcfs, not {policy}")
+
+
 def check_address(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Check that the server can listen where it is to; port 0 becomes a free one.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sluice.models.engine.runners.seams import BOTH, V1, V2
+from sluice.models.engine.runners.seams import BOTH, SCHEDULER, V1, V2
 from sluice.models.vllm_adapter.patches import (
     busy_wait,
     contrast_cache,
@@ -38,8 +38,8 @@ def vllm_folder() -> Path:
 
 
 def all_seams() -> list[Seam]:
-    """What the adapters of the runners use, and what the patches replace."""
-    return [*BOTH, *V1, *V2, *_wrapped()]
+    """What the adapters of the runners and the scheduler use, and what the patches replace."""
+    return [*BOTH, *V1, *V2, *SCHEDULER, *_wrapped()]
 
 
 def _wrapped() -> list[Seam]:

@@ -177,3 +177,14 @@ V2 = (
     Seam("v1/core/sched/output.py", "NewRequestData", ("prefill_token_ids", "prompt_len")),
 )
 """Of the V2 runner."""
+
+SCHEDULER = (
+    Seam("v1/core/sched/scheduler.py", "Scheduler", ("running", "waiting")),
+    Seam(
+        "v1/core/sched/request_queue.py",
+        "FCFSRequestQueue",
+        ("peek_request", "pop_request"),
+    ),
+    Seam("v1/request.py", "Request", ("arrival_time", "num_preemptions", "sampling_params")),
+)
+"""Of `--group-by-depth`."""

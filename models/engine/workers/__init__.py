@@ -1,10 +1,16 @@
-"""Our vLLM workers by name; naming one imports nothing of vLLM."""
+"""Our vLLM workers and scheduler by name; naming one imports nothing of vLLM."""
 
 from __future__ import annotations
 
 CPU_WORKER = "sluice.models.engine.workers.cpu.RoutedCPUWorker"
 CUDA_WORKER = "sluice.models.engine.workers.cuda.RoutedCUDAWorker"
 """Values for vLLM's `worker_cls`."""
+
+GROUPING_SCHEDULER = "sluice.models.engine.scheduler.grouping_scheduler"
+"""Value for vLLM's `scheduler_cls`."""
+
+GROUP_BY_DEPTH_ENV = "SLUICE_GROUP_BY_DEPTH"
+"""Seconds for which a waiting request may be overtaken by others of the depth that runs."""
 
 CPU_KV_CACHE_BYTES = 1024**3
 """K/V cache of an engine on a CPU, unless the user says how much.

@@ -35,7 +35,7 @@ class BenchEngine:
         began = time.perf_counter()
         outputs = self.engine.generate(requests, _SAMPLING)
         wall = time.perf_counter() - began
-        return wall if row.measure == "prefill" else _decode_seconds(outputs)
+        return _decode_seconds(outputs) if row.measure == "decode" else wall
 
     def experts_loaded(self, row: Row, seed: int) -> float:
         """Distinct experts that a layer runs in a step of `row`; every request has a policy."""
@@ -51,7 +51,13 @@ class BenchEngine:
 
 @contextmanager
 def bench_engine(
-    kind: BenchModel, model: Path, worker: str, eager: bool, *, in_process: bool = False
+    kind: BenchModel,
+    model: Path,
+    worker: str,
+    eager: bool,
+    *,
+    in_process: bool = False,
+    **arguments: Any,
 ) -> Iterator[BenchEngine]:
     """Start an engine with the flags that all of a benchmark's engines have, and end it.
 
@@ -61,6 +67,7 @@ def bench_engine(
         worker: for vLLM's `worker_cls`.
         eager: run without torch.compile.
         in_process: run it in this process, and not in others as a server does.
+        arguments: more of vLLM's engine arguments.
     """
     with offline_engine(
         model,
@@ -75,6 +82,7 @@ def bench_engine(
         enable_prefix_caching=True,
         kv_cache_memory_bytes=_KV_CACHE_BYTES[kind],
         disable_log_stats=False,
+        **arguments,
     ) as engine:
         yield BenchEngine(engine)
 

@@ -24,7 +24,8 @@ class Row:
         policies: of the batch's requests, in order; None is a request without routing.
         bar: ratio to stock vLLM that the project promises, or None.
         ideal: ratio if a step were its rows' layers and nothing else, or None if not known.
-        measure: `decode` counts tokens per second after the first; `prefill` the time to it.
+        measure: `decode` counts tokens per second after the first, `prefill` the time to it,
+            `batch` all the time.
         prompt_tokens: length of each prompt.
         same_prompts: every repeat has the same prompts, so that the prefix cache has them.
         model: what it is measured on.
@@ -34,7 +35,7 @@ class Row:
     policies: tuple[RoutingPolicy | None, ...]
     bar: float | None = None
     ideal: float | None = 1.0
-    measure: Literal["decode", "prefill"] = "decode"
+    measure: Literal["decode", "prefill", "batch"] = "decode"
     prompt_tokens: int = PROMPT_TOKENS
     same_prompts: bool = False
     model: BenchModel = BenchModel.DENSE
@@ -48,7 +49,7 @@ class Row:
 def depth_rows(plans: RecordedPlans) -> tuple[Row, ...]:
     """The rows of the dense model; `plans` are replayed."""
     none = [Row(f"decode, batch {b}, no routing", (None,) * b, 0.98) for b in (1, 8, 32)]
-    half = RoutingPolicy(SkipSet.of(blocks=_spread(LAYERS // 2)))
+    half = half_of_the_blocks()
     all_skip = [
         Row(f"decode, batch {b}, all skip half of the blocks", (half,) * b, bar, 2.0)
         for b, bar in ((1, 1.8), (8, 1.7), (32, 1.7))
@@ -77,6 +78,11 @@ def depth_rows(plans: RecordedPlans) -> tuple[Row, ...]:
         ),
     ]
     return (*none, *all_skip, *mixed, *prefill, *_exit_rows(plans), *_long_rows())
+
+
+def half_of_the_blocks() -> RoutingPolicy:
+    """Leaves out every other block."""
+    return RoutingPolicy(SkipSet.of(blocks=_spread(LAYERS // 2)))
 
 
 def _exit_rows(plans: RecordedPlans) -> list[Row]:

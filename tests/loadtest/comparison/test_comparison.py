@@ -49,6 +49,16 @@ def test_the_demo_model_against_stock_vllm(tmp_path: Path, monkeypatch: pytest.M
     assert all((tmp_path / f"speed.{name}.log").stat().st_size for name in ("stock", "sluice"))
 
 
+@pytest.mark.parametrize("routed", ["0", "2"])
+def test_neighbours_are_some_of_every_batch(
+    routed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--policies", "p", "--prompts", "p", "--out", str(tmp_path / "out.json")]
+    with pytest.raises(SystemExit):
+        main(["m", *files, "--batch", "8", "2", "--routed", routed])
+    assert "--routed must be above 0 and below every --batch" in capsys.readouterr().err
+
+
 def test_a_refused_policy_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "policies.json").write_text("{")
     with pytest.raises(SystemExit):

@@ -43,7 +43,8 @@ def streaming(waits: Callable[[str], tuple[float, float]], tokens: int = 3) -> A
 def timed(transport: Any, prompts: list[str], **more: Any) -> BatchTimes:
     async def run() -> BatchTimes:
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await timed_batch(client, "m", prompts, more.get("routing"), 3)
+            routings = more.get("routings", [None] * len(prompts))
+            return await timed_batch(client, "m", prompts, routings, 3, more.get("first", 0))
 
     return asyncio.run(run())
 
@@ -53,6 +54,13 @@ def test_decoding_begins_when_every_request_has_its_first_token() -> None:
     times = timed(streaming(waits.__getitem__), ["early", "late"])
     assert times.decode == pytest.approx(0.4, abs=0.1)
     assert times.total == pytest.approx(0.6, abs=0.1)
+
+
+def test_times_are_of_the_requests_that_count() -> None:
+    waits = {"routed": (0.5, 0.9), "one": (0.0, 0.5), "other": (0.2, 0.2)}
+    times = timed(streaming(waits.__getitem__), ["routed", "one", "other"], first=1)
+    assert times.decode == pytest.approx(0.3, abs=0.1)
+    assert times.total == pytest.approx(0.5, abs=0.1)
 
 
 def test_other_answers_are_no_measurement() -> None:
@@ -73,7 +81,7 @@ def test_a_request_has_the_routing_and_no_early_end() -> None:
         seen.append(json.loads(request.content))
         return httpx.Response(200, text=event("a") + event(usage=3))
 
-    timed(httpx.MockTransport(handle), ["a"], routing={"effort": 0.5})
+    timed(httpx.MockTransport(handle), ["a"], routings=[{"effort": 0.5}])
     timed(httpx.MockTransport(handle), ["a"])
     assert seen[0]["routing"] == {"effort": 0.5}
     assert "routing" not in seen[1]
@@ -92,8 +100,8 @@ def test_ratios_are_of_pairs() -> None:
 def test_servers_take_turns_with_the_same_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, tuple[str, ...], Any]] = []
 
-    async def record(client: Any, _model: str, prompts: Any, routing: Any, _tokens: int) -> Any:
-        seen.append((client.base_url.host, tuple(prompts), routing))
+    async def record(client: Any, _model: str, prompts: Any, routings: Any, *_: Any) -> Any:
+        seen.append((client.base_url.host, tuple(prompts), routings))
         return BatchTimes(1.0, 1.0)
 
     monkeypatch.setattr("sluice.loadtest.comparison.pairs.timed_batch", record)
@@ -107,5 +115,24 @@ def test_servers_take_turns_with_the_same_prompts(monkeypatch: pytest.MonkeyPatc
     assert first[:4] == ["ours", "stock", "ours", "stock"] or first[:4] == [
         *("stock", "ours", "stock", "ours")
     ]
-    assert all(routing is None for host, _, routing in seen if host == "stock")
-    assert [routing for host, _, routing in seen if host == "ours"][:2] == [None, {"effort": 0.5}]
+    assert all(routings == [None] * 2 for host, _, routings in seen if host == "stock")
+    asked_of_us = [routings for host, _, routings in seen if host == "ours"]
+    assert asked_of_us[:2] == [[None] * 2, [{"effort": 0.5}] * 2]
+
+
+def test_neighbours_of_routed_requests_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, Any, int]] = []
+
+    async def record(
+        client: Any, _model: str, _prompts: Any, routings: Any, _tokens: int, first: int
+    ) -> Any:
+        seen.append((client.base_url.host, routings, first))
+        return BatchTimes(1.0, 1.0)
+
+    monkeypatch.setattr("sluice.loadtest.comparison.pairs.timed_batch", record)
+    policy = {"effort": 0.5}
+    asked = Comparison("m", ["a", "b"], {"half": policy}, [3], 6, 3, routed=1)
+    asked.run("http://stock", "http://ours", lambda _: None)
+    assert all(first == 1 for _, _, first in seen)
+    routings = {host: routings for host, routings, _ in seen}
+    assert routings == {"stock": [None] * 3, "ours": [policy, None, None]}

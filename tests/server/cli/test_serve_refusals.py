@@ -163,3 +163,24 @@ def test_what_can_be_served_starts(environment: pytest.MonkeyPatch, tmp_path: Pa
     assert started[0].port > 0
     assert (started[0].quiet, started[0].uvicorn_log_level) == (True, "info")
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["0"], "argument --group-by-depth: 0 is not a number of seconds above 0"),
+        (["inf"], "argument --group-by-depth: inf is not a number of seconds above 0"),
+        (["nan"], "argument --group-by-depth: nan is not a number of seconds above 0"),
+        (["soon"], "argument --group-by-depth: invalid seconds value: 'soon'"),
+        (
+            ["2", "--scheduler-cls", "mine.Scheduler"],
+            "give either --group-by-depth or --scheduler-cls, not both",
+        ),
+        (
+            ["2", "--scheduling-policy", "priority"],
+            "--group-by-depth needs --scheduling-policy fcfs, not priority",
+        ),
+    ],
+)
+def test_an_order_that_is_not_ours_to_choose(refusal: Any, arguments: list[str], why: str) -> None:
+    assert refusal(DEMO, "--group-by-depth", *arguments) == why
