@@ -18,7 +18,6 @@ from pydantic import TypeAdapter, ValidationError
 from sluice.models.depth.prefix_sharing import cache_salt
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.routing.capabilities import Capabilities
-from sluice.models.routing.depth.skip import order_warnings
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.presets import (
     CUSTOM_PRESET,
@@ -49,7 +48,6 @@ class Admitted:
         preset: name of the preset, or `custom`.
         effort: what the request or its preset asked for, or None.
         model: (what vLLM calls the model, what the client called it) where they differ.
-        warnings: for its report.
     """
 
     body: dict[str, Any]
@@ -57,7 +55,6 @@ class Admitted:
     preset: str
     effort: float | None
     model: tuple[str, str] | None = None
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +110,6 @@ class Admission:
             preset=fields.preset or CUSTOM_PRESET,
             effort=merged.effort,
             model=None if model_preset is None else (self.capabilities.models[0], body["model"]),
-            warnings=order_warnings(merged, self.capabilities),
         )
 
     def preset_refusal(self, name: str) -> RoutingError | None:

@@ -27,7 +27,6 @@ from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.fields import EngineMode
 from sluice.models.profile.profile import PROFILE_ENV, Profile
 from sluice.models.routing.capabilities import Capabilities
-from sluice.models.routing.depth.skip import order_warnings
 from sluice.models.routing.presets import request_policy
 from sluice.models.routing.resolve import merge_preset
 from sluice.models.routing.schema import PresetFields, parse_routing
@@ -138,23 +137,20 @@ class OfflineEngine:
         fields = merge_preset(parse_routing(routing), presets, "routing.preset")
         return request_policy(fields, presets, self.capabilities)
 
-    def warnings(
-        self, routing: Mapping[str, Any], presets: Mapping[str, PresetFields]
-    ) -> tuple[str, ...]:
-        """What a server's report would say of a `routing` object."""
-        fields = merge_preset(parse_routing(routing), presets, "routing.preset")
-        return order_warnings(fields, self.capabilities)
-
     def generate(
-        self, requests: Sequence[Request], sampling: Mapping[str, Any], *, cache_salts: bool = False
+        self,
+        requests: Sequence[Request],
+        sampling: Mapping[str, Any],
+        *,
+        salt: str | None = None,
     ) -> list[Any]:
         """Answer greedily, all requests at once.
 
         Args:
             requests: what to run.
             sampling: more of vLLM's sampling parameters.
-            cache_salts: keep the K/V of different policies apart in the prefix cache, as a server
-                does.
+            salt: keep the K/V of different policies apart in the prefix cache, and of requests
+                with other salts, as a server does with a client's `cache_salt`; None does not.
 
         Returns:
             vLLM's outputs, in order.
@@ -162,8 +158,10 @@ class OfflineEngine:
         prompts: list[dict[str, Any]] = []
         for request in requests:
             prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt)}
-            salt = cache_salt(request.extra, None) if cache_salts and request.extra else None
-            prompts.append(prompt if salt is None else {**prompt, "cache_salt": salt})
+            if salt is not None:
+                own = None if request.extra is None else cache_salt(request.extra, salt)
+                prompt["cache_salt"] = own or salt
+            prompts.append(prompt)
         params = [_sampling_params(request, sampling) for request in requests]
         outputs: list[Any] = self._llm.generate(prompts, params, use_tqdm=False)
         return outputs

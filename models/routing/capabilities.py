@@ -114,6 +114,16 @@ class Capabilities:
         return self.profile.importance if self.profile else None
 
     @property
+    def order_refusal(self) -> str | None:
+        """Why nobody can say which layers go first, or None if the profile can."""
+        if self.importance is not None:
+            return None
+        return (
+            "no profile says which layers this model can do without: measure them with "
+            "`sluice calibrate MODEL --quick`, and start the server with --profile"
+        )
+
+    @property
     def speed_warning(self) -> str | None:
         """That the profile's speeds are of an engine that runs otherwise, or None."""
         frontier = self.profile.frontier if self.profile else None

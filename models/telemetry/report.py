@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from sluice.models.policy.axes import DECODE, EXECUTED, MODULES, OUTCOMES
@@ -15,9 +14,7 @@ _NEIGHBOURS = (
 )
 
 
-def build_report(
-    policy: RoutingPolicy, record: RoutingRecord | None, warnings: Sequence[str] = ()
-) -> dict[str, Any]:
+def build_report(policy: RoutingPolicy, record: RoutingRecord | None) -> dict[str, Any]:
     """What ran, as counted by the worker, in JSON values.
 
     `exit_layers` is there under an exit rule, `token_layers` for a single sample, `mask` where the
@@ -26,11 +23,10 @@ def build_report(
     Args:
         policy: the effective policy.
         record: of the request, or None if it was lost.
-        warnings: what is to be said of the request as it was asked.
     """
     report: dict[str, Any] = {"policy": policy.to_dict()}
     if record is None:
-        return {**report, "warnings": [*warnings, "the engine kept no record of this request"]}
+        return {**report, "warnings": ["the engine kept no record of this request"]}
     report["layers"] = [
         {
             "layer": layer,
@@ -52,7 +48,7 @@ def build_report(
     report["generated"] = _generated(record)
     if record.mask is not None:
         report["mask"] = record.mask
-    said = [*warnings]
+    said = []
     if record.experts is not None:
         report["experts"] = {
             name: _rounded(value) if isinstance(value, float) else value

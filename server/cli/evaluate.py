@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from sluice.server.cli.policies import (
     read_policies,
     report_results,
 )
+from sluice.server.cli.progress import Progress
 
 if TYPE_CHECKING:
     from sluice.models.offline.evaluate.evaluation import Backend
@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> None:
         SystemExit: 2 for arguments or tasks that do not fit, a server that does not answer, or a
             policy that is refused; what was measured before it is shown.
     """
+    from rich.console import Console
+
     _check(args)
     if args.url is None:
         require_vllm(args.parser.prog)
@@ -113,7 +115,8 @@ def run(args: argparse.Namespace) -> None:
     examples = [example for group in tasks.values() for example in group]
     try:
         with (
-            _progress(len(examples) * len(policies)) as answered,
+            Progress(Console(stderr=True)) as progress,
+            progress.count("items", len(examples) * len(policies)) as answered,
             _backend(args, examples, answered) as backend,
         ):
 
@@ -179,15 +182,3 @@ def _backend(
         answered=answered,
     ) as backend:
         yield backend
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error, if that is a terminal; yields what advances it by one."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("answers", total=total)
-        yield lambda: bar.advance(task)

@@ -111,7 +111,8 @@ def report_results(
     """
     from rich.console import Console
 
-    from sluice.models.offline.evaluate.results import show
+    from sluice.models.offline.evaluate.paired import differences
+    from sluice.models.offline.evaluate.tables import show
 
     if results:
         show(results, Console(), title, bar)
@@ -120,6 +121,8 @@ def report_results(
             print(f"warning: policy {result.policy}: {warning}", file=sys.stderr)
     if args.json is not None:
         rows = [result.to_wire() for result in results]
+        for row, difference in zip(rows[1:], differences(results), strict=True):
+            row["difference"] = difference.to_wire()
         try:
             args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         except OSError as error:

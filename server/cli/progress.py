@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -39,31 +39,58 @@ class Progress:
             description: what is done with them.
             total: how many there are; 0 if nobody knows.
         """
-        return (self._lines if self._bars is None else self._bar)(things, description, total)
-
-    def _bar(self, things: Iterable[Any], description: str, total: int) -> Iterator[Any]:
-        task = self._bars.add_task(description, total=total or None)
-        try:
+        with self.count(description, total) as done:
             for thing in things:
                 yield thing
-                self._bars.advance(task)
+                done()
+
+    @contextmanager
+    def count(self, description: str, total: int) -> Iterator[Callable[[], None]]:
+        """Show how many of something are done; gives what counts one more.
+
+        Args:
+            description: what is done.
+            total: how many there are; 0 if nobody knows.
+        """
+        if self._bars is None:
+            lines = _Lines(self._say, description, total)
+            yield lines.advance
+            lines.end()
+            return
+        task = self._bars.add_task(description, total=total or None)
+        try:
+            yield lambda: self._bars.advance(task)
         finally:  # A step may have seen enough before the end.
             self._bars.update(task, visible=False)
 
-    def _lines(self, things: Iterable[Any], description: str, total: int) -> Iterator[Any]:
-        began = said = time.monotonic()
-        for done, thing in enumerate(things, 1):
-            yield thing
-            now = time.monotonic()
-            if now - said >= _EVERY and done != total:
-                said = now
-                self._say(progress_line(description, done, total, now - began))
-        taken = time.monotonic() - began
-        if taken >= _EVERY:
-            self._say(f"  {description}: done in {taken:.0f} s")
-
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Lines:
+    """Says in plain lines how many of something are done."""
+
+    def __init__(self, say: Callable[[str], None], description: str, total: int) -> None:
+        self._say = say
+        self._description = description
+        self._total = total
+        self._done = 0
+        self._began = self._said = time.monotonic()
+
+    def advance(self) -> None:
+        """One more."""
+        self._done += 1
+        now = time.monotonic()
+        if now - self._said >= _EVERY and self._done != self._total:
+            self._said = now
+            line = progress_line(self._description, self._done, self._total, now - self._began)
+            self._say(line)
+
+    def end(self) -> None:
+        """That was all."""
+        taken = time.monotonic() - self._began
+        if taken >= _EVERY:
+            self._say(f"  {self._description}: done in {taken:.0f} s")
 
 
 def progress_line(description: str, done: int, total: int, seconds: float) -> str:

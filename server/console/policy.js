@@ -17,7 +17,6 @@ const DEPTH_FIELDS = { effort: "effort", exit: "depth.exit" };
 const SOURCES = {
   frontier: "Read from the profile's measured frontier.",
   importance: "Share of the blocks, least important first, as the profile ranks them.",
-  default: "Share of the blocks; nothing was measured for this model.",
 };
 
 export class Policy {
@@ -77,7 +76,8 @@ export class Policy {
     parent.replaceChildren();
     this.#effort = null;
     this.#form.elements.depth[0].checked = true;
-    if (supported) {
+    this.#refuse("effort-refused", supported && !effort.available ? `effort: ${effort.reason}` : null);
+    if (supported && effort.available) {
       const range = { label: "Effort", low: effort.lowest, high: 1, value: 1 };
       this.#effort = new Slider(parent, range, () => this.#write());
       at("effort-note").textContent =
@@ -115,7 +115,8 @@ export class Policy {
     const choices = [...depth].filter((radio) => radio.value !== "");
     const clashing = choices.filter((radio) => clashes(DEPTH_FIELDS[radio.value]));
     for (const radio of choices) {
-      radio.disabled = !this.#routable || clashing.includes(radio);
+      const missing = radio.value === "effort" && this.#effort === null;
+      radio.disabled = !this.#routable || missing || clashing.includes(radio);
       // Assigning "" to the list's own `value` chooses nothing.
       if (radio.disabled && radio.checked) depth[0].checked = true;
     }

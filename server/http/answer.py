@@ -132,7 +132,7 @@ class Answer:
 
     async def _report(self, admitted: Admitted) -> dict[str, Any]:
         await self._take(admitted)
-        return build_report(admitted.extra.policy, self.record, admitted.warnings)
+        return build_report(admitted.extra.policy, self.record)
 
     async def _take(self, admitted: Admitted) -> None:
         """Take the record from the engine, once.

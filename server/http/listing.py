@@ -34,7 +34,7 @@ def capabilities_listing(capabilities: Capabilities) -> dict[str, Any]:
         "hidden_size": capabilities.hidden,
         "experts": capabilities.experts,
         "depth": depth_listing(capabilities) if supported else {},
-        "effort": effort_listing(profile, capabilities.layers) if supported else {},
+        "effort": effort_listing(capabilities) if supported else {},
         "report": supported,
         "mode": capabilities.mode,
         "speed_warning": capabilities.speed_warning,
@@ -54,7 +54,8 @@ def depth_listing(capabilities: Capabilities) -> dict[str, Any]:
         "skip": {
             "units": ["blocks", "attention", "mlp"],
             "by": [unit.value for unit in Unit],
-            "order": "default" if capabilities.importance is None else "profile",
+            "order": None if capabilities.importance is None else "profile",
+            "order_reason": capabilities.order_refusal,
             "sets": skip_set_listing(capabilities.profile),
         },
         "exit": {name: _exit(method, capabilities) for name, method in offered_exits().items()},
@@ -118,29 +119,30 @@ def _parameters(
     return ranges, more
 
 
-def effort_listing(profile: Profile | None, layers: int) -> dict[str, Any]:
+def effort_listing(capabilities: Capabilities) -> dict[str, Any]:
     """Where `effort` comes from and how low it goes.
 
-    Args:
-        profile: the one the server was started with.
-        layers: of the model.
-
     Returns:
-        `source` is `frontier`, or `importance` or `default` for the order in which blocks go;
-        `lowest` is the effort of the last level, or that of a single block.
+        `available`, or the `reason` why not. `source` is `frontier`, or `importance` for the order
+        in which blocks go; `lowest` is the effort of the last level, or that of a single block.
     """
-    frontier = profile.frontier if profile is not None else None
+    frontier = capabilities.profile.frontier if capabilities.profile is not None else None
+    refusal = None if capabilities.effort_levels else capabilities.order_refusal
+    common = {"available": refusal is None, "reason": refusal}
+    if refusal is not None:
+        return {**common, "source": None, "lowest": 1.0, "measure": None, "levels": []}
     if frontier is not None and frontier.effort:
         return {
+            **common,
             "source": "frontier",
             "lowest": frontier.effort[-1].effort,
             "measure": frontier.measure,
             "levels": [level.model_dump(mode="json") for level in frontier.effort],
         }
-    ordered = profile is not None and profile.importance is not None
     return {
-        "source": "importance" if ordered else "default",
-        "lowest": 1.0 / layers,
+        **common,
+        "source": "importance",
+        "lowest": 1.0 / capabilities.layers,
         "measure": None,
         "levels": [],
     }

@@ -13,7 +13,6 @@ from sluice.models.policy.policy import Phase, SkipSet
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.presets import check_presets
 from sluice.models.routing.schema import DepthFields, PresetFields, SkipFields
-from sluice.models.telemetry.report import build_report
 from sluice.server.access.capability import Caller, Capability
 from sluice.server.admission import Admission
 
@@ -22,7 +21,7 @@ PRESETS = {
     "half": PresetFields(depth=DepthFields(skip=SkipFields(blocks=[1, 2]))),
     "light": PresetFields(effort=0.5),
 }
-ADMISSION = Admission(CAPABILITIES, PRESETS)
+ADMISSION = Admission(PROFILED, PRESETS)
 CALLER = Caller(None, Capability.ADMIN)
 SKIP = {"depth": {"skip": {"mlp": [2]}}}
 
@@ -263,30 +262,24 @@ FRACTION = {"depth": {"skip": {"fraction": 0.5, "by": "block"}}}
 
 
 @pytest.mark.parametrize(
-    ("routing", "named"),
+    ("routing", "param"),
     [
-        ({"effort": 0.5}, "effort"),
-        ({"preset": "light"}, "effort"),
-        (FRACTION, "depth.skip.fraction"),
-        ({"effort": 1.0}, None),
-        (SKIP, None),
-        ({"preset": "half"}, None),
+        ({"effort": 0.5}, "routing.effort"),
+        ({"preset": "light"}, "routing.preset"),
+        (FRACTION, "routing.depth.skip.fraction"),
     ],
 )
-def test_layers_left_out_in_an_order_that_nobody_measured_are_warned_of(
-    routing: dict[str, Any], named: str | None
-) -> None:
-    """With a profile's order there is nothing to warn of."""
-    admitted = ADMISSION.admit(CHAT, {"model": "m", "routing": routing}, CALLER)
-    assert admitted is not None
-    measured = Admission(PROFILED, PRESETS).admit(CHAT, {"model": "m", "routing": routing}, CALLER)
-    assert measured is not None
-    assert measured.warnings == ()
-    if named is None:
-        assert admitted.warnings == ()
-        return
-    (warning,) = admitted.warnings
-    assert warning.startswith(f"{named} left out layers in a default order")
-    assert "sluice calibrate MODEL --quick" in warning
-    policy = admitted.extra.policy
-    assert build_report(policy, None, admitted.warnings)["warnings"][0] == warning
+def test_an_order_that_nobody_measured_is_refused(routing: dict[str, Any], param: str) -> None:
+    """The layers that it would leave out may be those that the model cannot do without."""
+    body = {"model": "m", "routing": routing}
+    with pytest.raises(RoutingError) as caught:
+        Admission(CAPABILITIES, PRESETS).admit(CHAT, body, CALLER)
+    assert (caught.value.param, caught.value.reason) == (param, "needs_profile")
+    assert "`sluice calibrate MODEL --quick`" in caught.value.message
+    assert Admission(PROFILED, PRESETS).admit(CHAT, body, CALLER) is not None
+
+
+@pytest.mark.parametrize("routing", [{"effort": 1.0}, SKIP, {"preset": "half"}])
+def test_named_layers_need_no_order(routing: dict[str, Any]) -> None:
+    body = {"model": "m", "routing": routing}
+    assert Admission(CAPABILITIES, PRESETS).admit(CHAT, body, CALLER) is not None

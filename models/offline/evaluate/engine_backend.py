@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -53,7 +54,9 @@ class EngineBackend:
         replies = []
         for output, report in self._run(prompts, routing, max_tokens):
             answer = output.outputs[0]
-            replies.append(Reply(answer.text, answer.finish_reason == "length", (report,)))
+            cut = answer.finish_reason == "length"
+            seconds, tokens = _seconds(output), len(answer.token_ids)
+            replies.append(Reply(answer.text, cut, (report,), seconds, tokens))
             self.answered()
         return replies
 
@@ -73,12 +76,14 @@ class EngineBackend:
         for example in examples:
             assert example.choices is not None
             logprobs, reports = [], []
+            seconds = 0.0
             for start, (output, report) in islice(outputs, len(example.choices)):
                 ids, read = output.prompt_token_ids, output.prompt_logprobs
                 logprobs.append([float(read[n][ids[n]].logprob) for n in range(start, len(ids))])
                 reports.append(report)
+                seconds += _seconds(output)
             chosen = example.choices[likeliest(logprobs, per_token)]
-            replies.append(Reply(chosen, reports=tuple(reports)))
+            replies.append(Reply(chosen, reports=tuple(reports), seconds=seconds))
             self.answered()
         return replies
 
@@ -89,20 +94,20 @@ class EngineBackend:
         max_tokens: int,
         **sampling: Any,
     ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-        """Outputs of vLLM and reports."""
+        """Outputs of vLLM and reports; nothing of earlier calls is read from the prefix cache."""
+        salt = uuid.uuid4().hex
         try:
             policy = self.engine.resolve(routing or {}, self.presets)
         except RoutingError as error:
             raise PolicyRefusedError(error.message, error.param) from None
-        warnings = self.engine.warnings(routing or {}, self.presets)
         # What else the model's generation_config.json says applies, as it does on a server.
         sampling = {**self.engine.default_sampling, **sampling}
         for start in range(0, len(prompts), self.at_once):
             part = prompts[start : start + self.at_once]
             requests = [Request(prompt, policy, max_tokens) for prompt in part]
-            outputs = self.engine.generate(requests, sampling, cache_salts=True)
+            outputs = self.engine.generate(requests, sampling, salt=salt)
             for request, output in zip(requests, outputs, strict=True):
-                yield output, build_report(policy, self.engine.take_record(request), warnings)
+                yield output, build_report(policy, self.engine.take_record(request))
 
 
 @contextmanager
@@ -149,6 +154,7 @@ def engine_backend(
                     files.folder,
                     profile=profile,
                     enforce_eager=True,
+                    disable_log_stats=False,  # Outputs have times then.
                     max_model_len=longest,
                     max_num_seqs=at_once,
                     kv_cache_memory_bytes=kv_cache_memory_bytes,
@@ -164,6 +170,11 @@ def engine_backend(
             message = f"presets file {presets}: {error.param}: {error.message}"
             raise EvaluationError(message) from None
         yield EngineBackend(engine, files, by_name, at_once, answered)
+
+
+def _seconds(output: Any) -> float:
+    """From when the engine took a request to its last token, by vLLM's own clock."""
+    return float(output.metrics.last_token_ts - output.metrics.queued_ts)
 
 
 def _encoded(model: HFModel, example: Example) -> tuple[int, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sluice.models.offline.evaluate.choices import idle_controls
-from sluice.models.offline.evaluate.results import PolicyResult
+from sluice.models.offline.evaluate.results import PolicyResult, Times
 from sluice.models.offline.evaluate.score import score
 from sluice.models.offline.evaluate.work import NothingCountedError, Work
 from sluice.models.offline.hf_model.examples import Example
@@ -39,11 +40,15 @@ class Reply:
         text: what was generated, or the likeliest choice.
         cut: it ended because it was as long as it may be.
         reports: `routing` objects of the answers behind it, if they carried any.
+        seconds: that the requests behind it took.
+        tokens: that were generated for it.
     """
 
     text: str
     cut: bool = False
     reports: tuple[Mapping[str, Any], ...] = ()
+    seconds: float = 0.0
+    tokens: int = 0
 
 
 MAX_TOKENS = 64
@@ -110,8 +115,11 @@ def evaluate(
     open_ones = [index for index, example in enumerate(examples) if example.choices is None]
     with_choices = [index for index, example in enumerate(examples) if example.choices is not None]
     replies: dict[int, Reply] = {}
+    answering = 0.0
     if open_ones:
+        began = time.perf_counter()
         answers = backend.answers([examples[index] for index in open_ones], sent, max_tokens)
+        answering = time.perf_counter() - began
         replies |= dict(zip(open_ones, answers, strict=True))
     if with_choices:
         chosen = backend.choices([examples[index] for index in with_choices], sent, per_token)
@@ -134,7 +142,12 @@ def evaluate(
             work = Work.of_reports(reports)
         except NothingCountedError as error:
             warnings.append(f"work is not known: {error}")
-    return PolicyResult(policy, routing, scores, work, tuple(warnings))
+    times = Times(
+        tuple(replies[index].seconds for index in range(len(examples))),
+        sum(reply.tokens for reply in replies.values()),
+        answering,
+    )
+    return PolicyResult(policy, routing, scores, work, tuple(warnings), times)
 
 
 def _without_template(backend: Backend, examples: Sequence[Example]) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -117,9 +119,10 @@ class HttpBackend:
             PolicyRefusedError: the server refuses the routing.
             EvaluationError: it fails, is not there, or refuses an example, which is named.
         """
+        salt = uuid.uuid4().hex
 
         async def ask(client: AsyncOpenAI, example: Example) -> Reply:
-            return await self._answer(client, example, routing, max_tokens)
+            return await self._answer(client, example, routing, max_tokens, salt)
 
         return asyncio.run(self._all(examples, ask))
 
@@ -142,9 +145,10 @@ class HttpBackend:
             EvaluationError: it fails, is not there, does not tokenize, gives no log probabilities
                 of prompts, or refuses an example, which is named.
         """
+        salt = uuid.uuid4().hex
 
         async def ask(client: AsyncOpenAI, example: Example) -> Reply:
-            return await self._choice(client, example, routing, per_token)
+            return await self._choice(client, example, routing, per_token, salt)
 
         return asyncio.run(self._all(examples, ask))
 
@@ -172,14 +176,16 @@ class HttpBackend:
         example: Example,
         routing: Mapping[str, Any] | None,
         max_tokens: int,
+        salt: str,
     ) -> Reply:
         text = self._plain(example)
         common: dict[str, Any] = {
             "model": self.model,
             "temperature": 0,
             "max_tokens": max_tokens,
-            "extra_body": _extra_body(routing),
+            "extra_body": self._extra_body(routing, salt),
         }
+        began = time.perf_counter()
         if text is not None:
             completion = await client.completions.create(prompt=text, **common)
             answer, given = completion.choices[0].text, completion
@@ -187,8 +193,10 @@ class HttpBackend:
             messages: Any = example.conversation
             chat = await client.chat.completions.create(messages=messages, **common)
             answer, given = chat.choices[0].message.content or "", chat
+        seconds = time.perf_counter() - began
         cut = given.choices[0].finish_reason == "length"
-        return Reply(answer, cut, _reports([given.model_extra]))
+        tokens = 0 if given.usage is None else given.usage.completion_tokens
+        return Reply(answer, cut, _reports([given.model_extra]), seconds, tokens)
 
     async def _choice(
         self,
@@ -196,6 +204,7 @@ class HttpBackend:
         example: Example,
         routing: Mapping[str, Any] | None,
         per_token: bool,
+        salt: str,
     ) -> Reply:
         assert example.choices is not None
         text = self._plain(example)
@@ -203,6 +212,7 @@ class HttpBackend:
         prompt = await self._tokens(client, body)
         choice_logprobs: list[list[float]] = []
         extras = []
+        seconds = 0.0
         for choice in example.choices:
             tokens = await self._tokens(client, {"prompt": choice, "add_special_tokens": False})
             if text is not None:
@@ -210,6 +220,7 @@ class HttpBackend:
                 tokens = choice_tokens(prompt, joined, tokens)
             if not tokens:
                 raise EvaluationError(f"{example.where}: choice {choice!r} has no tokens")
+            began = time.perf_counter()
             completion = await client.completions.create(
                 model=self.model,
                 prompt=[*prompt, *tokens],
@@ -217,8 +228,9 @@ class HttpBackend:
                 echo=True,
                 logprobs=0,
                 temperature=0,
-                extra_body=_extra_body(routing),
+                extra_body=self._extra_body(routing, salt),
             )
+            seconds += time.perf_counter() - began
             logprobs = completion.choices[0].logprobs
             read = None if logprobs is None else logprobs.token_logprobs
             if read is None or len(read) != len(prompt) + len(tokens):
@@ -228,7 +240,7 @@ class HttpBackend:
             choice_logprobs.append([float(each) for each in read[len(prompt) :]])
             extras.append(completion.model_extra)
         chosen = example.choices[likeliest(choice_logprobs, per_token)]
-        return Reply(chosen, reports=_reports(extras))
+        return Reply(chosen, reports=_reports(extras), seconds=seconds)
 
     def _plain(self, example: Example) -> str | None:
         """What the model reads without a chat template, or None where it gets one."""
@@ -289,14 +301,22 @@ class HttpBackend:
             template=template,
         )
 
+    def _extra_body(self, routing: Mapping[str, Any] | None, salt: str) -> dict[str, Any] | None:
+        """What goes beside OpenAI's fields, to a server that is ours.
+
+        Args:
+            routing: the policy, or None.
+            salt: keeps what other policies left in the prefix cache out: it would save one of two
+                policies the prompts, and so the time.
+        """
+        if not self.reports:
+            return None
+        return {"cache_salt": salt, **({} if routing is None else {_ROUTING: dict(routing)})}
+
     def _client(self) -> AsyncOpenAI:
         from openai import AsyncOpenAI
 
         return AsyncOpenAI(base_url=self.base_url, api_key=self.api_key)
-
-
-def _extra_body(routing: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if routing is None else {"routing": dict(routing)}
 
 
 def _reports(extras: Sequence[Mapping[str, Any] | None]) -> tuple[Mapping[str, Any], ...]:

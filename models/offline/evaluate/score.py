@@ -31,16 +31,30 @@ QuestionT = TypeVar("QuestionT", bound=Question)
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Outcome on one task; ``misses`` pairs each failed item with what was answered instead.
+    """Outcome on one task.
 
     An item is right if its answer is the right one word for word, or, of an item with choices, if
     the likeliest choice is.
+
+    Attributes:
+        task: its name.
+        right: whether each item is, in order.
+        misses: each failed item with what was answered instead.
     """
 
     task: str
-    items: int
-    correct: int
-    misses: tuple[tuple[Any, str], ...]
+    right: tuple[bool, ...]
+    misses: tuple[tuple[Any, str], ...] = ()
+
+    @property
+    def items(self) -> int:
+        """How many there are."""
+        return len(self.right)
+
+    @property
+    def correct(self) -> int:
+        """How many of them are right."""
+        return sum(self.right)
 
     @property
     def exact_match(self) -> float:
@@ -66,10 +80,10 @@ def score(
     """
     scores = {}
     for task, group in items.items():
-        answers = [text.strip() for text in given[task]]
-        pairs = zip(group, answers, strict=True)
-        misses = tuple((item, text) for item, text in pairs if text != (item.answer or "").strip())
-        scores[task] = TaskScore(task, len(group), len(group) - len(misses), misses)
+        pairs = [*zip(group, (text.strip() for text in given[task]), strict=True)]
+        right = tuple(text == (item.answer or "").strip() for item, text in pairs)
+        misses = tuple(pair for pair, hit in zip(pairs, right, strict=True) if not hit)
+        scores[task] = TaskScore(task, right, misses)
     return scores
 
 

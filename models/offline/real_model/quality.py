@@ -30,7 +30,7 @@ from sluice.models.offline.evaluate.engine_backend import EngineBackend, engine_
 from sluice.models.offline.evaluate.evaluation import EvaluationError
 from sluice.models.offline.evaluate.work import Work
 from sluice.models.offline.hf_model.examples import Example, read_examples, read_tasks
-from sluice.models.offline.intervals import mean_interval, share_interval, token_share
+from sluice.models.offline.intervals import Paired, paired_difference, share_interval, token_share
 from sluice.models.offline.provenance import provenance
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.fields import Interval
@@ -40,6 +40,7 @@ FULL_DEPTH = "full depth"
 ANSWER_TOKENS = 12
 CHAT_TOKENS = 32
 _AT_ONCE = 32
+_SALT = "quality"
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,11 @@ def paired(right: Sequence[bool], full: Sequence[bool]) -> dict[str, Any]:
 
     Returns:
         `value`, `low`, `high` (Wilson's interval), `items`, and `difference` with the same three
-        (Student's interval of the paired differences).
+        (see `paired_difference`).
     """
     share = share_interval(sum(right) / len(right), len(right))
-    differences = [float(one) - float(other) for one, other in zip(right, full, strict=True)]
-    low, high = mean_interval(differences)
-    mean = sum(differences) / len(differences)
-    difference = {"value": mean, "low": float(low), "high": float(high)}
-    return {**_wire(share), "items": len(right), "difference": difference}
+    difference = paired_difference([Paired.of(right, full)])
+    return {**_wire(share), "items": len(right), "difference": _wire(difference)}
 
 
 def _wire(interval: Interval) -> dict[str, float]:
@@ -223,7 +221,7 @@ class QualityMeasure:
         records = []
         for start in range(0, len(requests), _AT_ONCE):
             part = requests[start : start + _AT_ONCE]
-            self._engine.generate(part, {"ignore_eos": True}, cache_salts=True)
+            self._engine.generate(part, {"ignore_eos": True}, salt=_SALT)
             records += [self._engine.take_record(request) for request in part]
         return Work.of_records(record for record in records if record is not None)
 
@@ -239,7 +237,7 @@ class QualityMeasure:
         for start in range(0, len(prompts), _AT_ONCE):
             part = prompts[start : start + _AT_ONCE]
             requests = [Request(prompt, policy, max_tokens) for prompt in part]
-            outputs += self._engine.generate(requests, sampling, cache_salts=True)
+            outputs += self._engine.generate(requests, sampling, salt=_SALT)
             if policy is not None:
                 for request in requests:
                     self._engine.take_record(request)

@@ -11,7 +11,7 @@ from sluice.models.profile.fields import EffortLevel
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.checks import check_layers, invalid
 from sluice.models.routing.errors import RoutingError
-from sluice.models.routing.schema import RoutingFields, SkipFields
+from sluice.models.routing.schema import SkipFields
 
 SKIP = "routing.depth.skip"
 EFFORT = "routing.effort"
@@ -25,8 +25,8 @@ def skip_set(fields: SkipFields, phase: Phase, capabilities: Capabilities) -> Sk
     A fraction leaves out the first `floor(fraction * units + 1/2)` of the units that `by` counts.
 
     Raises:
-        RoutingError: a layer that does not exist, half of a fraction, a fraction beside lists, or
-            one that rounds to no unit or to everything.
+        RoutingError: a layer that does not exist, half of a fraction, a fraction beside lists, one
+            that rounds to no unit or to everything, or one of an order that nobody measured.
     """
     if fields.fraction is not None or fields.by is not None:
         return _fraction(fields, phase, capabilities)
@@ -52,7 +52,7 @@ def _fraction(fields: SkipFields, phase: Phase, capabilities: Capabilities) -> S
             f"fraction chooses the layers, and {lists[0]} names them: give one of the two",
             f"{SKIP}.{lists[0]}",
         )
-    order = drop_order(fields.by, capabilities.layers, capabilities.importance)
+    order = _measured_order(fields.by, capabilities, f"{SKIP}.fraction")
     count = math.floor(fields.fraction * len(order) + 0.5)
     if count == 0:
         raise invalid(
@@ -78,32 +78,6 @@ def check_something_runs(skip: SkipSet, capabilities: Capabilities, param: str) 
         )
 
 
-def order_warnings(fields: RoutingFields, capabilities: Capabilities) -> tuple[str, ...]:
-    """That a request leaves the choice of layers to an order that nobody measured; empty if not.
-
-    The default order knows nothing of the model, and a layer that it takes early may be one that
-    the model cannot do without.
-
-    Args:
-        fields: of the request, its preset's filled in.
-        capabilities: of the engine that runs it.
-    """
-    if capabilities.importance is not None:
-        return ()
-    chosen = []
-    if fields.effort is not None and fields.effort < 1 and not capabilities.effort_levels:
-        chosen.append("effort")
-    if fields.depth.skip is not None and fields.depth.skip.fraction is not None:
-        chosen.append("depth.skip.fraction")
-    if not chosen:
-        return ()
-    return (
-        f"{' and '.join(chosen)} left out layers in a default order: nothing was measured of this "
-        "model, and the answer may have suffered; `sluice calibrate MODEL --quick` measures an "
-        "order, and `sluice serve --profile` uses it",
-    )
-
-
 def effort_set(effort: float, phase: Phase, capabilities: Capabilities) -> SkipSet:
     """The sub-layers that an effort leaves out.
 
@@ -111,14 +85,14 @@ def effort_set(effort: float, phase: Phase, capabilities: Capabilities) -> SkipS
     levels: see `_between`.
 
     Raises:
-        RoutingError: nothing would be left to run, or nothing was measured that far down.
+        RoutingError: nothing would be left to run, or nothing was measured, or not that far down.
     """
     levels = capabilities.effort_levels
     if levels:
         left_out = _between(effort, levels, capabilities)
     else:
         count = math.floor((1.0 - effort) * capabilities.layers + 0.5)
-        left_out = drop_order(Unit.BLOCK, capabilities.layers, capabilities.importance)[:count]
+        left_out = _measured_order(Unit.BLOCK, capabilities, EFFORT)[:count] if count else []
     if not left_out:
         return SkipSet()
     skip = skip_first(left_out, len(left_out), phase, elastic=True)
@@ -133,24 +107,39 @@ def _between(
 
     Let A be the lowest level at or above the effort (full depth is one, of effort 1) and B the
     next, of efforts a and b, and n the number of sub-layers that B leaves out beyond A. All of A
-    goes, and of the n the first `floor(n * (a - effort) / (a - b) + 1/2)` in joint drop order: each
-    stands for an equal part of the way from a to b, and the set nearest the effort is taken. So a
-    level's own effort is that level, and smaller efforts leave out no less.
+    goes, and of the n the first `floor(n * (a - effort) / (a - b) + 1/2)` in joint drop order, or
+    deepest first where the profile has levels and no importance: each stands for an equal part of
+    the way from a to b, and the set nearest the effort is taken. So a level's own effort is that
+    level, and smaller efforts leave out no less.
 
     Raises:
         RoutingError: the effort lies below the lowest level.
     """
-    order = drop_order(Unit.JOINT, capabilities.layers, capabilities.importance)
     fuller: frozenset[_SubLayer] = frozenset()
     above = 1.0
     for level in levels:
         skipped = _sub_layers(level)
         if effort >= level.effort:
-            further = [unit for unit in order if unit in skipped - fuller]
+            further = _ordered(skipped - fuller, capabilities)
             way = (above - effort) / (above - level.effort)
             return [*fuller, *further[: math.floor(len(further) * way + 0.5)]]
         fuller, above = skipped, level.effort
     raise invalid(f"{effort:g} is below {above:g}, the lowest effort that was measured", EFFORT)
+
+
+def _measured_order(unit: Unit, capabilities: Capabilities, param: str) -> list[_SubLayer]:
+    if capabilities.importance is None:
+        message = f"{param.removeprefix('routing.')}: {capabilities.order_refusal}"
+        raise RoutingError(message, param=param, reason="needs_profile")
+    return drop_order(unit, capabilities.layers, capabilities.importance)
+
+
+def _ordered(units: frozenset[_SubLayer], capabilities: Capabilities) -> list[_SubLayer]:
+    """Units between two measured levels."""
+    if capabilities.importance is None:
+        return sorted(units, key=lambda unit: (-unit[1], unit[0]))
+    order = drop_order(Unit.JOINT, capabilities.layers, capabilities.importance)
+    return [unit for unit in order if unit in units]
 
 
 def _sub_layers(level: EffortLevel) -> frozenset[_SubLayer]:

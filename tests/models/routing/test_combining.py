@@ -47,7 +47,7 @@ def listed(preset: dict[str, Any], capabilities: Capabilities = MOE) -> set[str]
 )
 def test_depth(preset: dict[str, Any], fields: set[str]) -> None:
     experts = {*EXPERTS} if not preset else {*NO_CONTRAST}
-    assert listed(preset) == (fields - {*EXPERTS}) | experts
+    assert listed(preset, MOE_PROFILED) == (fields - {*EXPERTS}) | experts
 
 
 def test_a_contrast_is_alone() -> None:

@@ -70,21 +70,6 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         f"{SKIP_PARAM}.fraction",
         "invalid_field",
     ),
-    "fraction of none": (
-        depth(skip={"fraction": 0.05, "by": "block"}),
-        f"{SKIP_PARAM}.fraction",
-        "invalid_field",
-    ),
-    "fraction of all": (
-        depth(skip={"fraction": 0.95, "by": "block"}),
-        f"{SKIP_PARAM}.fraction",
-        "nothing_left_to_run",
-    ),
-    "joint fraction of all": (
-        depth(skip={"fraction": 0.99, "by": "joint"}),
-        f"{SKIP_PARAM}.fraction",
-        "nothing_left_to_run",
-    ),
     # exit: fixed
     "fixed without layers": (depth(exit={"method": "fixed"}), f"{EXIT}.layers", "invalid_field"),
     "fixed at two layers": (
@@ -257,7 +242,6 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "effort over 1": ({"effort": 1.2}, EFFORT, "invalid_field"),
     "effort as text": ({"effort": "low"}, EFFORT, "invalid_field"),
     "effort is a boolean": ({"effort": True}, EFFORT, "invalid_field"),
-    "effort for nothing": ({"effort": 0.01}, EFFORT, "nothing_left_to_run"),
     # combinations
     "adaptive and skip": (
         depth(adaptive={"method": "mod"}, skip=SKIP),
@@ -299,6 +283,32 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_refused(name: str) -> None:
     routing, *expected = BAD[name]
     assert [*refused(routing)] == expected
+
+
+BAD_ORDERED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "fraction of none": (
+        depth(skip={"fraction": 0.05, "by": "block"}),
+        f"{SKIP_PARAM}.fraction",
+        "invalid_field",
+    ),
+    "fraction of all": (
+        depth(skip={"fraction": 0.95, "by": "block"}),
+        f"{SKIP_PARAM}.fraction",
+        "nothing_left_to_run",
+    ),
+    "joint fraction of all": (
+        depth(skip={"fraction": 0.99, "by": "joint"}),
+        f"{SKIP_PARAM}.fraction",
+        "nothing_left_to_run",
+    ),
+    "effort for nothing": ({"effort": 0.01}, EFFORT, "nothing_left_to_run"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ORDERED)
+def test_refused_of_a_measured_order(name: str) -> None:
+    routing, *expected = BAD_ORDERED[name]
+    assert [*refused(routing, PROFILED)] == expected
 
 
 def test_refused_for_want_of_tensors_in_the_profile() -> None:

@@ -69,9 +69,19 @@ def test_a_row_per_policy(
     assert 0.5 < half["compute_fraction"] < 0.6
     assert 0.5 < early["compute_fraction"] < 1
     assert early["tasks"]["max"] == full["tasks"]["max"], "choices know nothing of exits"
+    assert all(row["seconds_per_item"] > 0 < row["tokens_per_second"] for row in (full, half))
+    assert "difference" not in full
+    difference = half["difference"]
+    wrong = sum(4 * (1 - half["tasks"][task]) for task in ("copy", "add", "max"))
+    assert (difference["reference"], difference["gained"]) == ("none", 0)
+    assert difference["lost"] == wrong
+    assert difference["exact_match"]["value"] == pytest.approx(-wrong / 12)
+    assert difference["faster"]["low"] <= difference["faster"]["value"]
     shown = capsys.readouterr()
     assert "95 %" not in shown.err
-    for text in ("half", "per token", "copy", "75.8-100.0"):
+    # Not a terminal: no bars.
+    assert "\x1b[" not in shown.err
+    for text in ("half", "per token", "copy", "75.8-100.0", "against none"):
         assert text in shown.out
     (warning,) = [line for line in shown.err.splitlines() if line.startswith("warning")]
     assert f"policy {EXIT}: depth.exit acts on generated tokens only" in warning
@@ -92,6 +102,7 @@ def test_a_model_id_may_select_the_preset(
     assert (first.pop("routing"), second.pop("routing")) == ({}, {"preset": "leave-early"})
     for row in (first, second):  # Requests overlap, so sums of floats come in any order.
         row["exit_layers"] = sorted(row["exit_layers"])
+        del row["seconds_per_item"], row["tokens_per_second"]
     assert first == second
     assert "demo@leave-early: average exact match" in " ".join(capsys.readouterr().out.split())
 

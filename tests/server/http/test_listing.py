@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.edge import (
     CAPABILITIES,
+    EFFORT,
     GROUPED,
     HIDDEN,
     LAYERS,
@@ -19,13 +20,14 @@ from support.edge import (
     changed,
     depth,
     policy,
+    refused,
 )
 from support.full_profile import MEASURED, frontier, level
 
 from sluice.models.depth.parameters import Number
 from sluice.models.depth.registry import adaptive_methods, offered_exits
 from sluice.models.policy.experts import ExpertPolicy
-from sluice.models.policy.policy import Phase, SkipSet
+from sluice.models.policy.policy import Phase, RoutingPolicy, SkipSet
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.schema import ExpertFields, RemixFields
 from sluice.server.http.listing import capabilities_listing
@@ -99,7 +101,7 @@ def test_what_hangs_on_the_engine() -> None:
     assert listed("adaptive")["lac"]["modes"] == ["readout", "replace", "predict"]
     assert listed("skip")["by"] == ["block", "attention", "mlp", "joint"]
     assert [listed("skip", each)["order"] for each in (CAPABILITIES, PROFILED)] == [
-        "default",
+        None,
         "profile",
     ]
 
@@ -159,11 +161,9 @@ def test_where_effort_comes_from() -> None:
     [
         (FOUND, "frontier"),
         (PROFILED, "importance"),
-        (CAPABILITIES, "default"),
-        (replace(CAPABILITIES, profile=changed(PROFILE, importance=None)), "default"),
         (replace(CAPABILITIES, profile=changed(PROFILE, frontier=frontier())), "importance"),
     ],
-    ids=["frontier", "importance", "no profile", "neither", "no levels"],
+    ids=["frontier", "importance", "no levels"],
 )
 def test_the_lowest_effort_that_is_listed_can_be_asked(
     capabilities: Capabilities, source: str
@@ -175,6 +175,33 @@ def test_the_lowest_effort_that_is_listed_can_be_asked(
     if source != "frontier":
         assert found["levels"] == []
         assert len(skip.attention) == LAYERS - 1
+
+
+@pytest.mark.parametrize(
+    "capabilities",
+    [CAPABILITIES, replace(CAPABILITIES, profile=changed(PROFILE, importance=None))],
+    ids=["no profile", "no importance"],
+)
+def test_without_an_order_there_is_no_effort(capabilities: Capabilities) -> None:
+    wire = capabilities_listing(capabilities)
+    found, skip = wire["effort"], wire["depth"]["skip"]
+    assert (found["available"], found["source"], skip["order"]) == (False, None, None)
+    assert found["reason"] == skip["order_reason"]
+    assert refused({"effort": 0.5}, capabilities) == (EFFORT, "needs_profile")
+    assert policy({"effort": found["lowest"]}, capabilities) == RoutingPolicy()
+    ordered = capabilities_listing(PROFILED)
+    assert ordered["effort"]["available"]
+    assert ordered["depth"]["skip"]["order_reason"] is None
+
+
+def test_levels_without_importance_are_still_there() -> None:
+    profile = changed(FOUND.profile or PROFILE, importance=None)
+    capabilities = replace(FOUND, profile=profile)
+    assert capabilities_listing(capabilities)["effort"]["available"]
+    # Half way from full depth to the first level, which leaves out mlp 5 and 4, and attention 5.
+    assert policy({"effort": 0.875}, capabilities).skip == SkipSet.of(
+        attention=(5,), mlp=(5,), phase=Phase.DECODE, elastic=True
+    )
 
 
 def test_a_profile_without_all_that() -> None:

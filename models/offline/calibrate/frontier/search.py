@@ -168,11 +168,12 @@ def seeds(layers: int, importance: Importance | None, nested: Sequence[LayerUnit
 
     Args:
         layers: of the model.
-        importance: that LLM-Drop orders units by.
+        importance: that LLM-Drop orders units by; None leaves its orders out.
         nested: blocks in the order of the greedy levels.
     """
     orders: list[Sequence[LayerUnit]] = [nested]
-    orders += [drop_order(unit, layers, importance) for unit in Unit]
+    if importance is not None:
+        orders += [drop_order(unit, layers, importance) for unit in Unit]
     found = [SkipSet(phase=Phase.DECODE)]
     for share in _SEED_SHARES:
         for order in orders:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -38,13 +38,14 @@ class Fake:
         self, examples: Sequence[Example], routing: Mapping[str, Any] | None, max_tokens: int
     ) -> list[Reply]:
         self.sent.append((routing, max_tokens))
-        return [Reply(example.prompt or "", self.cut, self._reports(1)) for example in examples]
+        replies = [Reply(each.prompt or "", self.cut, self._reports(1)) for each in examples]
+        return [replace(reply, seconds=1.5, tokens=4) for reply in replies]
 
     def choices(
         self, examples: Sequence[Example], routing: Mapping[str, Any] | None, per_token: bool
     ) -> list[Reply]:
         self.sent.append((routing, per_token))
-        return [Reply("y", False, self._reports(2)) for _ in examples]
+        return [Reply("y", False, self._reports(2), seconds=0.5) for _ in examples]
 
     def _reports(self, count: int) -> tuple[Mapping[str, Any], ...]:
         report = {**REPORT, "policy": dict(self.policy)}
@@ -64,6 +65,11 @@ def test_answers_are_compared_and_choices_chosen() -> None:
     assert fake.sent == [(asked, 7), (asked, True)]
     assert result.work == Work(2 * 8, 1.5, 0.25, 0.5)
     assert result.warnings == ()
+    assert result.times is not None
+    # By task, as the items are.
+    assert result.times.requests == (1.5, 1.5, 0.5, 0.5, 0.5)
+    assert result.times.generated_tokens == 8
+    assert result.times.answering > 0
 
 
 def test_where_there_is_no_routing_none_is_sent() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.stub_server import REPORT, Stub, error, models
+from support.stub_server import REPORT, Route, Stub, chat, completion, error, models
 
 from sluice.models.offline.evaluate.evaluation import EvaluationError, PolicyRefusedError
 from sluice.models.offline.evaluate.http_backend import HttpBackend
@@ -15,6 +16,7 @@ from sluice.models.offline.hf_model.examples import Example, read_tasks
 
 CHAT, COMPLETIONS, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize"
 SAID = [{"role": "system", "content": "be short"}, {"role": "user", "content": "why"}]
+USAGE = {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}
 NO_TEMPLATE = "default chat template is no longer allowed, so you must provide a chat template"
 
 
@@ -53,8 +55,47 @@ def test_reports_are_kept(stub: Stub, tmp_path: Path) -> None:
 
 
 def test_without_routing_none_is_sent(stub: Stub, tmp_path: Path) -> None:
-    HttpBackend(stub.url, "m").answers(examples(tmp_path, {"prompt": "abc"}), None, 9)
-    assert "routing" not in stub.bodies(CHAT)[0]
+    read = examples(tmp_path, {"prompt": "abc"})
+    HttpBackend(stub.url, "m", reports=False).answers(read, None, 9)
+    assert not {"routing", "cache_salt"} & stub.bodies(CHAT)[0].keys()
+
+
+def test_no_policy_finds_the_prompts_of_another_in_the_prefix_cache(
+    stub: Stub, tmp_path: Path
+) -> None:
+    """It would save the second one the time."""
+    chosen = {"text": "once", "choices": ["x", "y"]}
+    read = examples(tmp_path, {"prompt": "abc"}, {"prompt": "abcd"}, chosen, chosen)
+    backend = HttpBackend(stub.url, "m")
+    for routing in (None, {"effort": 0.5}):
+        backend.answers(read[:2], routing, 9)
+        backend.choices(read[2:], routing)
+    for path in (CHAT, COMPLETIONS):
+        salts = [body["cache_salt"] for body in stub.bodies(path)]
+        first, other = (set(half) for half in (salts[: len(salts) // 2], salts[len(salts) // 2 :]))
+        assert len(first) == len(other) == 1
+        assert first != other
+
+
+def test_requests_are_timed(stub: Stub, tmp_path: Path) -> None:
+    def slowly(answer: Route, tokens: int) -> Route:
+        def route(body: dict[str, Any]) -> tuple[int, Any]:
+            time.sleep(0.05)
+            status, found = answer(body)
+            return status, {**found, "usage": {**USAGE, "completion_tokens": tokens}}
+
+        return route
+
+    stub.routes[CHAT], stub.routes[COMPLETIONS] = slowly(chat, 3), slowly(completion, 0)
+    chosen = {"text": "once", "choices": ["x", "y"]}
+    answered, choice = examples(tmp_path, {"prompt": "abc"}, chosen)
+    backend = HttpBackend(stub.url, "m")
+    (answer,) = backend.answers([answered], None, 9)
+    assert answer.seconds >= 0.05
+    assert answer.tokens == 3
+    (read,) = backend.choices([choice], None)
+    assert read.seconds >= 0.1
+    assert read.tokens == 0
 
 
 def test_the_likeliest_choice_by_the_tokens_behind_the_prompt(stub: Stub, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 from scipy.stats import binomtest
+from support.scores import scored
 
 from sluice.models.offline.evaluate.score import (
-    TaskScore,
     average,
     average_interval,
     score,
@@ -44,14 +44,14 @@ def test_answers_belong_to_the_items_in_their_place() -> None:
 @pytest.mark.parametrize("counts", [(7, 10), (0, 4), (9, 9)])
 def test_of_one_task_the_interval_is_wilsons(counts: tuple[int, int]) -> None:
     correct, items = counts
-    one = {"a": TaskScore("a", items, correct, ())}
+    one = {"a": scored("a", items, correct)}
     for interval in (one["a"].interval, average_interval(one)):
         assert (interval.low, interval.high) == pytest.approx(wilson(correct, items), abs=1e-9)
         assert interval.value == correct / items
 
 
 def test_tasks_of_equal_size_are_one_sample() -> None:
-    scores = {name: TaskScore(name, 20, n, ()) for name, n in (("a", 20), ("b", 13), ("c", 2))}
+    scores = {name: scored(name, 20, n) for name, n in (("a", 20), ("b", 13), ("c", 2))}
     interval = average_interval(scores)
     assert interval.value == average(scores) == pytest.approx(35 / 60)
     assert (interval.low, interval.high) == pytest.approx(wilson(35, 60), abs=1e-9)
@@ -60,7 +60,7 @@ def test_tasks_of_equal_size_are_one_sample() -> None:
 
 def test_a_small_task_makes_the_average_uncertain() -> None:
     """Of 1000 and 10 items, half of each right: as 2^2 / (1/1000 + 1/10) = 39 items."""
-    scores = {"a": TaskScore("a", 1000, 500, ()), "b": TaskScore("b", 10, 5, ())}
+    scores = {"a": scored("a", 1000, 500), "b": scored("b", 10, 5)}
     interval = average_interval(scores)
     found = binomtest(39, 78).proportion_ci(0.95, method="wilson")
     assert interval.high - interval.low > found.high - found.low
@@ -84,7 +84,7 @@ def test_a_table_shows_every_task_and_a_miss() -> None:
 
 
 def test_a_bar_colours() -> None:
-    scores = {"a": TaskScore("a", 2, 1, ()), "b": TaskScore("b", 2, 2, ())}
+    scores = {"a": scored("a", 2, 1), "b": scored("b", 2, 2)}
     for bar, codes in ((0.95, {"31", "32"}), (None, set())):
         file = io.StringIO()
         Console(file=file, width=100, force_terminal=True, color_system="standard").print(

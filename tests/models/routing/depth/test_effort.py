@@ -38,19 +38,19 @@ LEVELS = [
 ]
 BY_DEPTH = measured(LEVELS, importance=False)
 FIRST = {("attention", 5), ("mlp", 4)}
-# Without importance: layer 4, 3, 2, 1, 5, 0, of each the attention first.
+# Without importance the deepest goes first, of a layer the attention.
 STEPS: dict[float, set[SubLayer]] = {
     1.0: set(),
     0.96: set(),
-    0.95: {("mlp", 4)},
-    0.86: {("mlp", 4)},
+    0.95: {("attention", 5)},
+    0.86: {("attention", 5)},
     0.84: FIRST,
     0.8: FIRST,
     0.77: FIRST,
-    0.76: FIRST | {("attention", 4)},
-    0.65: FIRST | {("attention", 4), ("attention", 3)},
-    0.58: FIRST | {("attention", 4), ("attention", 3), ("mlp", 3)},
-    0.53: FIRST | {("attention", 4), ("attention", 3), ("mlp", 3), ("mlp", 5)},
+    0.76: FIRST | {("mlp", 5)},
+    0.65: FIRST | {("mlp", 5), ("attention", 4)},
+    0.58: FIRST | {("mlp", 5), ("attention", 4), ("attention", 3)},
+    0.53: FIRST | {("mlp", 5), ("attention", 4), ("attention", 3), ("mlp", 3)},
     0.5: {(unit, layer) for unit in ("attention", "mlp") for layer in (3, 4, 5)},
     0.4: {(unit, layer) for unit in ("attention", "mlp") for layer in (2, 3, 4, 5)},
 }

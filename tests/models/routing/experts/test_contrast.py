@@ -12,6 +12,7 @@ from support.edge import (
     GROUPED,
     HUGE,
     MOE,
+    MOE_PROFILED,
     depth,
     experts,
     named,
@@ -118,4 +119,4 @@ def test_a_cache_too_small_for_two_passes() -> None:
     ],
 )
 def test_contrast_goes_with_no_depth(other: dict[str, Any]) -> None:
-    assert refused({**other, **experts(**contrast())}, MOE) == (CONTRAST, COMBINATION)
+    assert refused({**other, **experts(**contrast())}, MOE_PROFILED) == (CONTRAST, COMBINATION)

@@ -172,8 +172,8 @@ def test_experts_beside_depth() -> None:
         SkipSet.of(blocks=(2,)), experts=ExpertPolicy(top_k=2)
     )
     routing = {"effort": 0.7, **experts(budget={"method": "oea", "k0": 1})}
-    assert not policy(routing, MOE).skip.empty
-    assert policy(routing, MOE).experts.budget is not None
+    assert not policy(routing, MOE_PROFILED).skip.empty
+    assert policy(routing, MOE_PROFILED).experts.budget is not None
 
 
 def test_nothing_asked_of_a_dense_model() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from support.edge import EXPERTS, MOE, expert_policy, experts, named, policy, refused
+from support.edge import EXPERTS, MOE, MOE_PROFILED, expert_policy, experts, named, policy, refused
 
 from sluice.models.policy.experts import ExpertPolicy
 
@@ -44,7 +44,7 @@ def test_each_field_of_the_request_replaces_the_presets(name: str) -> None:
 
 def test_a_preset_without_experts_and_a_request_without_them() -> None:
     assert policy({}, MOE, PRESET).experts == BASE
-    assert expert_policy(MOE, {"effort": 0.7}, top_k=2) == ExpertPolicy(top_k=2)
+    assert expert_policy(MOE_PROFILED, {"effort": 0.7}, top_k=2) == ExpertPolicy(top_k=2)
 
 
 MASKING = {"experts": {"deactivate": named(2, 1), "top_k": 2}}
