@@ -24,7 +24,7 @@ from sluice.models.depth.prefix_sharing import cache_salt
 from sluice.models.engine.workers import CPU_KV_CACHE_BYTES, worker_class
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy
-from sluice.models.profile.fields import EngineMode
+from sluice.models.profile.frontier_fields import EngineMode
 from sluice.models.profile.profile import PROFILE_ENV, Profile
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.presets import request_policy

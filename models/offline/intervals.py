@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from sluice.models.profile.fields import Interval
+from sluice.models.profile.values import Interval
 
 CONFIDENCE = 0.95
 SIGNIFICANCE = 1 - CONFIDENCE

@@ -8,12 +8,10 @@ from typing import Any
 
 from sluice.models.depth.parameters import Number
 from sluice.models.depth.registry import offered_exits
-from sluice.models.profile.fields import (
-    ExpertMap,
-    FrontierFields,
-    ImportanceEvidence,
-    ProfileFields,
-)
+from sluice.models.profile.expert_fields import ExpertMap
+from sluice.models.profile.fields import ProfileFields
+from sluice.models.profile.frontier_fields import FrontierFields
+from sluice.models.profile.layer_fields import ImportanceEvidence
 
 
 def problems(fields: ProfileFields) -> Iterator[str]:

@@ -23,14 +23,11 @@ from sluice.models.depth.method import DepthMethod
 from sluice.models.depth.registry import methods
 from sluice.models.depth.skip_order import Importance, Unit
 from sluice.models.profile.checks import problems
-from sluice.models.profile.fields import (
-    ExitThreshold,
-    FrontierFields,
-    FrontierPoint,
-    ProfileFields,
-    ReferenceSet,
-)
+from sluice.models.profile.expert_fields import ReferenceSet
+from sluice.models.profile.fields import ProfileFields
 from sluice.models.profile.fingerprint import fingerprint, model_folder
+from sluice.models.profile.frontier_fields import FrontierFields, FrontierPoint
+from sluice.models.profile.layer_fields import ExitThreshold
 from sluice.models.profile.writer import HEADS_NAME, JSON_NAME, REFERENCES_NAME, SCHEMA, digest_of
 
 if TYPE_CHECKING:

@@ -10,13 +10,9 @@ from sluice.models.depth.method import DepthMethod
 from sluice.models.depth.registry import methods
 from sluice.models.depth.skip_order import Importance
 from sluice.models.policy.expert_shape import ExpertShape
-from sluice.models.profile.fields import (
-    OWN_ENCODER,
-    EffortLevel,
-    EngineMode,
-    ExitThreshold,
-    ReferenceSet,
-)
+from sluice.models.profile.expert_fields import OWN_ENCODER, ReferenceSet
+from sluice.models.profile.frontier_fields import EffortLevel, EngineMode
+from sluice.models.profile.layer_fields import ExitThreshold
 from sluice.models.profile.profile import Profile, ProfileError
 from sluice.models.vllm_adapter.engine_mode import engine_mode
 from sluice.models.vllm_adapter.families import depth_refusal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sluice.models.profile.fields import EngineMode
+from sluice.models.profile.frontier_fields import EngineMode
 
 
 def engine_mode(vllm_config: Any) -> EngineMode:

@@ -1,14 +1,21 @@
 """The models that speed is measured on: decoders of 150 to 200 M random parameters.
 
+`python -m sluice.models.offline.bench.model --out FOLDER` writes the dense one, with the demo
+model's tokenizer, so that it can be served.
+
 The vocabulary is small so that layers, which can be skipped, and not the LM head, which can not,
 make up a step, as in the large models they stand for.
 """
 
 from __future__ import annotations
 
+import argparse
+import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from sluice.models.offline.demo import DEMO_MODEL_DIR
 
 VOCABULARY = 4096
 LAYERS = 20
@@ -75,3 +82,19 @@ def step_weights(loaded: float) -> float:
     attention = 4 * _WIDTH * _WIDTH
     experts = loaded * 3 * _WIDTH * _EXPERT_WIDTH
     return EXPERT_LAYERS * (attention + EXPERTS * _WIDTH + experts) + VOCABULARY * _WIDTH
+
+
+def main() -> None:
+    """Write the dense model."""
+    parser = argparse.ArgumentParser(prog="python -m sluice.models.offline.bench.model")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model")
+    args = parser.parse_args()
+    make_bench_model(BenchModel.DENSE, args.out)
+    for file in DEMO_MODEL_DIR.glob("*token*"):
+        shutil.copy(file, args.out)
+    for file in DEMO_MODEL_DIR.glob("chat_template*"):
+        shutil.copy(file, args.out)
+
+
+if __name__ == "__main__":
+    main()

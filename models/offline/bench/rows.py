@@ -57,7 +57,7 @@ def depth_rows(plans: RecordedPlans) -> tuple[Row, ...]:
     mixed = [
         Row(
             f"decode, batch {batch}, {skipping} skip half of the blocks",
-            _mixed(half, skipping, batch),
+            alternating(half, skipping, batch),
             0.98,
             1 / (1 - 0.5 * skipping / batch),
         )
@@ -96,12 +96,12 @@ def _exit_rows(plans: RecordedPlans) -> list[Row]:
         for name in plans.names
         for batch, bar in plans.bars(name).items()
     ]
-    early = RoutingPolicy(exit=_always_after(LAYERS // 2 - 1))
-    exact = RoutingPolicy(exit=_always_after(LAYERS // 2 - 1, MissingKV.RECOMPUTE))
+    early = RoutingPolicy(exit=always_after(LAYERS // 2 - 1))
+    exact = RoutingPolicy(exit=always_after(LAYERS // 2 - 1, MissingKV.RECOMPUTE))
     mixed = [
         Row(
             f"decode, batch 8, {leaving} leave halfway",
-            _mixed(early, leaving, 8),
+            alternating(early, leaving, 8),
             0.98,
             1 / (1 - 0.5 * leaving / 8),
         )
@@ -125,7 +125,7 @@ def _long_rows() -> list[Row]:
     ]
 
 
-def _always_after(layer: int, kv: MissingKV = MissingKV.PROPAGATE) -> ExitRule:
+def always_after(layer: int, kv: MissingKV = MissingKV.PROPAGATE) -> ExitRule:
     """A rule that every token leaves by, with the cost of one test on the LM head."""
     return ExitRule("replay", (layer,), script=(layer,), kv=kv)
 
@@ -135,6 +135,6 @@ def _spread(count: int) -> tuple[int, ...]:
     return tuple(int((i + 0.5) * LAYERS / count) for i in range(count))
 
 
-def _mixed(policy: RoutingPolicy, routed: int, batch: int) -> tuple[RoutingPolicy | None, ...]:
+def alternating(policy: RoutingPolicy, routed: int, batch: int) -> tuple[RoutingPolicy | None, ...]:
     """Routed and stock requests, alternating."""
     return tuple(policy if i * routed % batch < routed else None for i in range(batch))

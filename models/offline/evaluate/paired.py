@@ -14,7 +14,7 @@ from sluice.models.offline.intervals import (
     paired_difference,
     ratio_of_sums,
 )
-from sluice.models.profile.fields import Interval
+from sluice.models.profile.values import Interval
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sluice.models.offline.intervals import share_interval
-from sluice.models.profile.fields import Interval
+from sluice.models.profile.values import Interval
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import PrivateAttr, ValidationError, model_validator
 
-from sluice.models.profile.fields import Strict
+from sluice.models.profile.values import Strict
 
 
 class CalibrationError(ValueError):

@@ -33,7 +33,7 @@ from sluice.models.offline.hf_model.examples import Example, read_examples, read
 from sluice.models.offline.intervals import Paired, paired_difference, share_interval, token_share
 from sluice.models.offline.provenance import provenance
 from sluice.models.policy.policy import RoutingPolicy
-from sluice.models.profile.fields import Interval
+from sluice.models.profile.values import Interval
 from sluice.models.routing.errors import RoutingError
 
 FULL_DEPTH = "full depth"

@@ -15,7 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from sluice.models.offline.report.figures import GROUND, LINE, SERIES, SOFT, TEXT, Chart, styled
 from sluice.models.offline.report.frontier import measured_on, percent, presets_by_point
-from sluice.models.profile.fields import FrontierFields, Interval
+from sluice.models.profile.frontier_fields import FrontierFields
+from sluice.models.profile.values import Interval
 
 FRONTIER_PNG = "frontier.png"
 EQUAL_COMPUTE_PNG = "equal_compute.png"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sluice.models.profile.fields import FrontierFields, Interval
+from sluice.models.profile.frontier_fields import FrontierFields
+from sluice.models.profile.values import Interval
 
 if TYPE_CHECKING:
     from rich.table import Table

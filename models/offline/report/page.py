@@ -15,7 +15,8 @@ from sluice.models.offline.report.charts import (
 )
 from sluice.models.offline.report.frontier import presets_by_point, verdict
 from sluice.models.offline.report.template import page_template
-from sluice.models.profile.fields import ImportanceFields, ProfileFields
+from sluice.models.profile.fields import ProfileFields
+from sluice.models.profile.layer_fields import ImportanceFields
 from sluice.models.profile.profile import Profile
 
 _TEMPLATE = Path(__file__).with_suffix(".html")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sluice.models.depth.method import ExitMethod, StaticExit
 from sluice.models.depth.registry import offered_exits
 from sluice.models.policy.policy import ExitRule, MissingKV, Phase, SkipSet
-from sluice.models.profile.fields import ExitThreshold
+from sluice.models.profile.layer_fields import ExitThreshold
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.checks import (
     check_fields,

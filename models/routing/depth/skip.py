@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sluice.models.depth.skip_order import Unit, drop_order, skip_first
 from sluice.models.policy.policy import Phase, SkipSet
-from sluice.models.profile.fields import EffortLevel
+from sluice.models.profile.frontier_fields import EffortLevel
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.checks import check_layers, invalid
 from sluice.models.routing.errors import RoutingError

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from sluice.models.depth.parameters import Number
 from sluice.models.policy.experts import Remix, RemixMethod, RemixScope
-from sluice.models.profile.fields import OWN_ENCODER, ReferenceSet
+from sluice.models.profile.expert_fields import OWN_ENCODER, ReferenceSet
 from sluice.models.routing.checks import check_fields, in_range, invalid, number
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.experts import parameters as controls

@@ -29,7 +29,7 @@ from sluice.models.offline.calibrate.step import Calibration, Step, check_least,
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.offline.hf_model.samples import SampleBatch
-from sluice.models.profile.fields import ExitThreshold
+from sluice.models.profile.layer_fields import ExitThreshold
 
 METHODS = ("confidence", "entropy", "saturation", "classifier", "q_exit")
 

@@ -17,7 +17,7 @@ from sluice.models.offline.intervals import (
     mean_interval,
     ratio_residuals,
 )
-from sluice.models.profile.fields import ImportanceEvidence, UnitEvidence
+from sluice.models.profile.layer_fields import ImportanceEvidence, UnitEvidence
 
 UNITS = ("block", "attention", "mlp")
 

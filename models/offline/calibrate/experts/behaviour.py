@@ -19,7 +19,7 @@ from sluice.models.offline.hf_model.hooks import final_states
 from sluice.models.offline.hf_model.moe import MoeLayer, Routed, moe_layers, recorded
 from sluice.models.offline.hf_model.samples import Sample, SampleBatch
 from sluice.models.offline.intervals import LEAST_PROMPTS, SIGNIFICANCE, corrected, welch
-from sluice.models.profile.fields import BehaviourFields
+from sluice.models.profile.expert_fields import BehaviourFields
 
 WEIGHT, COUNT = "weight", "count"
 """An expert's activation on a token: its weight, or 1 where it is selected."""

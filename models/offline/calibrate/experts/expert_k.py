@@ -18,7 +18,7 @@ from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.hf_model.examples import CalibrationError, spaced_indices
 from sluice.models.offline.hf_model.moe import MoeLayer, moe_layers
 from sluice.models.offline.intervals import SIGNIFICANCE, corrected, mean_above, mean_interval
-from sluice.models.profile.fields import ExpertBudgetLevel
+from sluice.models.profile.expert_fields import ExpertBudgetLevel
 
 _LEAST_DRAWS = 2
 _LOG = logging.getLogger(__name__)

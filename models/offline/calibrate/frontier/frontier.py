@@ -40,7 +40,8 @@ from sluice.models.offline.calibrate.step import Calibration, Step, check_least,
 from sluice.models.offline.calibrate.workspace import Part, key_of
 from sluice.models.offline.hf_model.examples import CalibrationError, spaced_indices
 from sluice.models.offline.intervals import LEAST_REPEATS
-from sluice.models.profile.fields import EffortLevel, EqualCompute, FrontierFields, Interval
+from sluice.models.profile.frontier_fields import EffortLevel, EqualCompute, FrontierFields
+from sluice.models.profile.values import Interval
 
 _LOG = logging.getLogger(__name__)
 _Chosen = Literal["chain", "uniform", "random"]

@@ -32,7 +32,7 @@ from sluice.models.offline.evaluate.work import Work
 from sluice.models.offline.forced import Text, read_forced
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.policy.policy import RoutingPolicy
-from sluice.models.profile.fields import TokenMeasures
+from sluice.models.profile.frontier_fields import TokenMeasures
 
 AT_ONCE = 64
 """Requests at a time while quality is measured; it depends on them by rounding alone."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from sluice.models.offline.intervals import SIGNIFICANCE
-from sluice.models.profile.fields import FrontierPoint, TokenMeasures
+from sluice.models.profile.frontier_fields import FrontierPoint, TokenMeasures
 
 ALLOWED_LOSS = {"quality": 0.005, "balanced": 0.01, "fast": 0.03}
 """Presets, and how far the share of tasks that each answers right may lie under full depth's, as

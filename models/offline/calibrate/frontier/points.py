@@ -22,7 +22,8 @@ from sluice.models.offline.engine import OfflineEngine
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.offline.intervals import corrected, mean_above, median_interval, share_interval
 from sluice.models.policy.policy import RoutingPolicy
-from sluice.models.profile.fields import FailedSetting, FrontierPoint, Interval
+from sluice.models.profile.frontier_fields import FailedSetting, FrontierPoint
+from sluice.models.profile.values import Interval
 from sluice.models.routing.errors import RoutingError
 
 DIGITS = 6

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from sluice.models.offline.forced import Reading, Text
 from sluice.models.offline.intervals import token_share
-from sluice.models.profile.fields import TokenMeasures
+from sluice.models.profile.frontier_fields import TokenMeasures
 
 
 def token_measures(texts: Sequence[Text], read: Sequence[Reading]) -> TokenMeasures:

@@ -23,7 +23,8 @@ from sluice.models.offline.report.charts import (
     write_plots,
 )
 from sluice.models.offline.report.figures import Chart
-from sluice.models.profile.fields import EqualCompute, FrontierFields, FrontierPoint, Interval
+from sluice.models.profile.frontier_fields import EqualCompute, FrontierFields, FrontierPoint
+from sluice.models.profile.values import Interval
 
 
 def legend(figure: Figure) -> list[str]:

@@ -33,7 +33,7 @@ from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.offline.hf_model.samples import Sample, SampleBatch
 from sluice.models.policy.policy import ExitRule, RoutingPolicy
-from sluice.models.profile.fields import ExitThreshold
+from sluice.models.profile.layer_fields import ExitThreshold
 
 EXITS = (1, 3, 4)
 NEW_TOKENS = 6

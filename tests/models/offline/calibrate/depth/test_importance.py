@@ -29,7 +29,7 @@ from sluice.models.offline.calibrate.depth.order_evidence import order_evidence
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.offline.hf_model.samples import Sample
-from sluice.models.profile.fields import ImportanceEvidence, ImportanceFields, LayerMetrics
+from sluice.models.profile.layer_fields import ImportanceEvidence, ImportanceFields, LayerMetrics
 
 STEP = Importance(future_prompts=3, future_positions=2)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import ttest_rel
 
 from sluice.models.offline.calibrate.depth.order_evidence import UNITS, order_evidence
-from sluice.models.profile.fields import ImportanceEvidence
+from sluice.models.profile.layer_fields import ImportanceEvidence
 
 TRUTH = np.array([0.5, 0.2, 0.2, 0.8])
 """Importance of four layers, of which 1 and 2 are alike."""

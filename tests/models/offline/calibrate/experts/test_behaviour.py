@@ -24,7 +24,7 @@ from support.tiny import make_model
 from sluice.models.offline.calibrate.experts.behaviour import Behaviour
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.hf_model.examples import CalibrationError
-from sluice.models.profile.fields import BehaviourFields
+from sluice.models.profile.expert_fields import BehaviourFields
 
 EXPERTS = 8
 WORDS = {"refused": range(4), "answered": range(4, 8), "chatty": range(8, 12), None: range(256)}

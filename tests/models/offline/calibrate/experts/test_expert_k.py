@@ -25,7 +25,7 @@ from sluice.models.offline.hf_model.examples import CalibrationError, spaced_ind
 from sluice.models.offline.hf_model.moe import moe_layers
 from sluice.models.offline.intervals import corrected
 from sluice.models.policy.expert_shape import ExpertShape
-from sluice.models.profile.fields import ExpertBudgetLevel
+from sluice.models.profile.expert_fields import ExpertBudgetLevel
 from sluice.models.routing.experts.controls import top_k_rule
 from sluice.models.routing.experts.named import ExpertLimits
 

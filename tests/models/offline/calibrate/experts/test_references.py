@@ -24,7 +24,7 @@ from sluice.models.offline.calibrate.experts.references import References
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.policy.experts import Remix, RemixMethod, RemixScope
-from sluice.models.profile.fields import ReferenceSet
+from sluice.models.profile.expert_fields import ReferenceSet
 from sluice.models.profile.profile import Profile
 from sluice.models.profile.writer import write_profile
 

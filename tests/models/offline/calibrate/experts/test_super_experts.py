@@ -23,7 +23,7 @@ from torch import Tensor
 from sluice.models.offline.calibrate.experts.super_experts import SuperExperts
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.hf_model.examples import CalibrationError
-from sluice.models.profile.fields import ExpertMap
+from sluice.models.profile.expert_fields import ExpertMap
 
 EXPERTS = 8
 

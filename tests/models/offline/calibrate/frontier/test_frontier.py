@@ -34,7 +34,8 @@ from sluice.models.offline.intervals import corrected
 from sluice.models.offline.report.charts import EQUAL_COMPUTE_PNG, FRONTIER_PNG, write_plots
 from sluice.models.offline.report.frontier import frontier_table, preset_lines
 from sluice.models.policy.policy import Phase, RoutingPolicy, SkipSet
-from sluice.models.profile.fields import FrontierFields, Interval, TokenMeasures
+from sluice.models.profile.frontier_fields import FrontierFields, TokenMeasures
+from sluice.models.profile.values import Interval
 from sluice.models.routing.errors import RoutingError
 
 NEW_TOKENS = 6

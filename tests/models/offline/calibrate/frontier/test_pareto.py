@@ -18,7 +18,8 @@ from sluice.models.offline.calibrate.frontier.pareto import (
     on_frontier,
 )
 from sluice.models.offline.intervals import LEAST_REPEATS, median_interval, share_interval
-from sluice.models.profile.fields import FrontierPoint, Interval, TokenMeasures
+from sluice.models.profile.frontier_fields import FrontierPoint, TokenMeasures
+from sluice.models.profile.values import Interval
 
 SHARES = st.sampled_from([0.0, 0.2, 0.9, 0.965, 0.97, 0.985, 0.99, 0.995, 1.0])
 SPEEDS = st.sampled_from([0.5, 0.99, 1.0, 1.01, 1.2, 1.5, 2.0])

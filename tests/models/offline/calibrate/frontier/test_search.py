@@ -22,7 +22,7 @@ from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.hf_model.examples import CalibrationError
 from sluice.models.policy.policy import Phase, RoutingPolicy, SkipSet
-from sluice.models.profile.fields import FoundSkipSet
+from sluice.models.profile.layer_fields import FoundSkipSet
 
 NEW_TOKENS = 6
 PROMPTS = drawn_prompts(6, seed=4)
