@@ -112,6 +112,27 @@ def test_the_controls_are_the_servers(
     assert visit.routing()["depth"] == {"exit": {"method": "confidence", "threshold": 0.25}}
 
 
+def test_without_a_measured_order_there_is_no_effort(
+    console_server: Server, visiting: Callable[..., Visit]
+) -> None:
+    """What a server without a profile says, by hand."""
+    visit = visiting(console_server.url)
+    page = visit.page
+
+    def other(route: Route) -> None:
+        answer = route.fetch()
+        found = answer.json()
+        found["effort"] = {"available": False, "reason": "no profile", "lowest": 1, "levels": []}
+        route.fulfill(response=answer, json=found)
+
+    page.route("**/v1/routing/capabilities", other)
+    visit.open()
+    expect(page.locator("#effort-refused")).to_have_text("Not on this server: effort: no profile.")
+    expect(page.get_by_role("radio", name="effort", exact=True)).to_be_disabled()
+    visit.controls(preset="", depth="early exit")
+    assert "exit" in visit.routing()["depth"]
+
+
 def test_a_server_without_routing(console_server: Server, visiting: Callable[..., Visit]) -> None:
     """What such a server says, by hand: the demo model can be routed."""
     visit = visiting(console_server.url)
