@@ -19,6 +19,7 @@ _BLOCKS = (1, 2, 4, 8)
 _ATTENTIONS = (2, 4, 8, 15)
 _EXITS = ((15, 0.9), (20, 0.9), (25, 0.5), (25, 0.9), (28, 0.99))
 """Layers that have run at an exit, and its threshold."""
+_SPARING_EXITS = ((15, 0.9), (25, 0.9), (28, 0.99))
 
 Policies = dict[str, Mapping[str, Any]]
 
@@ -42,10 +43,20 @@ def policies(presets: Mapping[str, str]) -> Policies:
             skip = {"fraction": round(count / LAYERS, 3), "by": unit}
             found[name] = {"depth": {"skip": skip}}
     for count, threshold in _EXITS:
-        rule = {"method": "confidence", "threshold": threshold, "layers": [count - 1]}
-        name = f"exit after {count} layers, confidence {threshold}"
-        found[name] = {"depth": {"exit": rule}}
+        found[_exit_name(count, threshold)] = _exit(count, threshold)
+    for count, threshold in _SPARING_EXITS:
+        name = f"{_exit_name(count, threshold)}, `sparing`"
+        found[name] = _exit(count, threshold, sparing=True)
     return found
+
+
+def _exit_name(count: int, threshold: float) -> str:
+    return f"exit after {count} layers, confidence {threshold}"
+
+
+def _exit(count: int, threshold: float, **more: bool) -> dict[str, Any]:
+    rule = {"method": "confidence", "threshold": threshold, "layers": [count - 1], **more}
+    return {"depth": {"exit": rule}}
 
 
 def main() -> None:

@@ -102,5 +102,6 @@ def _name(name: str, count: int) -> str:
 
 
 def _exit(threshold: float, layer: int) -> Setting:
-    rule = {"method": "confidence", "threshold": threshold, "layers": [layer]}
+    # Of a model that was not trained for them few tokens leave, and a test is an LM head.
+    rule = {"method": "confidence", "threshold": threshold, "layers": [layer], "sparing": True}
     return Setting(f"exit at {threshold:g} after layer {layer}", {"depth": {"exit": rule}})
