@@ -26,10 +26,12 @@ class Pace:
 
     Attributes:
         read: seconds of a pass over all prompts and their answers.
+        answer: seconds of one answer, which a small batch of an engine takes as well.
         answers: seconds of all answers, one prompt after the other.
     """
 
     read: float
+    answer: float
     answers: float
 
     @classmethod
@@ -52,7 +54,7 @@ class Pace:
                 final_states(model, batch)
         read = (time.perf_counter() - began) * len(prompts) / len(chosen)
         lengths = len({*map(len, prompts)})
-        return cls(read, answer * lengths)
+        return cls(read, answer, answer * lengths)
 
 
 def estimate(calibration: Calibration, steps: Sequence[Step]) -> dict[str, float]:
@@ -66,7 +68,8 @@ def estimate(calibration: Calibration, steps: Sequence[Step]) -> dict[str, float
     found = {ANSWERS: pace.answers}
     for step in steps:
         start = _START["eager" if calibration.eager else "compiled"] if step.measures_speed else 0.0
-        found[step.name] = step.passes(calibration) * pace.read + start
+        reading = step.passes(calibration) * pace.read
+        found[step.name] = reading + step.timed_batches(calibration) * pace.answer + start
     return found
 
 

@@ -43,8 +43,12 @@ class Step(ABC):
         """
 
     def passes(self, calibration: Calibration) -> float:  # noqa: ARG002 - of most one is enough
-        """How long it takes, in passes over the prompts and their answers; a rough guess."""
+        """How much it reads, in passes over the prompts and their answers; a rough guess."""
         return 1.0
+
+    def timed_batches(self, calibration: Calibration) -> float:  # noqa: ARG002 - most time none
+        """How many batches of answers it generates to time them; a rough guess."""
+        return 0.0
 
     def refusal(self, calibration: Calibration) -> str | None:
         """Why the step has nothing to do with this model or these examples, or None."""

@@ -43,6 +43,8 @@ from sluice.models.offline.intervals import LEAST_REPEATS
 from sluice.models.profile.frontier_fields import EffortLevel, EqualCompute, FrontierFields
 from sluice.models.profile.values import Interval
 
+_TIMED_SETTINGS = 20
+"""What is not timed loses too much; for the estimate."""
 _LOG = logging.getLogger(__name__)
 _Chosen = Literal["chain", "uniform", "random"]
 
@@ -163,12 +165,14 @@ class Frontier(Step):
         rounds = self.deepest * units * (self.tried or units / 2)
         chain = (units + rounds) * min(level_samples(layers, self.samples), prompts)
         families = 6 * 3 * math.log2(max(self.deepest * layers, 2))
-        settings = 12  # Others lose too much to be timed.
         asked = min(self.prompts, prompts) + 2 * min(self.items, len(calibration.tasks))
-        quality = (families + settings + self.levels * (self.draws + 1)) * asked
-        # Timed steps are of a small batch, which costs several times as much a token.
-        timed = settings * 2 * (self.repeats + 1) * min(self.timed, prompts)
-        return (chain + quality + timed) / prompts
+        quality = (families + _TIMED_SETTINGS + self.levels * (self.draws + 1)) * asked
+        return (chain + quality) / prompts
+
+    def timed_batches(self, calibration: Calibration) -> float:
+        """See `Step.timed_batches`."""
+        batches = math.ceil(min(self.timed, len(calibration.prompts)) / self.batch)
+        return _TIMED_SETTINGS * 2 * (self.repeats + 1) * batches
 
     def _check(self) -> None:
         least = {

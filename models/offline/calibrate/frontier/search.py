@@ -10,6 +10,7 @@ tree-structured Parzen estimator proposes; the greedy levels
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -111,8 +112,12 @@ class Search(Step):
         """See `Step.passes`."""
         prompts = max(len(calibration.prompts), 1)
         asked = min(self.prompts, prompts) + 2 * min(self.items, len(calibration.tasks))
-        timed = 2 * (self.repeats + 1) * min(self.timed, prompts)
-        return self.trials * (asked + timed) / prompts
+        return self.trials * asked / prompts
+
+    def timed_batches(self, calibration: Calibration) -> float:
+        """See `Step.timed_batches`."""
+        batches = math.ceil(min(self.timed, len(calibration.prompts)) / self.batch)
+        return self.trials * 2 * (self.repeats + 1) * batches
 
     def _greedy_blocks(self, calibration: Calibration) -> Sequence[LayerUnit]:
         """Blocks in the order in which the greedy levels leave them out."""

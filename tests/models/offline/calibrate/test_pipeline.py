@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass, replace
+import math
+from dataclasses import astuple, dataclass, replace
 from datetime import UTC, date, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from support.calibration import calibration_of
 from support.tiny import LAYERS, make_model
 
 from sluice.models.offline.calibrate import pipeline, step, workspace
-from sluice.models.offline.calibrate.estimate import duration, estimate, in_words
+from sluice.models.offline.calibrate.estimate import Pace, duration, estimate, in_words
 from sluice.models.offline.calibrate.frontier.frontier import Frontier
 from sluice.models.offline.calibrate.pipeline import open_workspace, run_steps
 from sluice.models.offline.calibrate.step import Calibration, Step, option
@@ -253,12 +254,21 @@ def test_how_an_engine_runs_is_part_of_what_speed_depends_on(llama: Path, tmp_pa
     assert given.key(Saturation()) == compiled.key(Saturation())
 
 
-def test_an_estimate_has_every_step(llama: Path, tmp_path: Path) -> None:
+def test_an_estimate_has_every_step(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = replace(started(llama, tmp_path), eager=True)
+    assert min(astuple(Pace.of(given))) > 0
+    monkeypatch.setattr(Pace, "of", lambda _calibration: Pace(read=2.0, answer=0.5, answers=3.0))
     found = estimate(given, [Saturation(), Frontier()])
     assert [*found] == ["answers", "first", "frontier"]
-    assert all(seconds > 0 for seconds in found.values())
-    assert found["frontier"] < estimate(replace(given, eager=False), [Frontier()])["frontier"]
+    assert (found["answers"], found["first"]) == (3.0, 2.0)
+    compiled = estimate(replace(given, eager=False), [Frontier()])
+    assert found["frontier"] < compiled["frontier"]
+    # A repeat times each setting and full depth once more.
+    more = estimate(given, [Frontier(repeats=Frontier().repeats + 1)])
+    batches = math.ceil(min(Frontier().timed, len(given.prompts)) / Frontier().batch)
+    assert more["frontier"] - found["frontier"] == pytest.approx(20 * 2 * batches * 0.5)
     said = in_words({"answers": 30.0, "frontier": 600.0})
     assert said == "this takes about 10 min on a quiet machine (answers 30 s, frontier 10 min)"
     assert duration(10_000) == "2.8 h"
