@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch._guards import TracingContext, tracing
-from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -52,9 +51,7 @@ class Compiler:
     def __init__(self, options: Mapping[str, Any], arguments: Mapping[str, torch.Tensor]) -> None:
         """Compile with `options` of Inductor for `arguments` like these, of any number of rows."""
         self.arguments = arguments
-        # Inductor's cache does not tell CPUs apart: code made for wider vectors would be taken from
-        # it, built for narrower ones, and leave out half of the numbers. So it is an option.
-        self._options = {**options, "cpp.simdlen": pick_vec_isa().bit_width()}
+        self._options = options
         self._everybody = Everybody(arguments["keep_mlp"])
         self._compiled: dict[tuple[tuple[PartGraph, str | None], ...], Compiled] = {}
 

@@ -9,9 +9,11 @@ def register() -> None:
         amx,
         busy_wait,
         contrast_cache,
+        inductor_cache,
         prefix_cache,
         sliding_window,
     )
 
-    for patch in (amx, busy_wait, contrast_cache, prefix_cache, sliding_window):
+    patches = (amx, busy_wait, contrast_cache, inductor_cache, prefix_cache, sliding_window)
+    for patch in patches:
         patch.install()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,27 +148,3 @@ def test_a_part_that_keeps_something_to_itself_is_refused() -> None:
     bad.mlp = Branches()
     with pytest.raises(UntraceableError, match="get_attr"):
         Tracer(run_mlp, PAIR).trace([bad])
-
-
-NORM = """
-from types import SimpleNamespace
-import torch
-from sluice.models.engine.sublayers.compiled import Compiler
-from sluice.models.engine.sublayers.functions import final_norm
-from sluice.models.engine.sublayers.graphs import Tracer, examples
-arguments = examples(32, torch.float32, torch.device("cpu"))
-pair = {name: arguments[name] for name in ("delta", "residual")}
-stack = SimpleNamespace(final_norm=lambda delta, residual: ((delta + residual).sin(), -residual))
-(part,) = Tracer(final_norm, pair).trace([stack])
-delta, residual = torch.randn((2, 3, 32))
-made, _ = Compiler({}, arguments).launch([(part, None)])(delta, residual)
-torch.testing.assert_close(made, (delta + residual).sin())
-"""
-
-
-def test_what_another_cpu_compiled_is_not_taken_from_the_cache(tmp_path: Path) -> None:
-    for capability in ({}, {"ATEN_CPU_CAPABILITY": "default"}):
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-        environment.pop("ATEN_CPU_CAPABILITY", None)
-        script = [sys.executable, "-c", NORM]
-        subprocess.run(script, env={**environment, **capability}, cwd=tmp_path, check=True)
