@@ -51,7 +51,7 @@ class Compiler:
     def __init__(self, options: Mapping[str, Any], arguments: Mapping[str, torch.Tensor]) -> None:
         """Compile with `options` of Inductor for `arguments` like these, of any number of rows."""
         self.arguments = arguments
-        self._options = options
+        self._options = dict(options)
         self._everybody = Everybody(arguments["keep_mlp"])
         self._compiled: dict[tuple[tuple[PartGraph, str | None], ...], Compiled] = {}
 
