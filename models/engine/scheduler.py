@@ -78,11 +78,13 @@ class DepthQueue(FCFSRequestQueue):
 
     def _next(self) -> Request:
         window = [*islice(self, _WINDOW)]
-        oldest = min(window, key=lambda request: request.arrival_time) if window else self[0]
+        if not window:
+            raise IndexError("nobody waits")
+        preempted = next((request for request in window if request.num_preemptions), None)
+        if preempted is not None:
+            return preempted
+        oldest = min(window, key=lambda request: request.arrival_time)
         running = [self._skipped(request) for request in self._running()]
-        preempted = [request for request in window if request.num_preemptions]
-        if preempted:
-            return preempted[0]
         if not running or time.time() - oldest.arrival_time > self._patience:
             return oldest
         shared = frozenset.intersection(*running)

@@ -110,6 +110,7 @@ def ratio_of_sums(one: Sequence[float], other: Sequence[float]) -> Interval:
         paired=True,
         vectorized=True,
         n_resamples=_RESAMPLES,
+        batch=_RESAMPLES // 20,  # Memory grows with it, and with the items.
         confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(_SEED),

@@ -157,16 +157,21 @@ def measured(repeats: int) -> list[HostTime]:
         with bench_engine(*start, eager=True, in_process=True) as bench:
             clock = _Clock()
             timed = _Timed(bench.engine.model_runner, clock)
+            cases = [
+                (Row(name, policies), way)
+                for batch in BATCHES
+                for name, policies in _policies(half, batch).items()
+                for way in ("loop", "launches")
+            ]
             for repeat in range(-1, repeats):  # The one before the first is a warm-up.
-                for batch in BATCHES:
-                    for name, policies in _policies(half, batch).items():
-                        for way in ("loop", "launches"):
-                            timed.launches = way == "launches"
-                            clock.start(batch)
-                            bench.seconds(Row(name, policies), repeat, routed=True)
-                            if repeat >= 0:
-                                each = (clock.milliseconds, clock.launches / clock.steps)
-                                found.setdefault((name, batch, way), []).append(each)
+                for row, way in cases:
+                    batch = len(row.policies)
+                    timed.launches = way == "launches"
+                    clock.start(batch)
+                    bench.seconds(row, repeat, routed=True)
+                    if repeat >= 0:
+                        each = (clock.milliseconds, clock.launches / clock.steps)
+                        found.setdefault((row.name, batch, way), []).append(each)
     return [_row(*key, values) for key, values in found.items()]
 
 

@@ -52,7 +52,9 @@ class Difference:
 
 
 def differences(results: Sequence[PolicyResult]) -> list[Difference]:
-    """Each result but the first against the first one, of the same items."""
+    """Each result but the first against the first one, of the same items; of none there is none."""
+    if not results:
+        return []
     reference, *others = results
     tasks = [
         [

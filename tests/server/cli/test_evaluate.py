@@ -257,10 +257,12 @@ def test_a_refused_policy_is_named_with_its_field(
 
 
 def test_a_preset_that_is_not_there(
-    server: Server, tasks: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate(*asking(server, tasks, "fastest")) == 2
+    file = tmp_path / "rows.json"
+    assert evaluate(*asking(server, tasks, "fastest"), "--json", file) == 2
     assert "policy fastest: routing.preset: preset 'fastest'" in capsys.readouterr().err
+    assert json.loads(file.read_text()) == []
 
 
 def test_a_model_that_is_not_there(

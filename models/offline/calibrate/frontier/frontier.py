@@ -22,7 +22,12 @@ from sluice.models.offline.calibrate.frontier.greedy_levels import (
     units,
     without,
 )
-from sluice.models.offline.calibrate.frontier.measure import AT_ONCE, Measurements, SettingMeasure
+from sluice.models.offline.calibrate.frontier.measure import (
+    AT_ONCE,
+    Measurements,
+    SettingMeasure,
+    timed_batches,
+)
 from sluice.models.offline.calibrate.frontier.nearly_free import families
 from sluice.models.offline.calibrate.frontier.pareto import choose, shortfalls
 from sluice.models.offline.calibrate.frontier.points import DIGITS, Points
@@ -171,8 +176,8 @@ class Frontier(Step):
 
     def timed_batches(self, calibration: Calibration) -> float:
         """See `Step.timed_batches`."""
-        batches = math.ceil(min(self.timed, len(calibration.prompts)) / self.batch)
-        return _TIMED_SETTINGS * 2 * (self.repeats + 1) * batches
+        timed = min(self.timed, len(calibration.prompts))
+        return _TIMED_SETTINGS * timed_batches(timed, self.batch, self.repeats)
 
     def _check(self) -> None:
         least = {

@@ -17,6 +17,7 @@ machine does falls on both.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -255,3 +256,14 @@ class Measurements:
             self._workspace.keep(_RATIOS, self._key, self._ratios)
         found: list[float] = self._ratios[policy.digest]
         return found
+
+
+def timed_batches(timed: int, batch: int, repeats: int) -> int:
+    """Batches that a setting's speed takes: its own and full depth's, with a warm-up of both.
+
+    Args:
+        timed: answers.
+        batch: requests at a time.
+        repeats: times that both are timed in turn.
+    """
+    return 2 * (repeats + 1) * math.ceil(timed / batch)

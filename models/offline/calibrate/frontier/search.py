@@ -10,7 +10,6 @@ tree-structured Parzen estimator proposes; the greedy levels
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from sluice.models.offline.calibrate.frontier.greedy_levels import (
     greedy_levels,
     level_samples,
 )
-from sluice.models.offline.calibrate.frontier.measure import AT_ONCE, SettingMeasure
+from sluice.models.offline.calibrate.frontier.measure import AT_ONCE, SettingMeasure, timed_batches
 from sluice.models.offline.calibrate.frontier.pareto import on_frontier
 from sluice.models.offline.calibrate.items import Items
 from sluice.models.offline.calibrate.pipeline import engine_of
@@ -116,8 +115,8 @@ class Search(Step):
 
     def timed_batches(self, calibration: Calibration) -> float:
         """See `Step.timed_batches`."""
-        batches = math.ceil(min(self.timed, len(calibration.prompts)) / self.batch)
-        return self.trials * 2 * (self.repeats + 1) * batches
+        timed = min(self.timed, len(calibration.prompts))
+        return self.trials * timed_batches(timed, self.batch, self.repeats)
 
     def _greedy_blocks(self, calibration: Calibration) -> Sequence[LayerUnit]:
         """Blocks in the order in which the greedy levels leave them out."""

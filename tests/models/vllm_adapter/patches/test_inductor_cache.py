@@ -29,7 +29,7 @@ torch.testing.assert_close(compiled(ids), torch.cat([torch.zeros(16), inside, to
 
 
 def test_what_another_cpu_compiled_is_not_taken_from_the_cache(tmp_path: Path) -> None:
-    for capability in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}):
+    for capability in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}, {"ATEN_CPU_CAPABILITY": "default"}):
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
         environment.pop("ATEN_CPU_CAPABILITY", None)
         script = [sys.executable, "-c", MASKED]
