@@ -21,11 +21,15 @@ def test_a_difference_is_paired() -> None:
     full = [True] * 30 + [False] * 30
     same = paired(full, full)
     assert (same["value"], same["items"]) == (0.5, 60)
-    assert same["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    # Sixty equal answers do not say that no answer would differ: 1.96 * sqrt(2 / 62 / 62).
+    assert same["difference"]["value"] == 0.0
+    bounds = (same["difference"]["low"], same["difference"]["high"])
+    assert bounds == pytest.approx((-0.0447, 0.0447), abs=1e-4)
     # Three items lost of sixty: less sure than the share's own interval is wide.
     lost = paired([False] * 3 + full[3:], full)["difference"]
     assert lost["value"] == pytest.approx(-0.05)
-    assert (lost["low"], lost["high"]) == pytest.approx((-0.1068, 0.0068), abs=1e-3)
+    # Of Bonett and Price: one item more on each side, so 1 and 4 of 62.
+    assert (lost["low"], lost["high"]) == pytest.approx((-0.1180, 0.0213), abs=1e-3)
 
 
 def test_tokens_of_one_text_are_one_sample() -> None:
@@ -57,7 +61,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 def test_policies_beside_full_depth(model: Path) -> None:
-    items = distinct("sort", "heldout", 5, 12)
+    items = distinct("sort", "heldout", 5, 32)
     texts = [f"<|user|>{item.prompt}<|assistant|>" for item in items]
     answers = tuple(
         Example(text=text, answer=item.answer, task="answers")
@@ -70,7 +74,7 @@ def test_policies_beside_full_depth(model: Path) -> None:
     chats = tuple(Example(prompt=item.prompt) for item in items)
     found = measure_all(str(model), Questions(choices, answers, chats), POLICIES, None)
     found = json.loads(json.dumps(found))
-    assert found["tasks"] == {"choices": 12, "answers": 12, "all": 12}
+    assert found["tasks"] == {"choices": 32, "answers": 32, "all": 32}
     assert found["noise"]["read"]["value"] == 1.0
     assert found["noise"]["generated"]["value"] == 1.0
     full, half, decode, never, at_once = found["policies"].values()
@@ -80,7 +84,7 @@ def test_policies_beside_full_depth(model: Path) -> None:
     for broken in (half, decode, at_once):
         assert broken["answers"]["difference"]["high"] < 0
         assert broken["agreement"]["high"] < 1
-    assert half["choices"]["items"] == 12
+    assert half["choices"]["items"] == 32
     assert half["compute_fraction"] == pytest.approx(0.5, abs=0.01)
     for generating in (decode, never, at_once):
         assert generating["choices"] is None
