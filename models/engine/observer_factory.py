@@ -1,4 +1,6 @@
-"""Which observers look at a step: one per exit rule that its requests share, or per request."""
+"""Which observers look at a step: one per exit rule or adapter that its requests share, or one
+per request.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ import torch
 
 from sluice.models.depth.method import PromptMethod, PromptTokenMethod, TokenMethod
 from sluice.models.depth.registry import adaptive_method, exit_method
+from sluice.models.depth.stream_adapter import StreamAdapter
+from sluice.models.engine.adapter_observer import AdapterObserver
 from sluice.models.engine.observers import (
     ExitObserver,
     LayerObserver,
@@ -18,7 +22,7 @@ from sluice.models.engine.observers import (
 )
 from sluice.models.engine.step import RoutedStep
 from sluice.models.policy.axes import IntArray
-from sluice.models.policy.policy import MissingKV
+from sluice.models.policy.policy import MissingKV, Phase
 from sluice.models.profile.profile import Profile
 
 
@@ -33,11 +37,13 @@ class ObserverFactory:
         self._profile = profile
         self._device = device
         self._tensors: dict[str, dict[str, torch.Tensor]] = {}
+        self._adapters: dict[str, dict[int, StreamAdapter]] = {}
 
     def observers(self, step: RoutedStep) -> Iterator[LayerObserver]:
         """Observers of the requests of a planned step."""
         yield from self._exit_observers(step)
         yield from self._mask_observers(step)
+        yield from self._adapter_observers(step)
 
     def _exit_observers(self, step: RoutedStep) -> Iterator[LayerObserver]:
         groups: dict[tuple[str, tuple[int, ...], MissingKV], list[int]] = {}
@@ -105,6 +111,34 @@ class ObserverFactory:
                         )
                 case method:
                     assert_never(method)
+
+    def _adapter_observers(self, step: RoutedStep) -> Iterator[AdapterObserver]:
+        groups: dict[str, list[IntArray]] = {}
+        for index, state in step.states.items():
+            skip = state.extra.policy.skip
+            if not skip.adapter:
+                continue
+            start = int(step.requests.computed[index])
+            end = start + int(step.requests.scheduled[index])
+            first_generated = min(max(state.prompt_tokens, start), end)
+            if skip.phase is Phase.DECODE:
+                start = first_generated
+            elif skip.phase is Phase.PREFILL:
+                end = first_generated
+            own = np.arange(start, end) - int(step.requests.computed[index])
+            if len(own):
+                groups.setdefault(skip.adapter, []).append(int(step.first_rows[index]) + own)
+        for name, rows in groups.items():
+            yield AdapterObserver(np.sort(np.concatenate(rows)), self._adapter(name))
+
+    def _adapter(self, name: str) -> dict[int, StreamAdapter]:
+        if name not in self._adapters:
+            assert self._profile is not None
+            adapters = self._profile.adapters(name)
+            self._adapters[name] = {
+                layer: adapter.to(self._device) for layer, adapter in adapters.items()
+            }
+        return self._adapters[name]
 
     def _tensors_of(self, method: str) -> dict[str, torch.Tensor]:
         if method not in self._tensors:

@@ -63,5 +63,9 @@ class ResidualStream:
     def assign(self, tokens: IntArray, hidden: torch.Tensor) -> None:
         """Set the hidden states of rows. `hidden`: (rows, hidden)."""
         delta, residual = self.expand()
+        if len(tokens) == len(delta):
+            delta.zero_()
+            residual.copy_(hidden)
+            return
         index = torch.from_numpy(tokens).to(delta.device)
         row_scatter(delta, residual, index, torch.zeros_like(hidden), hidden)

@@ -57,12 +57,15 @@ class SkipSet:
         phase: the tokens that skip.
         elastic: the client left the choice to the server (`effort`): generated tokens may run
             deeper than this set, so that the rows of a step agree. Such sets are nested.
+        adapter: name of the profile's adapter that was trained for this set and acts on its tokens
+            (`sluice.models.depth.stream_adapter`), or empty.
     """
 
     attention: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
     phase: Phase = Phase.BOTH
     elastic: bool = False
+    adapter: str = ""
 
     @classmethod
     def of(
@@ -73,6 +76,7 @@ class SkipSet:
         mlp: tuple[int, ...] = (),
         phase: Phase = Phase.BOTH,
         elastic: bool = False,
+        adapter: str = "",
     ) -> Self:
         """Normalise layer lists: blocks become both sub-layers, order and repeats are dropped."""
         return cls(
@@ -80,6 +84,7 @@ class SkipSet:
             mlp=tuple(sorted({*blocks, *mlp})),
             phase=phase,
             elastic=elastic,
+            adapter=adapter,
         )
 
     @property
@@ -225,6 +230,8 @@ class RoutingPolicy:
             depth["phase"] = self.skip.phase.value
             if self.skip.elastic:
                 depth["elastic"] = True
+            if self.skip.adapter:
+                depth["adapter"] = self.skip.adapter
         if self.exit is not None:
             depth["exit"] = self.exit.to_dict()
         if self.adaptive is not None:
@@ -245,6 +252,7 @@ class RoutingPolicy:
                 mlp=tuple(skip["mlp"]),
                 phase=Phase(depth["phase"]),
                 elastic=depth.get("elastic", False),
+                adapter=depth.get("adapter", ""),
             )
             if skip
             else SkipSet(),

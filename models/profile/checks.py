@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sluice.models.depth.parameters import Number
@@ -62,13 +62,17 @@ def _layer_lists(fields: ProfileFields) -> Iterator[tuple[str, Sequence[int]]]:
     if fields.expert_map is not None:
         yield "expert_map.layers", fields.expert_map.layers
     levels = fields.frontier.effort if fields.frontier is not None else ()
-    sets = {f"frontier.effort.{number}": level for number, level in enumerate(levels)}
-    for path, held in {**_prefixed("skip_sets", fields.skip_sets), **sets}.items():
+    sets: dict[str, Any] = {f"frontier.effort.{number}": each for number, each in enumerate(levels)}
+    for name in ("skip_sets", "adapters"):
+        sets |= _prefixed(name, getattr(fields, name))
+    for path, held in sets.items():
         yield f"{path}.attention", held.attention
         yield f"{path}.mlp", held.mlp
+    for name, adapter in fields.adapters.items():
+        yield f"adapters.{name}.layers", adapter.layers
 
 
-def _prefixed(path: str, parts: dict[str, Any]) -> dict[str, Any]:
+def _prefixed(path: str, parts: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{path}.{name}": part for name, part in parts.items()}
 
 

@@ -14,6 +14,7 @@ from sluice.models.profile.expert_fields import (
 )
 from sluice.models.profile.frontier_fields import FrontierFields
 from sluice.models.profile.layer_fields import (
+    AdapterFields,
     ExitThreshold,
     FoundSkipSet,
     ImportanceEvidence,
@@ -90,6 +91,7 @@ class ProfileFields(Strict):
     skip_ratios: PerLayer | None = None
     references: dict[str, ReferenceSet] = Field(default_factory=dict)
     skip_sets: dict[str, FoundSkipSet] = Field(default_factory=dict)
+    adapters: dict[str, AdapterFields] = Field(default_factory=dict)
     frontier: FrontierFields | None = None
     files: dict[str, str] = Field(default_factory=dict)
     digest: str = ""

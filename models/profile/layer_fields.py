@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sluice.models.profile.values import Layers, PerLayer, Share, Strict
+from sluice.models.policy.policy import Phase
+from sluice.models.profile.values import Interval, Layers, PerLayer, Share, Strict
 
 
 class ImportanceFields(Strict):
@@ -98,3 +99,33 @@ class FoundSkipSet(Strict):
     mlp: Layers
     quality: Share
     seconds: float
+
+
+class AdapterFields(Strict):
+    """An adapter that was trained for a skip set (`sluice.models.depth.stream_adapter`).
+
+    Attributes:
+        attention: layers whose attention is left out.
+        mlp: layers whose MLP is left out.
+        phase: of the tokens that leave them out, and on which the adapter acts.
+        layers: after which it acts.
+        rank: of each of its maps.
+        prompts: that it was trained on.
+        held_out: prompts that it was measured on.
+        before: agreement with full depth's tokens on those, without it.
+        after: the same with it.
+        divergence_before: Kullback-Leibler divergence from full depth, mean over tokens, nats.
+        divergence_after: the same with it.
+    """
+
+    attention: Layers
+    mlp: Layers
+    phase: Phase
+    layers: Layers
+    rank: int
+    prompts: int
+    held_out: int
+    before: Interval
+    after: Interval
+    divergence_before: float
+    divergence_after: float

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from sluice.models.depth.method import DepthMethod
 from sluice.models.depth.registry import methods
 from sluice.models.depth.skip_order import Importance, Unit
+from sluice.models.depth.stream_adapter import StreamAdapter, adapters_of, tensor_names
 from sluice.models.profile.checks import problems
 from sluice.models.profile.expert_fields import ReferenceSet
 from sluice.models.profile.fields import ProfileFields
@@ -71,7 +72,9 @@ class Profile:
         for name in (HEADS_NAME, REFERENCES_NAME):
             if name not in fields.files and (folder / name).exists():
                 raise ProfileError(f"profile {folder / name}: {JSON_NAME} does not name this file")
-        return cls(folder, fields, _trained_methods(folder / HEADS_NAME))
+        shapes = _shapes(folder / HEADS_NAME)
+        _check_adapters(fields, shapes, folder)
+        return cls(folder, fields, _trained_methods(frozenset(shapes)))
 
     @property
     def layers(self) -> int:
@@ -172,6 +175,11 @@ class Profile:
             return {}
         return _tensors_with(f"{method}.", self.folder / HEADS_NAME)
 
+    def adapters(self, name: str) -> dict[int, StreamAdapter]:
+        """The adapters of a name, by the layer after which each acts, fp32."""
+        path = self.folder / HEADS_NAME
+        return adapters_of(name, self.fields.adapters[name].layers, _tensors_with("", path))
+
     def reference_tensors(self, name: str) -> dict[str, Tensor]:
         """`embeddings` and `pathways` of one reference set; see the module."""
         return _tensors_with(f"{name}.", self.folder / REFERENCES_NAME)
@@ -224,14 +232,33 @@ def _tensors_with(prefix: str, path: Path) -> dict[str, Tensor]:
         }
 
 
-def _trained_methods(path: Path) -> frozenset[str]:
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a file's tensors by name; none where there is no file."""
     if not path.exists():
-        return frozenset()
+        return {}
     try:
         with safe_open(path, framework="np") as file:
-            names = set(file.keys())
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise ProfileError(f"profile {path}: {error}") from error
+
+
+def _check_adapters(
+    fields: ProfileFields, shapes: Mapping[str, tuple[int, ...]], folder: Path
+) -> None:
+    for name, adapter in fields.adapters.items():
+        down, up = (adapter.rank, fields.model.hidden), (fields.model.hidden, adapter.rank)
+        for layer in adapter.layers:
+            for tensor, shape in zip(tensor_names(name, layer), (down, up), strict=True):
+                if shapes.get(tensor) != shape:
+                    found = shapes.get(tensor, "missing")
+                    raise ProfileError(
+                        f"profile {folder / JSON_NAME}: adapters.{name}: {tensor} in {HEADS_NAME} "
+                        f"is {found}, not {shape}"
+                    )
+
+
+def _trained_methods(names: frozenset[str]) -> frozenset[str]:
     known: dict[str, DepthMethod] = {**methods().exits, **methods().adaptive}
     return frozenset(
         name

@@ -12,7 +12,7 @@ from sluice.models.depth.skip_order import Importance
 from sluice.models.policy.expert_shape import ExpertShape
 from sluice.models.profile.expert_fields import OWN_ENCODER, ReferenceSet
 from sluice.models.profile.frontier_fields import EffortLevel, EngineMode
-from sluice.models.profile.layer_fields import ExitThreshold
+from sluice.models.profile.layer_fields import AdapterFields, ExitThreshold
 from sluice.models.profile.profile import Profile, ProfileError
 from sluice.models.vllm_adapter.engine_mode import engine_mode
 from sluice.models.vllm_adapter.families import depth_refusal
@@ -130,6 +130,11 @@ class Capabilities:
             f"the profile's speeds were measured in an engine that ran {frontier.mode}, and this "
             f"one runs {self.mode}: measure them again with `sluice calibrate frontier{eager}`"
         )
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterFields]:
+        """Adapters that were trained for skip sets, by name."""
+        return self.profile.fields.adapters if self.profile else {}
 
     @property
     def references(self) -> Mapping[str, ReferenceSet]:

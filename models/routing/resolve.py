@@ -15,7 +15,7 @@ from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.checks import combination, invalid
 from sluice.models.routing.depth.adaptive import ADAPTIVE, adaptive_rule
 from sluice.models.routing.depth.exit import exit_control, is_static
-from sluice.models.routing.depth.skip import EFFORT, effort_set, skip_set
+from sluice.models.routing.depth.skip import EFFORT, SKIP, effort_set, skip_set
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.experts.controls import CONTRAST, expert_rule, merge_experts
 from sluice.models.routing.schema import DepthFields, PresetFields, RoutingFields
@@ -78,9 +78,15 @@ def resolve(fields: RoutingFields, capabilities: Capabilities) -> RoutingPolicy:
     _check_phase(fields)
     skip = SkipSet()
     if depth.skip is not None:
-        skip = skip_set(depth.skip, depth.phase or Phase.BOTH, capabilities)
+        skip = skip_set(depth.skip, depth.phase, capabilities)
     rule = None
     if depth.exit is not None:
+        if skip.adapter:
+            raise combination(
+                "an adapter was trained for tokens that run all other layers: "
+                "it does not go together with depth.exit",
+                f"{SKIP}.adapter",
+            )
         skip, rule = exit_control(depth.exit, skip, depth.phase or Phase.BOTH, capabilities)
     adaptive = None
     if depth.adaptive is not None:

@@ -96,13 +96,16 @@ class StrictFields(BaseModel):
 
 
 class SkipFields(StrictFields):
-    """`routing.depth.skip`: 0-based layers that do not run, or a fraction of what `by` counts."""
+    """`routing.depth.skip`: 0-based layers that do not run, a fraction of what `by` counts, or
+    those that a trained adapter makes up for.
+    """
 
     blocks: LayerList = []
     attention: LayerList = []
     mlp: LayerList = []
     fraction: Annotated[Real, Field(gt=0, lt=1)] | None = None
     by: Unit | None = None
+    adapter: StrictStr | None = None
 
 
 class MethodFields(StrictFields):

@@ -33,7 +33,8 @@ def main(argv: list[str]) -> None:
     by_name = {step.name: step for step in STEPS}
     named = by_name.get(argv[0]) if argv else None
     quick = named is None and "--quick" in argv
-    offered = [step for step in STEPS if not quick or step.name in QUICK]
+    whole = [step for step in STEPS if not step.only_named]
+    offered = [step for step in whole if not quick or step.name in QUICK]
     parser = _parser([named] if named else offered, named, quick=quick)
     args = parser.parse_args(argv[1:] if named else argv)
     signal.signal(signal.SIGTERM, _terminated)
@@ -126,7 +127,7 @@ def _parser(steps: Sequence[type[Step]], named: type[Step] | None, *, quick: boo
             "--skip",
             action="append",
             default=[],
-            choices=[step.name for step in STEPS],
+            choices=[step.name for step in STEPS if not step.only_named],
             help="leave this step out; may be given several times",
         )
     for step in steps:
@@ -174,8 +175,8 @@ def _run(args: argparse.Namespace, kinds: Sequence[type[Step]], named: type[Step
     calibration = _calibration(args, progress)
     with progress:
         open_workspace(calibration, args.out)
+        _add_earlier_parts(calibration, named)
         if named:
-            _add_earlier_parts(calibration, named)
             steps[0].check(calibration)
         else:
             steps = _able(steps, calibration, say)
@@ -238,11 +239,12 @@ def _calibration(args: argparse.Namespace, progress: Progress) -> Calibration:
     )
 
 
-def _add_earlier_parts(calibration: Calibration, named: type[Step]) -> None:
-    """Add the latest results of the other steps."""
+def _add_earlier_parts(calibration: Calibration, named: type[Step] | None) -> None:
+    """Add the latest results of the other steps, in a whole run of those that are no part of it."""
     from sluice.models.offline.calibrate.registry import STEPS
 
     for step in STEPS:
-        part = None if step is named else calibration.workspace.latest_part(step.name)
+        others = step.only_named if named is None else step is not named
+        part = calibration.workspace.latest_part(step.name) if others else None
         if part is not None:
             calibration.parts[step.name] = part

@@ -57,6 +57,10 @@ def depth_listing(capabilities: Capabilities) -> dict[str, Any]:
             "order": None if capabilities.importance is None else "profile",
             "order_reason": capabilities.order_refusal,
             "sets": skip_set_listing(capabilities.profile),
+            "adapters": {
+                name: adapter.model_dump(mode="json")
+                for name, adapter in capabilities.adapters.items()
+            },
         },
         "exit": {name: _exit(method, capabilities) for name, method in offered_exits().items()},
         "adaptive": {

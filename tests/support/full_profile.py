@@ -12,7 +12,25 @@ MODEL = {"layers": 3, "hidden": 4, "fingerprint": "f" * 64}
 EVEN = (0.5, 0.25, 0.125)
 UNITS = {"block": EVEN, "attention": EVEN, "mlp": EVEN}
 MEASURED = {"value": 0.9, "low": 0.8, "high": 1.0}
-HEADS = {"classifier.weight": torch.arange(4.0), "classifier.bias": torch.tensor(0.5)}
+HEADS = {
+    "classifier.weight": torch.arange(4.0),
+    "classifier.bias": torch.tensor(0.5),
+    "adapter.a.1.down": torch.ones(2, 4),
+    "adapter.a.1.up": torch.ones(4, 2),
+}
+ADAPTER = {
+    "attention": (1,),
+    "mlp": (1,),
+    "phase": "decode",
+    "layers": (1,),
+    "rank": 2,
+    "prompts": 8,
+    "held_out": 9,
+    "before": MEASURED,
+    "after": MEASURED,
+    "divergence_before": 0.5,
+    "divergence_after": 0.25,
+}
 REFERENCES = {"a.embeddings": torch.ones(2, 4), "a.pathways": torch.ones(2, 1, 8)}
 
 
@@ -80,5 +98,6 @@ FIELDS: dict[str, Any] = {
     "skip_ratios": EVEN,
     "references": {"a": {"layers": (2,), "width": 4}},
     "skip_sets": {"a": {"attention": (1, 2), "mlp": (), "quality": 0.5, "seconds": 0.75}},
+    "adapters": {"a": ADAPTER},
     "frontier": FRONTIER,
 }

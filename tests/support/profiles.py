@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from support.reference import Reference
 from torch import Tensor
@@ -12,13 +13,15 @@ from sluice.models.profile.fingerprint import fingerprint
 from sluice.models.profile.writer import write_profile as write_fields
 
 
-def write_profile(folder: Path, reference: Reference, heads: Mapping[str, Tensor]) -> Path:
-    """Write `heads` as the profile of the reference's model."""
+def write_profile(
+    folder: Path, reference: Reference, heads: Mapping[str, Tensor], **fields: Any
+) -> Path:
+    """Write `heads` and `fields` as the profile of the reference's model."""
     config = reference.model.config
     shape = {
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
         "fingerprint": fingerprint(Path(config.name_or_path)),
     }
-    write_fields(folder, {"model": shape}, heads, {})
+    write_fields(folder, {"model": shape, **fields}, heads, {})
     return folder

@@ -89,6 +89,7 @@ class Reference:
             folder, dtype=torch.float32
         ).eval()
         self._layers = len(self.model.model.layers)
+        self._adapters: Mapping[int, tuple[Tensor, Tensor]] = {}
 
     def greedy(self, prompt: Sequence[int], skip: SkipSet, tokens: int) -> list[int]:
         """Greedy continuation of `prompt` under `skip`."""
@@ -105,6 +106,7 @@ class Reference:
         *,
         pending_limit: int = 8,
         block_size: int = 32,
+        adapters: Mapping[int, tuple[Tensor, Tensor]] | None = None,
     ) -> Run:
         """Greedy continuation of `prompt` under `policy`.
 
@@ -117,7 +119,9 @@ class Reference:
             pending_limit: with `recompute`, the token after so many early exits without a full
                 pass between them is not tested.
             block_size: with `recompute`, a token last in its K/V block is not tested.
+            adapters: `down` and `up` by the layer after which they act on tokens that skip.
         """
+        self._adapters = adapters or {}
         heads = heads or {}
         # `lasting` is what later tokens attend: the same as what ran, or with `recompute` deeper.
         lasting = self._static(policy.skip, len(prompt), len(prompt) + tokens - 1)
@@ -298,9 +302,16 @@ class Reference:
             return lambda _module, inputs: watch.entered(layer, inputs[0][0], ran)
 
         def leave(layer: int) -> Callable[..., Tensor]:
-            return lambda _module, inputs, output: watch.passed(
-                layer, inputs[0][0], output[0], ran
-            )[None]
+            def hook(_module: Any, inputs: Any, output: Tensor) -> Tensor:
+                after = output[0]
+                if layer in self._adapters:
+                    down, up = self._adapters[layer]
+                    size = (after.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+                    skipping = ~ran.all(-1).all(-1)
+                    after = after + skipping[:, None] * (after / size @ down.T @ up.T)
+                return watch.passed(layer, inputs[0][0], after, ran)[None]
+
+            return hook
 
         hooks = []
         for i, layer in enumerate(self.model.model.layers):

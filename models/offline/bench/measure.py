@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -92,8 +93,6 @@ def _measure_round(
     ours_first: bool,
     eager: bool,
 ) -> None:
-    from rich.progress import track
-
     workers = [STOCK_WORKER, CPU_WORKER][:: -1 if ours_first else 1]
     with ExitStack() as stack:
         engines = {
@@ -101,8 +100,17 @@ def _measure_round(
             for worker in workers
         }
         stock, ours = engines[STOCK_WORKER], engines[CPU_WORKER]
-        for result in track(results, f"{kind}, {'ours' if ours_first else 'stock'} started first"):
+        first = "ours" if ours_first else "stock"
+        for place, result in enumerate(results, start=1):
             _measure(result, numbers, stock, ours)
+            # Lines, not a bar: it takes an hour, and its output mostly goes to a file.
+            found = ", ".join(f"{ratio:.2f}" for ratio in result.ratios[-len(numbers) :])
+            print(
+                f"{kind}, {first} started first, {place} of {len(results)}: "
+                f"{result.row.name}: {found}",
+                file=sys.stderr,
+                flush=True,
+            )
             if kind is BenchModel.MOE and result.loaded is None:
                 result.loaded = _loaded(result.row, ours)
 

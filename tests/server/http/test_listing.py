@@ -22,7 +22,7 @@ from support.edge import (
     policy,
     refused,
 )
-from support.full_profile import MEASURED, frontier, level
+from support.full_profile import ADAPTER, MEASURED, frontier, level
 
 from sluice.models.depth.parameters import Number
 from sluice.models.depth.registry import adaptive_methods, offered_exits
@@ -47,6 +47,7 @@ FOUND = replace(
             }
         },
         skip_sets={"a": {"attention": (1, 4), "mlp": (2,), "quality": 0.99, "seconds": 0.75}},
+        adapters={"b": {**ADAPTER, "attention": (1, 4)}},
         expert_k=[{"budget": 9, "top_k": (1, 1, 2, 2, 2, 2), "divergence": 0.5}],
         skip_ratios=RATIOS,
         frontier=frontier(effort=LEVELS),
@@ -145,6 +146,14 @@ def test_skip_sets_go_into_a_request() -> None:
     sets = {name: found["a"][name] for name in ("attention", "mlp")}
     expected = SkipSet.of(attention=(1, 4), mlp=(2,), phase=Phase.DECODE)
     assert policy(depth(skip=sets, phase="decode"), FOUND).skip == expected
+
+
+def test_adapters_go_into_a_request() -> None:
+    found = capabilities_listing(FOUND)["depth"]["skip"]["adapters"]
+    assert found == {"b": {**ADAPTER, "attention": [1, 4], "mlp": [1], "layers": [1]}}
+    expected = SkipSet.of(attention=(1, 4), mlp=(1,), phase=Phase.DECODE, adapter="b")
+    (name,) = found
+    assert policy(depth(skip={"adapter": name}), FOUND).skip == expected
 
 
 def test_where_effort_comes_from() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sluice.models.offline.calibrate.depth.training_data import TrainSplit, row_parts
+from sluice.models.offline.calibrate.depth.training_data import TrainSplit, draws, row_parts
 from sluice.models.offline.calibrate.step import Calibration, Step, check_least, option
 from sluice.models.offline.calibrate.workspace import Part
 from sluice.models.offline.hf_model.examples import CalibrationError
@@ -72,7 +71,7 @@ class Routers(Step):
             routers.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        drawn = _draws(train, self.tokens, calibration.seed)
+        drawn = draws(train, self.tokens, calibration.seed)
         steps = calibration.track(range(self.steps), "training of the routers", self.steps)
         for step, samples in zip(steps, drawn, strict=False):
             sharpness = self.sharpness ** min(1.0, step / (SHARPENED * self.steps))
@@ -153,20 +152,6 @@ def pooled_inputs(calibration: Calibration, samples: Sequence[Sample]) -> tuple[
     mean = total / len(samples)
     spread = (squares / len(samples) - mean.square()).clamp_min(0.0).sqrt().float()
     return mean.float(), torch.where(spread > 0, spread, torch.ones_like(spread))
-
-
-def _draws(samples: Sequence[Sample], tokens: int, seed: int) -> Iterator[list[Sample]]:
-    """Samples to fill steps with, again and again, each time in another order."""
-    rng = random.Random(seed)
-    drawn: list[Sample] = []
-    longest = 0
-    while True:
-        for sample in rng.sample(samples, len(samples)):
-            length = len(sample.prompt) + len(sample.answer)
-            if drawn and (len(drawn) + 1) * max(longest, length) > tokens:
-                yield drawn
-                drawn, longest = [], 0
-            drawn, longest = [*drawn, sample], max(longest, length)
 
 
 def router_loss(

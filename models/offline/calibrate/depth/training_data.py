@@ -48,6 +48,26 @@ def decode_steps(sample: Sample) -> int:
     return len(sample.answer) - 1
 
 
+def draws(samples: Sequence[Sample], tokens: int, seed: int) -> Iterator[list[Sample]]:
+    """Samples to fill steps with, again and again, each time in another order.
+
+    Args:
+        samples: one or more.
+        tokens: of a step, padding included, if a sample is not longer.
+        seed: of the orders.
+    """
+    rng = random.Random(seed)
+    drawn: list[Sample] = []
+    longest = 0
+    while True:
+        for sample in rng.sample(samples, len(samples)):
+            length = len(sample.prompt) + len(sample.answer)
+            if drawn and (len(drawn) + 1) * max(longest, length) > tokens:
+                yield drawn
+                drawn, longest = [], 0
+            drawn, longest = [*drawn, sample], max(longest, length)
+
+
 @dataclass(frozen=True)
 class TokenStates:
     """Decode steps at full depth, teacher-forced.

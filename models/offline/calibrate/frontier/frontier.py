@@ -82,6 +82,7 @@ class Frontier(Step):
         "expert-k",
         "skip-ratios",
         "search",
+        "recover",
     )
     reads_tasks: ClassVar[bool] = True
     measures_speed: ClassVar[bool] = True

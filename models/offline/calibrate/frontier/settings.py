@@ -50,7 +50,8 @@ def skip_setting(name: str, skip: SkipSet) -> Setting:
 def depth_settings(
     fields: Mapping[str, Any], heads: Collection[str], layers: int
 ) -> Iterator[Setting]:
-    """LLM-Drop's orders, calibrated exits, FiRST's routers and found skip sets, if there are any.
+    """LLM-Drop's orders, calibrated exits, FiRST's routers, found skip sets and adapters, if there
+    are any.
 
     Args:
         fields: of the profile so far.
@@ -75,6 +76,8 @@ def depth_settings(
     for name, found in fields.get("skip_sets", {}).items():
         attention, mlp = tuple(found["attention"]), tuple(found["mlp"])
         yield skip_setting(name, SkipSet.of(attention=attention, mlp=mlp, phase=Phase.DECODE))
+    for name in fields.get("adapters", {}):
+        yield Setting(f"adapter {name}", {"depth": {"skip": {"adapter": name}}})
 
 
 def expert_settings(fields: Mapping[str, Any], top_k: int) -> Iterator[Setting]:

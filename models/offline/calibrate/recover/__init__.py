@@ -1,0 +1,1 @@
+"""The step `recover`: adapters that make up for blocks that are left out."""
