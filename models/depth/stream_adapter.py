@@ -53,7 +53,7 @@ def tensor_names(name: str, layer: int) -> tuple[str, str]:
 
 def tensors_of(name: str, adapters: Mapping[int, StreamAdapter]) -> dict[str, Tensor]:
     """The tensors of a name as a profile keeps them."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for layer, adapter in adapters.items():
         down, up = tensor_names(name, layer)
         found |= {down: adapter.down, up: adapter.up}
