@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from support.full_profile import ADAPTER
 from support.tiny import make_model
 
+from sluice.models.depth.stream_adapter import StreamAdapter, tensors_of
 from sluice.models.offline.calibrate import pipeline
 from sluice.models.offline.calibrate.registry import STEPS
-from sluice.models.offline.demo import DEMO_MODEL_DIR
+from sluice.models.offline.calibrate.workspace import Part, Workspace
+from sluice.models.offline.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
 from sluice.models.profile.profile import Profile
 from sluice.server.cli import main as cli
 from sluice.server.cli.progress import progress_line
@@ -150,13 +154,36 @@ def test_every_step_and_option_is_documented(
 ) -> None:
     with pytest.raises(SystemExit):
         run(monkeypatch, "--help")
-    text = capsys.readouterr().out
+    whole = capsys.readouterr().out
     for step in STEPS:
+        text = whole
+        if step.only_named:
+            assert f"step {step.name}:" not in whole
+            with pytest.raises(SystemExit):
+                run(monkeypatch, step.name, "--help")
+            text = capsys.readouterr().out
         assert f"step {step.name}:" in text
     assert len({step.name for step in STEPS}) == len(STEPS)
     order = [step.name for step in STEPS]
     for step in STEPS:
         assert all(order.index(needed) < order.index(step.name) for needed in step.needs)
+
+
+def test_a_whole_run_keeps_what_only_its_own_command_finds(
+    monkeypatch: pytest.MonkeyPatch, prompts: Path, tmp_path: Path
+) -> None:
+    out, shape = tmp_path / "profile", Profile.load(DEMO_PROFILE_DIR)
+    adapter = {**ADAPTER, "rank": 1}
+    tensors = tensors_of(
+        "a", {1: StreamAdapter(torch.ones(1, shape.hidden), torch.ones(shape.hidden, 1))}
+    )
+    Workspace.beside(out).keep_part("recover", "key", Part({"adapters": {"a": adapter}}, tensors))
+    skipped = [step.name for step in STEPS if not step.only_named and step.name != "importance"]
+    skips = [word for name in skipped for word in ("--skip", name)]
+    run(monkeypatch, DEMO_MODEL_DIR, "--prompts", prompts, "--out", out, *skips, *QUICK)
+    found = Profile.load(out)
+    assert found.importance is not None
+    assert found.adapters("a")[1].up.tolist() == [[1.0]] * shape.hidden
 
 
 def test_a_full_disk_is_said(
@@ -220,7 +247,7 @@ def test_a_run_that_is_stopped_loses_nothing(
     arguments = [sluice, "calibrate", str(DEMO_MODEL_DIR), "--prompts", str(prompts)]
     arguments += ["--out", str(out), *QUICK]
     for step in STEPS:
-        if step.name not in ("importance", "heads"):
+        if step.name not in ("importance", "heads") and not step.only_named:
             arguments += ["--skip", step.name]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     running = subprocess.Popen(
