@@ -23,7 +23,7 @@ test: $(STAMP)
 # The same tests as in `make test`, with engines on vLLM's other model runner: its kernels are interpreted.
 V2_TESTS := $(addprefix tests/models/engine/,test_v2.py test_runner.py test_row_builders.py test_structured_output.py \
   test_stock.py test_isolation.py test_depth_methods.py test_expert_routing.py test_expert_preemption.py test_contrast.py \
-  test_agreement.py)
+  test_agreement.py test_adapters.py)
 test-v2:
 	VLLM_USE_V2_MODEL_RUNNER=1 $(MAKE) test TESTS="$(V2_TESTS)"
 

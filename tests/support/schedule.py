@@ -65,6 +65,7 @@ SLOW = (
     "loadtest/comparison/test_comparison.py",
     "loadtest/test_demo_server.py",
     "loadtest/test_mock_server.py",
+    "models/engine/test_adapters.py",
     "models/engine/test_agreement.py",
     "models/engine/sublayers",
     "models/engine/test_compiled_depth.py",
