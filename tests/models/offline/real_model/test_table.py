@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.full_profile import ADAPTER
 
 from sluice.models.offline.real_model.policies import policies
 from sluice.models.offline.real_model.table import BEGIN, END, joined, table, with_table
+from sluice.models.profile.layer_fields import AdapterFields
 
 DOCS = Path(__file__).parents[4] / "docs"
 
@@ -55,15 +57,30 @@ def test_rows_go_between_the_marks() -> None:
 
 
 def test_presets_that_are_one_point_are_one_row() -> None:
-    found = policies({"quality": "level 1", "balanced": "level 1", "fast": "drop"})
+    found = policies({"quality": "level 1", "balanced": "level 1", "fast": "drop"}, {})
     names = [name for name in found if name.startswith("preset")]
     assert names == ["preset `quality`, `balanced`", "preset `fast`"]
     assert found[names[0]] == {"preset": "quality"}
-    assert len(policies({})) == len(found) - 2
+    assert len(policies({}, {})) == len(found) - 2
 
 
 def test_the_document_shows_the_file_beside_it() -> None:
     found = json.loads((DOCS / "real-model.json").read_text())
     document = (DOCS / "real-model.md").read_text()
     assert with_table(document, table(found)) == document
-    assert {*policies({})} < {*found["policies"]}
+    assert {*policies({}, {})} < {*found["policies"]}
+
+
+def test_an_adapter_stands_below_what_it_was_trained_for() -> None:
+    blocks = {"attention": (4, 7), "mlp": (4, 7), "rank": 2}
+    adapter = AdapterFields.model_validate({**ADAPTER, **blocks})
+    bare, adapted = [*policies({}, {"without-2": adapter}).items()][-2:]
+    skip = {"attention": [4, 7], "mlp": [4, 7]}
+    assert bare == (
+        "2 of 30 blocks left out of answers",
+        {"depth": {"skip": skip, "phase": "decode"}},
+    )
+    assert adapted == (
+        "2 of 30 blocks left out of answers, with adapter",
+        {"depth": {"skip": {"adapter": "without-2"}}},
+    )
