@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from sluice.models.depth.stream_adapter import StreamAdapter, adapters_of, tensors_of
+from sluice.models.depth.stream_adapter import StreamAdapter, tensors_of
 from sluice.models.offline.calibrate.depth.training_data import TrainSplit, row_parts
 from sluice.models.offline.calibrate.frontier.greedy_levels import (
     greedy_levels,
@@ -19,9 +19,9 @@ from sluice.models.offline.calibrate.frontier.greedy_levels import (
     without,
 )
 from sluice.models.offline.calibrate.recover.adapter_training import (
+    KeptTraining,
     Training,
     divergence,
-    run_ends,
     shallow_states,
     train,
 )
@@ -113,17 +113,6 @@ class Recover(Step):
             )
         return self._part(found, split)
 
-    def passes(self, calibration: Calibration) -> float:
-        """See `Step.passes`."""
-        layers = calibration.model.layers
-        prompts = max(len(calibration.prompts), 1)
-        counts = self._counts(layers)
-        levels = (layers + max(counts) * _TRIED) * level_samples(layers, self.samples) / prompts
-        # A step reads once at full depth, and once forward and twice backward without the blocks.
-        length = calibration.new_tokens + 16
-        steps = 4 * self.steps * self.tokens / (length * prompts)
-        return levels + len(counts) * (steps + 2)
-
     def _counts(self, layers: int) -> list[int]:
         """Numbers of blocks."""
         least = {"rank": 1, "steps": 1, "tokens": 1, "samples": 0}
@@ -149,13 +138,8 @@ class Recover(Step):
     ) -> dict[int, StreamAdapter]:
         """Adapters by layer; what was trained before a stop is not trained again."""
         key = key_of(calibration.key(self), [*blocks])
-        name = f"recover-{len(blocks)}"
-        kept = calibration.workspace.part(name, key)
-        if kept is None:
-            adapters = train(calibration, blocks, samples, self.training)
-            kept = Part(heads=tensors_of(name, adapters))
-            calibration.workspace.keep_part(name, key, kept)
-        return adapters_of(name, run_ends(blocks), kept.heads)
+        kept = KeptTraining(calibration.workspace, f"recover-{len(blocks)}", key)
+        return train(calibration, blocks, samples, self.training, kept)
 
     def _part(self, found: Mapping[str, _Found], split: TrainSplit) -> Part:
         """Those that help."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from support.tiny import LAYERS, make_model
 from sluice.models.depth.stream_adapter import StreamAdapter
 from sluice.models.offline.calibrate.depth import training_data
 from sluice.models.offline.calibrate.depth.training_data import TrainSplit
-from sluice.models.offline.calibrate.recover.adapter_training import divergences, run_ends, train
+from sluice.models.offline.calibrate.recover.adapter_training import (
+    KeptTraining,
+    divergences,
+    run_ends,
+    train,
+)
 from sluice.models.offline.calibrate.recover.recover import Recover
 from sluice.models.offline.calibrate.step import Calibration
 from sluice.models.offline.hf_model.examples import CalibrationError
@@ -110,8 +116,11 @@ def test_the_loss_is_the_divergence_from_full_depth(
 
 
 def test_training_makes_up_for_blocks(llama: Calibration) -> None:
+    def kept(name: str) -> KeptTraining:
+        return KeptTraining(llama.workspace, name, "key")
+
     split, blocks = TrainSplit.of(llama), (2, 3)
-    adapters = train(llama, blocks, split.train, STEP.training)
+    adapters = train(llama, blocks, split.train, STEP.training, kept("first"))
     assert [*adapters] == [3]
     assert adapters[3].down.shape == (2, HIDDEN)
     batch = SampleBatch.of(split.test)
@@ -120,7 +129,7 @@ def test_training_makes_up_for_blocks(llama: Calibration) -> None:
         for each in ({}, adapters)
     )
     assert after < 0.5 * before
-    again = train(llama, blocks, split.train, STEP.training)
+    again = train(llama, blocks, split.train, STEP.training, kept("second"))
     assert torch.equal(again[3].up, adapters[3].up), "the same seed, the same adapter"
 
 
@@ -138,14 +147,39 @@ def test_what_helps_is_kept_with_what_was_measured(llama: Calibration) -> None:
     }
 
 
-def test_what_was_trained_before_a_stop_is_not_trained_again(
-    llama: Calibration, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = STEP.run(llama)
-    monkeypatch.setattr("torch.optim.AdamW", None)
-    again = STEP.run(llama)
-    assert again.fields == first.fields
-    assert all(torch.equal(again.heads[name], tensor) for name, tensor in first.heads.items())
+def test_a_training_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    """From the last step that was kept, to the adapter that it would have been."""
+    of = calibration(tmp_path)
+    samples = TrainSplit.of(of).train
+    training = replace(STEP.training, steps=60)
+
+    def kept(name: str) -> KeptTraining:
+        return KeptTraining(of.workspace, name, "key")
+
+    def stopped(steps: Iterable[Any], _what: str, _total: int) -> Iterable[Any]:
+        for step in steps:
+            if step == 31:
+                raise KeyboardInterrupt
+            yield step
+
+    whole = train(of, (2, 3), samples, training, kept("whole"))
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(of, track=stopped), (2, 3), samples, training, kept("parts"))
+    seen: list[int] = []
+
+    def watched(steps: Iterable[Any], _what: str, _total: int) -> Iterable[Any]:
+        for step in steps:
+            seen.append(step)
+            yield step
+
+    going_on = replace(of, track=watched)
+    parts = train(going_on, (2, 3), samples, training, kept("parts"))
+    assert seen == [*range(25, 60)]
+    assert torch.equal(parts[3].up, whole[3].up)
+    assert torch.equal(parts[3].down, whole[3].down)
+    again = train(going_on, (2, 3), samples, training, kept("parts"))
+    assert len(seen) == 35, "it is done"
+    assert torch.equal(again[3].up, whole[3].up)
 
 
 def test_what_is_not_shown_to_help_is_not_kept(
