@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,12 +173,22 @@ def build_sublayers(stack: DecoderStack, vllm_config: Any, device: torch.device)
     if options is None or os.environ.get(SEGMENTS_ENV) == "off":
         return plain_sublayers(stack)
     config = vllm_config.model_config
-    began = time.perf_counter()
+    began, peak = time.perf_counter(), _peak_memory()
     arguments = examples(config.get_hidden_size(), config.dtype, device)
     sublayers = traced_sublayers(stack, vllm_config, Compiler(options, arguments))
-    seconds = time.perf_counter() - began
-    _LOG.info("compiled the parts of %d layers in %.0f s", len(stack.layers), seconds)
+    seconds, more = time.perf_counter() - began, _peak_memory() - peak
+    _LOG.info(
+        "compiled the parts of %d layers in %.0f s, and took %.0f MiB more at the most",
+        len(stack.layers),
+        seconds,
+        more,
+    )
     return sublayers
+
+
+def _peak_memory() -> float:
+    """Most memory that this process has had so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def traced_sublayers(stack: DecoderStack, vllm_config: Any, compiler: Compiler) -> SubLayers:
