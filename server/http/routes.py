@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,15 +14,16 @@ from sluice.server.admission import Admission
 from sluice.server.http.examples import example_prompts
 from sluice.server.http.listing import capabilities_listing
 from sluice.server.http.state import Edge
+from sluice.server.telemetry.engines import Engines
 from sluice.server.telemetry.utilization import utilization
 
 
-def build_router(registry: CollectorRegistry, folder: Path) -> APIRouter:
+def build_router(registry: CollectorRegistry, engines: Engines) -> APIRouter:
     """Routes of one app.
 
     Args:
         registry: what `/metrics` shows.
-        folder: of the engines' counter files.
+        engines: what they counted.
     """
     router = APIRouter()
 
@@ -42,7 +42,7 @@ def build_router(registry: CollectorRegistry, folder: Path) -> APIRouter:
 
     @router.get("/v1/routing/utilization")
     def layers_and_experts() -> dict[str, Any]:
-        return utilization(folder)
+        return utilization(engines)
 
     @router.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
