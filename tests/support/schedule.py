@@ -37,6 +37,7 @@ SHARED = {
         "server/http/test_parallel.py",
         "server/telemetry/test_metrics.py",
         "server/telemetry/test_counter_truth.py",
+        "server/telemetry/test_records.py",
         "server/observability/test_observability.py",
         "server/cli/test_demo.py",
         "server/cli/test_evaluate.py",
