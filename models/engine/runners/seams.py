@@ -93,7 +93,7 @@ TELEMETRY = (
     ),
     Seam("v1/engine/__init__.py", "EngineCoreOutputs", ("outputs", "scheduler_stats")),
     Seam("v1/metrics/stats.py", "SchedulerStats", ("kv_connector_stats",)),
-    Seam("v1/engine/core.py", "EngineCoreProc", ("addresses",)),
+    Seam("v1/engine/core.py", "EngineCore", ("scheduler",)),
     Seam("v1/engine/async_llm.py", "AsyncLLM", ("output_processor", "engine_core")),
     Seam("v1/engine/llm_engine.py", "LLMEngine", ("output_processor",)),
     Seam("v1/engine/core_client.py", "MPClient", ("engine_ranks_managed",)),

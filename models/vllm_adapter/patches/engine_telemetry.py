@@ -1,6 +1,7 @@
 """Seam: what steps ran travels with vLLM's own messages, from the worker to the API servers.
 
-Wraps `update_from_output` and `_free_request` of vLLM's `Scheduler`, and `EngineCoreProc.__init__`.
+Wraps `update_from_output` and `_free_request` of vLLM's `Scheduler`, and `process_output_sockets`
+of its `EngineCoreProc`.
 A worker's output carries what its steps ran, as an attribute. The scheduler adds it up. When a
 request ends, its sums go into the output that says so, in `kv_transfer_params`, and so to the API
 server whose request it is. Those of a request that was aborted have no such output: they go with
@@ -39,7 +40,7 @@ def install() -> None:
 
     wrap_once(Scheduler, "update_from_output", _with_telemetry)
     wrap_once(Scheduler, "_free_request", _noting_ended)
-    wrap_once(EngineCoreProc, "__init__", _knowing_clients)
+    wrap_once(EngineCoreProc, "process_output_sockets", _knowing_clients)
 
 
 @dataclass(slots=True)
@@ -156,8 +157,9 @@ def _noting_ended(stock: Any) -> Callable[..., Any]:
 
 
 def _knowing_clients(stock: Any) -> Callable[..., None]:
-    def init(core: Any, *args: Any, **kwargs: Any) -> None:
-        stock(core, *args, **kwargs)
-        _Telemetry.of(core.scheduler).clients = len(core.addresses.outputs)
+    def process_output_sockets(core: Any, output_paths: list[str], *args: Any) -> None:
+        # The thread that vLLM begins last, when the scheduler is there; one path an API server.
+        _Telemetry.of(core.scheduler).clients = len(output_paths)
+        stock(core, output_paths, *args)
 
-    return init
+    return process_output_sockets
