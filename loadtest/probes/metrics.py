@@ -64,11 +64,12 @@ async def scrape(client: httpx.AsyncClient) -> Scrape:
     Raises:
         httpx.HTTPError: there is no answer, or an error.
     """
-    return parse(await _text(client))
+    # Not what was made ahead for somebody who asks at a fixed pace.
+    return parse(await _text(client, {"cache-control": "no-cache"}))
 
 
-async def _text(client: httpx.AsyncClient) -> str:
-    response = await client.get("/metrics")
+async def _text(client: httpx.AsyncClient, headers: Mapping[str, str] | None = None) -> str:
+    response = await client.get("/metrics", headers=headers)
     response.raise_for_status()
     return response.text
 

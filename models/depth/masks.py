@@ -90,6 +90,7 @@ class MaskTable:
     Attributes:
         skip: bool, (rows, layers, 2 modules); True where a token does not run the module.
         fill: bool, (rows, layers); True where it writes the layer's K/V without attending.
+        versions: how many masks each row has had.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -97,6 +98,7 @@ class MaskTable:
         self._rows = RowTable(full.key)
         self.skip: BoolArray = full.skip[np.newaxis].copy()
         self.fill: BoolArray = full.fill[np.newaxis].copy()
+        self.versions = [1]
 
     def acquire(self, mask: DepthMask) -> int:
         """Row of `mask`, to be released once for every time it was acquired."""
@@ -105,7 +107,9 @@ class MaskTable:
             if row == len(self.skip):
                 self.skip = np.concatenate([self.skip, mask.skip[np.newaxis]])
                 self.fill = np.concatenate([self.fill, mask.fill[np.newaxis]])
+                self.versions.append(0)
             self.skip[row], self.fill[row] = mask.skip, mask.fill
+            self.versions[row] += 1
         return row
 
     def release(self, row: int) -> bool:

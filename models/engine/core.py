@@ -8,7 +8,7 @@ the core runs it over the model's layers, with the buffers that the adapter hand
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,14 @@ from torch import nn
 from sluice.kernels.dispatch import chosen
 from sluice.models.engine.attention import BatchBuffers
 from sluice.models.engine.loop import captured_by
+from sluice.models.engine.recorder import Recorder, SentCounts
 from sluice.models.engine.residual_stream import ResidualStream
-from sluice.models.engine.startup import RoutedModel, counter_path
+from sluice.models.engine.startup import RoutedModel
 from sluice.models.engine.step import RoutedStep, StepRequests
 from sluice.models.experts.contrast import BlockIds
 from sluice.models.policy.axes import IntArray
 from sluice.models.policy.extra_args import RoutingExtraArgs
 from sluice.models.profile.profile import PROFILE_ENV, Profile
-from sluice.models.telemetry.layer_counters import SUFFIX, LayerCounters
-from sluice.models.telemetry.request_record import RoutingRecord
 from sluice.models.vllm_adapter.families import depth_refusal
 from sluice.models.vllm_adapter.key_values import keep_rows
 from sluice.models.vllm_adapter.patches.contrast_cache import weak_blocks
@@ -62,7 +61,8 @@ class RoutingCore:
         self._config = vllm_config
         self._device = device
         self._refused = depth_refusal(vllm_config) is not None
-        self._counters: LayerCounters
+        self._counts = _output_rank(vllm_config.parallel_config)
+        self._recorder = Recorder()
         self._weak_blocks: dict[str, BlockIds] = {}
         self._warming_up = False
         self.routed: RoutedModel | None = None
@@ -82,13 +82,9 @@ class RoutingCore:
         config = self._config.model_config
         if self._profile is not None:  # Not before: a model of the hub is here only now.
             self._profile.check_served(config)
-        parallel = self._config.parallel_config
-        path = counter_path(parallel, SUFFIX)
-        self._counters = LayerCounters.create(path, config.get_num_layers(parallel))
         if not self._refused:
-            self.routed = RoutedModel.build(
-                model, self._config, self._device, self._profile, self._counters
-            )
+            self.routed = RoutedModel.build(model, self._config, self._device, self._profile)
+            self._recorder = self.routed.recorder
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
@@ -106,8 +102,6 @@ class RoutingCore:
             scheduler_output: vLLM's, of the step.
             kv_caches: the runner's, one per layer.
         """
-        if self.routed is not None:
-            self.routed.recorder.count_experts()
         before = self._weak_blocks
         self._weak_blocks = {**before, **weak_blocks(scheduler_output)}
         if self._poison:
@@ -154,22 +148,21 @@ class RoutingCore:
         """Forget an ended request."""
         if self.routed is not None:
             self.routed.batch.remove(request_id)
+        self._recorder.forget(request_id)
         self._weak_blocks.pop(request_id, None)
 
     def plan(self, requests: StepRequests) -> RoutedStep | None:
-        """Plan a step. None: vLLM's own forward pass serves it, and it is counted already."""
+        """Plan a step. None: vLLM's own forward pass serves it, and it is noted already."""
         if self._warming_up:
             return None
         routed, step = self.routed, None
-        if routed is not None:
-            if len(routed.batch):
-                step = routed.batch.step(requests, self._weak_blocks)
-            if routed.router is not None:
-                routed.router.roll()
+        if routed is not None and len(routed.batch):
+            step = routed.batch.step(requests, self._weak_blocks)
         if routed is None or step is None:
-            self._counters.add_full_depth(int(requests.scheduled.sum()), requests.generated)
+            if self._counts:
+                self._recorder.note_stock(requests)
         elif step.stock:
-            routed.recorder.count(step, routed.batch.commit(step, _no_residual))
+            self._note(routed, step, _no_residual)
             step = None
         return step
 
@@ -209,8 +202,8 @@ class RoutingCore:
         finally:
             if routed.router is not None:
                 routed.router.end()
-                routed.recorder.count_experts_later(step)
-        _commit(routed, step, stream)
+        self._note(routed, step, stream.hidden, routed_experts=step.experts is not None)
+        _offer_logits(routed, step, stream)
         return hidden
 
     def captures(self, step: RoutedStep, rows: int) -> bool:
@@ -237,7 +230,8 @@ class RoutingCore:
         hidden, stream = self.routed.loop.run_captured(
             step, positions[:tokens], input_ids[:tokens], rows
         )
-        _commit(self.routed, step, stream)
+        self._note(self.routed, step, stream.hidden)
+        _offer_logits(self.routed, step, stream)
         return hidden
 
     @property
@@ -248,14 +242,33 @@ class RoutingCore:
         shape = self.routed.expert_shape
         return {"shape": shape and shape.to_dict(), "refusal": self.routed.expert_refusal}
 
-    def take_routing_record(self, request_key: str) -> RoutingRecord | None:
-        """What an ended request ran; None if it never reached a step, or after the first call."""
-        return None if self.routed is None else self.routed.recorder.take(request_key)
+    @property
+    def cost_answer(self) -> dict[str, Any] | None:
+        """Answer of `RoutedWorker.describe_cost`."""
+        return None if self.routed is None else self.routed.cost.to_wire()
 
+    def take_counts(self, *, idle: bool) -> SentCounts | None:
+        """What steps ran since the last call; None for nothing, and on ranks that do not count.
 
-def _commit(routed: RoutedModel, step: RoutedStep, stream: ResidualStream) -> None:
-    routed.recorder.count(step, routed.batch.commit(step, stream.hidden))
-    _offer_logits(routed, step, stream)
+        Args:
+            idle: the engine has nothing to run, and may have nothing for long.
+        """
+        if self._warming_up or not self._counts:
+            return None
+        return self._recorder.take(idle=idle)
+
+    def _note(
+        self,
+        routed: RoutedModel,
+        step: RoutedStep,
+        residual: Callable[[IntArray], torch.Tensor],
+        *,
+        routed_experts: bool = False,
+    ) -> None:
+        """Store what a step decided, and note what it ran."""
+        outcome = routed.batch.commit(step, residual)
+        if self._counts:
+            self._recorder.note(step, outcome, routed_experts=routed_experts)
 
 
 def _offer_logits(routed: RoutedModel, step: RoutedStep, stream: ResidualStream) -> None:
@@ -270,6 +283,15 @@ def _offer_logits(routed: RoutedModel, step: RoutedStep, stream: ResidualStream)
         requests = torch.from_numpy(np.concatenate([indices for indices, _ in known]))
         rows_logits = torch.cat([logits for _, logits in known])
         routed.known_logits.offer(requests.to(rows_logits.device), rows_logits)
+
+
+def _output_rank(parallel_config: Any) -> bool:
+    """Whether this is the rank whose outputs vLLM takes; the others run the same tokens."""
+    last_stage = (
+        parallel_config.tensor_parallel_size * parallel_config.prefill_context_parallel_size
+    )
+    first: int = parallel_config.world_size - last_stage
+    return bool(parallel_config.rank == first)
 
 
 def _no_residual(_tokens: IntArray) -> Any:

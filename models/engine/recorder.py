@@ -1,140 +1,182 @@
-"""Counts what steps ran: for the counter files, and for the record of each request.
+"""Notes what steps ran, for the scheduler to add up (`sluice.models.telemetry.ledger`).
 
-All of it is integers that a step's plan already knows, so that counting never waits for the
-device. What the routers did is counted on the device, and read once it has arrived.
+All of it is what a step's plan already knows on the host, so that counting never waits for the
+device. What the routers did is counted on the device, and read with the step's output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sluice.models.depth.masks import MaskTable, Segment
 from sluice.models.depth.registry import exit_method
-from sluice.models.engine.step import RoutedStep, StepOutcome
+from sluice.models.engine.request_state import RequestState
+from sluice.models.engine.step import RoutedStep, StepOutcome, StepRequests
 from sluice.models.experts.router import ExpertRouter
-from sluice.models.policy.axes import (
-    ATTENTION,
-    DECODE,
-    EXECUTED,
-    FILLED,
-    MODULES,
-    OUTCOMES,
-    PHASES,
-    PREFILL,
-    SKIPPED,
-    BoolArray,
-    IntArray,
+from sluice.models.experts.routing_counts import Selections
+from sluice.models.policy.axes import DECODE, PHASES, PREFILL, BoolArray, IntArray
+from sluice.models.telemetry.ledger import FLUSH_SECONDS
+from sluice.models.telemetry.request_sums import ExpertSums
+from sluice.models.telemetry.step_counts import (
+    SEGMENT_FIELDS,
+    RequestStep,
+    RoutedStepCounts,
+    StockStep,
+    WorkerCounts,
 )
-from sluice.models.policy.expert_shape import ExpertShape
-from sluice.models.telemetry.layer_counters import LayerCounters
-from sluice.models.telemetry.request_record import (
-    ExpertSums,
-    ModuleCost,
-    RequestSumsByKey,
-    RoutingRecord,
-)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SentCounts:
+    """What a worker will tell with an output, once the device's part of it has arrived.
+
+    Attributes:
+        steps: as in `WorkerCounts`; with the step, where its routers counted.
+        selections: as in `WorkerCounts`.
+    """
+
+    steps: tuple[tuple[StockStep | RoutedStepCounts, RoutedStep | None], ...]
+    selections: Selections | None
+
+    def read(self) -> WorkerCounts:
+        """Wait for the device; in any thread, and once."""
+        steps: list[StockStep | RoutedStepCounts] = []
+        total = None if self.selections is None else self.selections.read()
+        for counts, step in self.steps:
+            if step is None or isinstance(counts, StockStep):
+                steps.append(counts)
+                continue
+            counts, selected = _with_experts(counts, step)
+            steps.append(counts)
+            total = selected if total is None else total + selected
+        return WorkerCounts(tuple(steps), total if total is not None and total.any() else None)
 
 
 class Recorder:
-    """Counts the steps of one engine that have routed requests."""
+    """Notes the steps of one engine."""
 
-    def __init__(
-        self,
-        counters: LayerCounters,
-        table: MaskTable,
-        cost: ModuleCost,
-        router: ExpertRouter | None,
-        shape: ExpertShape | None,
-    ) -> None:
-        """Count into `counters` and into records.
+    def __init__(self, table: MaskTable | None = None, router: ExpertRouter | None = None) -> None:
+        """Start without steps.
 
         Args:
-            counters: of the engine's layers.
-            table: masks that the segments of a step name.
-            cost: of the model's layers.
+            table: masks that the segments of a step name; None where nothing is routed.
             router: counts the selections of experts, if the model has any.
-            shape: of these experts.
         """
-        self._counters = counters
         self._table = table
-        self._cost = cost
         self._router = router
-        self._shape = shape
-        self._requests = RequestSumsByKey(len(cost.modules))
-        self._uncounted: RoutedStep | None = None
+        self._steps: list[tuple[StockStep | RoutedStepCounts, RoutedStep | None]] = []
+        self._said_masks: dict[int, int] = {}
+        self._said_skipped: set[str] = set()
+        self._selections_said = 0.0
+        self._alone = False
 
-    def count(self, step: RoutedStep, outcome: StepOutcome) -> None:
-        """Count what became of a step's tokens."""
-        segments, table = outcome.segments, self._table
-        counts, exits = count_outcomes(segments, step.passes, table.skip, table.fill)
-        self._counters.add(counts.sum(axis=(0, 1)), exits.sum(axis=0))
+    def note_stock(self, requests: StepRequests) -> None:
+        """Note a step that ran everything."""
+        self._alone = len(requests.ids) == 1
+        self._steps.append((StockStep(int(requests.scheduled.sum()), requests.generated), None))
+
+    def note(self, step: RoutedStep, outcome: StepOutcome, *, routed_experts: bool = False) -> None:
+        """Note what became of a step's tokens.
+
+        Args:
+            step: that has run.
+            outcome: what it decided.
+            routed_experts: its routers counted.
+        """
+        self._alone = len(step.requests.ids) == 1
+        counts = RoutedStepCounts(
+            segments=np.array(outcome.segments, dtype=np.int64).reshape(-1, len(SEGMENT_FIELDS)),
+            passes=step.passes,
+            masks=self._new_masks(outcome.segments),
+            requests=tuple(self._requests(step, outcome)),
+        )
+        self._steps.append((counts, step if routed_experts else None))
+
+    def forget(self, request_id: str) -> None:
+        """Forget an ended request."""
+        self._said_skipped.discard(request_id)
+
+    def take(self, *, idle: bool) -> SentCounts | None:
+        """What there is to tell with an output; None for nothing.
+
+        Args:
+            idle: the engine has nothing to run, and may have nothing for long.
+        """
+        selections, now = None, time.monotonic()
+        # What a request selects that runs alone is its own: it is there with the answer.
+        due = idle or self._alone or now - self._selections_said >= FLUSH_SECONDS
+        if self._router is not None and due:
+            self._selections_said = now
+            selections = self._router.send_selections()
+        if not self._steps and selections is None:
+            return None
+        steps, self._steps = tuple(self._steps), []
+        return SentCounts(steps, selections)
+
+    def _new_masks(
+        self, segments: Sequence[Segment]
+    ) -> Mapping[int, tuple[np.ndarray, np.ndarray]]:
+        assert self._table is not None
+        said, masks = self._said_masks, {}
+        for row in {segment.mask for segment in segments}:
+            version = self._table.versions[row]
+            if said.get(row) != version:
+                said[row] = version
+                masks[row] = self._table.skip[row].copy(), self._table.fill[row].copy()
+        return masks
+
+    def _requests(self, step: RoutedStep, outcome: StepOutcome) -> list[RequestStep]:
+        """What each routed request adds to its sums."""
+        reports = any(state.extra.policy.report for state in step.states.values())
+        last_masks: dict[int, int] = {}
+        if reports:
+            last_masks = {each.request: each.mask for each in outcome.segments if not each.pending}
+        notes = []
         for index, state in step.states.items():
-            sums = self._requests.get(state.extra.request_key)
-            sums.counts += counts[index]
-            sums.exits += exits[index]
-            left_after = outcome.exit_layers[index] if index in outcome.tested else None
-            _count_heads(sums.heads, step, index, left_after)
-            sums.skipped = state.decided_skip
-            if index in outcome.exit_layers:
-                sums.exit_layers.append(outcome.exit_layers[index])
-        if any(state.extra.policy.report for state in step.states.values()):
-            self._note_layers(step, outcome)
+            left_after = outcome.exit_layers.get(index)
+            sampled, heads = _heads(step, index, left_after if index in outcome.tested else None)
+            notes.append(
+                RequestStep(
+                    request_id=step.requests.ids[index],
+                    index=index,
+                    sampled=sampled,
+                    heads=heads,
+                    exit_layer=None if left_after is None else int(left_after),
+                    token=self._token(step, index, state, last_masks) if reports else None,
+                    skipped=self._skipped(step.requests.ids[index], state),
+                )
+            )
+        return notes
 
-    def _note_layers(self, step: RoutedStep, outcome: StepOutcome) -> None:
-        """Note the last layer of each generated token whose request asked for a report."""
-        last_masks = {each.request: each.mask for each in outcome.segments if not each.pending}
-        for index, state in step.states.items():
-            token = step.last_position(index) + 1 - state.prompt_tokens
-            if state.extra.policy.report and token >= 0:
-                ran = np.flatnonzero(~self._table.skip[last_masks[index]].all(axis=1))
-                layer = int(ran[-1]) if len(ran) else 0
-                sums = self._requests.get(state.extra.request_key)
-                sums.add_token(step.requests.ids[index], token, layer)
+    def _token(
+        self, step: RoutedStep, index: int, state: RequestState, last_masks: Mapping[int, int]
+    ) -> tuple[int, int] | None:
+        """Index of the step's generated token, and the last layer that ran for it."""
+        assert self._table is not None
+        token = step.last_position(index) + 1 - state.prompt_tokens
+        if not state.extra.policy.report or token < 0:
+            return None
+        ran = np.flatnonzero(~self._table.skip[last_masks[index]].all(axis=1))
+        return token, int(ran[-1]) if len(ran) else 0
 
-    def count_experts_later(self, step: RoutedStep) -> None:
-        """Have the next `count_experts` count a step whose routers have just run."""
-        self._uncounted = step
-
-    def count_experts(self) -> None:
-        """Count what the routers did in the latest step, if that is still to do."""
-        step, self._uncounted = self._uncounted, None
-        if step is None or step.experts is None or self._router is None:
-            return
-        step_sums = self._router.sums(step.experts)
-        ran = sum_by_request(step_sums.ran, step.segments, step.passes)
-        weak = np.zeros((len(step.requests.ids), len(PHASES)), dtype=np.int64)
-        for segment in step.segments:
-            if segment.weak:
-                weak[step.owner(segment.request), segment.phase] += segment.length
-        for index, state in step.states.items():
-            policy = state.extra.policy.experts
-            if policy.empty:
-                continue
-            sums = self._requests.get(state.extra.request_key)
-            if sums.experts is None:
-                sums.experts = ExpertSums(policy.budget is not None)
-            sums.experts.ran += ran[index]
-            sums.experts.loaded += step_sums.loaded
-            sums.experts.layers += step_sums.layers
-            sums.experts.weak += weak[index]
-
-    def take(self, request_key: str) -> RoutingRecord | None:
-        """Hand out the record of an ended request; None if it never reached a step."""
-        self.count_experts()
-        sums = self._requests.take(request_key)
-        return None if sums is None else sums.record(self._cost, self._shape)
+    def _skipped(self, request_id: str, state: RequestState) -> BoolArray | None:
+        if not state.decided or request_id in self._said_skipped:
+            return None
+        self._said_skipped.add(request_id)
+        return state.decided_skip
 
 
-def _count_heads(heads: IntArray, step: RoutedStep, index: int, left_after: int | None) -> None:
-    """Add the rows of a request that the LM head ran on in a step.
+def _heads(step: RoutedStep, index: int, left_after: int | None) -> tuple[int | None, int]:
+    """Phase in which a request's token is sampled, if any, and rows that the LM head ran on.
 
     A test that asks for logits runs it; where a token leaves, its last test's are what is sampled
     from. A contrast runs it once more, for the weak pass.
 
     Args:
-        heads: as in `RequestSums`.
         step: that has run.
         index: of the request in the batch.
         left_after: layer after which its new token left under an exit rule; None if it was not
@@ -143,46 +185,38 @@ def _count_heads(heads: IntArray, step: RoutedStep, index: int, left_after: int 
     requests, policy = step.requests, step.states[index].extra.policy
     end, prompt = requests.computed[index] + requests.scheduled[index], requests.prompt[index]
     if end < prompt:
-        return
+        return None, 0
     ran = 1 + (step.weak is not None and index in step.weak.owners)
     rule = policy.exit
     if rule is not None and left_after is not None and exit_method(rule.method).needs_logits:
         tests = sum(layer <= left_after for layer in rule.layers)
         ran += tests - (left_after in rule.layers)
-    heads[DECODE if end > prompt else PREFILL] += 1, ran
+    return (DECODE if end > prompt else PREFILL), ran
 
 
-def count_outcomes(
-    segments: Sequence[Segment], requests: int, skip: BoolArray, fill: BoolArray
-) -> tuple[IntArray, IntArray]:
-    """What became of the tokens; arguments as in `build_plan`.
-
-    Returns:
-        outcomes: int64, (requests, 2 phases, layers, 2 modules, 3 outcomes), token rows.
-        exits: int64, (requests, layers), generated rows by the last layer they ran anything in;
-            a row that ran nothing at all counts for the first.
-    """
-    layers = skip.shape[1]
-    # One pass over all segments: a step has as many as a batch has requests, and it waits for this.
-    columns = np.array(segments, dtype=np.int64).reshape(-1, len(Segment._fields)).T
-    owners, phases, masks, lengths, pending, weak = columns
-    skipped, fresh = skip[masks], pending == 0
-    filled = fill[masks] & fresh[:, np.newaxis]
-    each = np.zeros((len(owners), layers, len(MODULES), len(OUTCOMES)), np.int64)
-    each[..., EXECUTED] = ~skipped
-    # Lower layers of a pending row, and that it left, were counted when it ran them.
-    each[..., SKIPPED] = skipped & fresh[:, np.newaxis, np.newaxis]
-    each[:, :, ATTENTION, SKIPPED] -= filled
-    each[:, :, ATTENTION, FILLED] = filled
-    each *= lengths[:, np.newaxis, np.newaxis, np.newaxis]
-    outcomes = np.zeros((requests, len(PHASES), *each.shape[1:]), np.int64)
-    np.add.at(outcomes, (owners, phases), each)
-    ran: BoolArray = np.any(~skipped, axis=2)
-    last = np.where(ran.any(axis=1), layers - 1 - ran[:, ::-1].argmax(axis=1), 0)
-    generated = fresh & (phases == DECODE) & (weak == 0)
-    exits = np.zeros((requests, layers), np.int64)
-    np.add.at(exits, (owners, last), lengths * generated)
-    return outcomes, exits
+def _with_experts(counts: RoutedStepCounts, step: RoutedStep) -> tuple[RoutedStepCounts, IntArray]:
+    """Counts of a step with what its routers did, and their selections."""
+    assert step.experts is not None
+    sums = step.experts.counts.read()
+    ran = sum_by_request(sums.ran, step.segments, step.passes)
+    weak = np.zeros((len(step.requests.ids), len(PHASES)), dtype=np.int64)
+    for segment in step.segments:
+        if segment.weak:
+            weak[step.owner(segment.request), segment.phase] += segment.length
+    requests = []
+    for request in counts.requests:
+        policy = step.states[request.index].extra.policy.experts
+        if not policy.empty:
+            experts = ExpertSums(
+                policy.budget is not None,
+                ran[request.index],
+                sums.loaded,
+                sums.layers,
+                weak[request.index],
+            )
+            request = replace(request, experts=experts)
+        requests.append(request)
+    return replace(counts, requests=tuple(requests)), sums.selections
 
 
 def sum_by_request(ran: IntArray, segments: Sequence[Segment], requests: int) -> IntArray:

@@ -11,7 +11,6 @@ import os
 import resource
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,10 +35,7 @@ from sluice.models.experts.router import ExpertRouter
 from sluice.models.experts.routing_counts import RoutingCounts
 from sluice.models.policy.expert_shape import ExpertShape
 from sluice.models.profile.profile import Profile
-from sluice.models.telemetry.counter_file import telemetry_folder
-from sluice.models.telemetry.expert_counters import SUFFIX, ExpertCounters
-from sluice.models.telemetry.layer_counters import LayerCounters
-from sluice.models.telemetry.request_record import ModuleCost
+from sluice.models.telemetry.module_cost import ModuleCost
 from sluice.models.vllm_adapter.compilation import experts_as_operations, inductor_options
 from sluice.models.vllm_adapter.decoder import DecoderStack
 from sluice.models.vllm_adapter.families import family_of
@@ -61,7 +57,7 @@ class RoutedModel:
         cost: of these layers.
         batch: the requests that have a policy.
         loop: runs their steps.
-        recorder: counts what ran.
+        recorder: notes what ran.
         known_logits: gives the LM head logits that are known.
         router: selects experts in place of the model's routers, or None without expert controls.
         expert_shape: of the routed experts, or None without expert controls.
@@ -85,7 +81,6 @@ class RoutedModel:
         vllm_config: Any,
         device: torch.device,
         profile: Profile | None,
-        counters: LayerCounters,
     ) -> RoutedModel:
         """Build it around a loaded model.
 
@@ -94,7 +89,6 @@ class RoutedModel:
             vllm_config: vLLM's `VllmConfig`.
             device: that the model is on.
             profile: of the model.
-            counters: of its layers.
         """
         config = vllm_config.model_config
         family = family_of(config.architecture)
@@ -117,9 +111,7 @@ class RoutedModel:
         except UnsupportedRouterError as error:
             refusal = str(error)
         else:
-            path = counter_path(vllm_config.parallel_config, SUFFIX)
-            selections = ExpertCounters.create(path, shape.layers, shape.experts)
-            router = ExpertRouter(specs, selections, device)
+            router = ExpertRouter(specs, shape, device)
             attach(stack, router)
             warm_up_routers(specs[0], shape, device)
             experts = BatchExperts(shape, profile, device)
@@ -138,27 +130,12 @@ class RoutedModel:
             cost=cost,
             batch=batch,
             loop=LayerLoop(stack, sublayers, plan_layers, router),
-            recorder=Recorder(counters, batch.table, cost, router, shape),
+            recorder=Recorder(batch.table, router),
             known_logits=known_logits,
             router=router,
             expert_shape=shape,
             expert_refusal=refusal,
         )
-
-
-def counter_path(parallel_config: Any, suffix: str) -> Path | None:
-    """Path of an engine's counter file, or None where it counts for nobody.
-
-    Only the first rank of an engine counts: the others run the same tokens.
-
-    Args:
-        parallel_config: vLLM's `ParallelConfig`.
-        suffix: of the file's name.
-    """
-    folder = telemetry_folder()
-    if folder is None or parallel_config.rank != 0:
-        return None
-    return folder / f"engine-{parallel_config.data_parallel_index}{suffix}"
 
 
 def build_sublayers(stack: DecoderStack, vllm_config: Any, device: torch.device) -> SubLayers:

@@ -17,14 +17,13 @@ import torch
 
 from sluice.kernels.ops.batch_budget import LYNX, OEA, XSHARE, batch_budget
 from sluice.kernels.ops.route_topk import count_selections, route_topk
-from sluice.kernels.ops.router_config import EXTRA
 from sluice.kernels.ops.router_scores import plain_scores, router_scores
 from sluice.kernels.ops.routing_args import PolicyTable, RouterSpec, Selection, Shared
-from sluice.models.experts.routing_counts import StepSums, StockCounts
+from sluice.models.experts.routing_counts import Selections, StockCounts
 from sluice.models.experts.selection import CallRows, LayerRows, StepExperts
 from sluice.models.policy.axes import IntArray
+from sluice.models.policy.expert_shape import ExpertShape
 from sluice.models.policy.experts import BudgetMethod, ExpertBudget
-from sluice.models.telemetry.expert_counters import ExpertCounters
 
 Routed = tuple[torch.Tensor, torch.Tensor]
 """Weights, fp32, and ids, int32, (rows, width) each."""
@@ -37,22 +36,21 @@ class ExpertRouter:
     """Routes the layers of one model; one instance per model runner."""
 
     def __init__(
-        self, specs: Sequence[RouterSpec], counters: ExpertCounters, device: torch.device
+        self, specs: Sequence[RouterSpec], shape: ExpertShape, device: torch.device
     ) -> None:
         """Serve layers.
 
         Args:
             specs: of the layers with experts, in order.
-            counters: of the same layers.
+            shape: of the experts.
             device: of the model.
         """
         self._specs = [spec.to(device) for spec in specs]
-        self._counters = counters
-        self._stock_counts = StockCounts(counters, device)
-        self._layers = counters.layers
+        self._stock_counts = StockCounts(len(shape.layers), shape.experts, device)
+        self._layers = shape.layers
         # vLLM's CPU kernel runs whatever id a slot has; the others leave out what is no expert.
         self._repeat = device.type == "cpu"
-        self._nothing_shared = Shared.nothing(counters.total.shape[1] - EXTRA, device)
+        self._nothing_shared = Shared.nothing(shape.experts, device)
         self._no_stock = Selection.nothing(device)
         self._step: StepExperts | None = None
         self._call: CallRows | None = None
@@ -77,14 +75,9 @@ class ExpertRouter:
             self._step.counts.send()
         self._step = self._call = None
 
-    def roll(self) -> None:
-        """Bring the counters up to date; called once a step."""
-        self._stock_counts.publish()
-        self._counters.roll()
-
-    def sums(self, step: StepExperts) -> StepSums:
-        """Count what the routers did in a step that has ended; once for each."""
-        return step.counts.close(self._counters.total)
+    def send_selections(self) -> Selections:
+        """Send what steps without controls have selected since the last time to the host."""
+        return self._stock_counts.send()
 
     def route(self, moe_index: int, logits: torch.Tensor, stock: Callable[[], Routed]) -> Routed:
         """Select experts for the rows of one layer.

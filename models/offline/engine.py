@@ -22,6 +22,7 @@ import torch
 
 from sluice.models.depth.prefix_sharing import cache_salt
 from sluice.models.engine.workers import CPU_KV_CACHE_BYTES, worker_class
+from sluice.models.policy.expert_shape import ExpertShape
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy
 from sluice.models.profile.frontier_fields import EngineMode
@@ -30,9 +31,11 @@ from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.presets import request_policy
 from sluice.models.routing.resolve import merge_preset
 from sluice.models.routing.schema import PresetFields, parse_routing
-from sluice.models.telemetry.counter_file import TELEMETRY_ENV
+from sluice.models.telemetry.module_cost import ModuleCost
+from sluice.models.telemetry.records import Records
 from sluice.models.telemetry.request_record import RoutingRecord
 from sluice.models.vllm_adapter.engine_mode import engine_mode
+from sluice.models.vllm_adapter.patches.api_telemetry import inbox_of
 
 _MODEL_NAME = "model"
 
@@ -218,8 +221,20 @@ class OfflineEngine:
 
     def take_record(self, request: Request) -> RoutingRecord | None:
         """What a request ran, once; None if the engine has no record of it."""
-        record = self._llm.collective_rpc("take_routing_record", args=(request.key,))[0]
-        return None if record is None else RoutingRecord.from_wire(record)
+        engine, records = self._llm.llm_engine, self._records
+        while not records.inbox.complete(request.key):
+            engine.step()  # A stop string ends an answer before the engine's scheduler knows.
+        return records.take_now(request.key)
+
+    @cached_property
+    def _records(self) -> Records:
+        cost = self._llm.collective_rpc("describe_cost")[0]
+        shape = self.expert_answer["shape"]
+        return Records(
+            inbox_of(self._llm.llm_engine.output_processor),
+            None if cost is None else ModuleCost.from_wire(cost),
+            None if shape is None else ExpertShape.from_dict(shape),
+        )
 
     def close(self) -> None:
         """End the engine and let its memory go."""
@@ -344,8 +359,7 @@ def _attention_backend(model: Path, dtype: str) -> dict[str, str]:
 def _set_environment(profile: Path | None, in_process: bool) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    for name in (TELEMETRY_ENV, PROFILE_ENV):
-        os.environ.pop(name, None)
+    os.environ.pop(PROFILE_ENV, None)
     if profile is not None:
         os.environ[PROFILE_ENV] = str(profile.resolve())
 

@@ -1,1 +1,1 @@
-"""Counters in shared memory, one request's record, and the report made of it."""
+"""What steps ran: counts, one request's sums and record, the report made of it, and their way."""

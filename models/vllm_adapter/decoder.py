@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sluice.models.telemetry.request_record import ModuleCost
+from sluice.models.telemetry.module_cost import ModuleCost
 from sluice.models.vllm_adapter.families import DecoderFamily
 from sluice.models.vllm_adapter.key_values import KeyValues
 from sluice.models.vllm_adapter.patching import SeamMovedError

@@ -14,7 +14,6 @@ import math
 import os
 import secrets
 import signal
-import tempfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from sluice.models.engine.workers import (
 from sluice.models.offline.demo import DEMO_MODEL_DIR, DEMO_PROFILE_DIR
 from sluice.models.profile.profile import PROFILE_ENV, ProfileError
 from sluice.models.routing.presets import PresetsFileError
-from sluice.models.telemetry.counter_file import TELEMETRY_ENV
 from sluice.server.admission import CACHE_SECRET_ENV
 from sluice.server.cli.ctrl_c import handle_ctrl_c
 from sluice.server.cli.extras import require_vllm
@@ -130,9 +128,7 @@ def main(argv: list[str]) -> None:
     command.validate(args)
     os.environ.setdefault(CACHE_SECRET_ENV, secrets.token_hex(16))
     try:
-        with tempfile.TemporaryDirectory(prefix="sluice-") as folder:
-            os.environ[TELEMETRY_ENV] = folder
-            command.cmd(args)
+        command.cmd(args)
     except (PresetsFileError, ProfileError) as error:  # Only the engine could find it.
         parser.error(str(error))
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
@@ -20,8 +19,6 @@ from sluice.server.telemetry.metrics import Outcome
 POLICY_HEADER = "x-sluice-policy"
 """Response header with the digest of the policy that ran."""
 
-logger = logging.getLogger(__name__)
-
 
 class Answer:
     """Passes one answer on, adds to it what the client asked for, and counts what ran.
@@ -34,7 +31,7 @@ class Answer:
 
     Attributes:
         status: HTTP status that was sent, 0 until there is one.
-        record: the engine's record of the request, None until it was taken.
+        record: of the request, None until it was taken.
     """
 
     def __init__(self, edge: Edge, api: Api, admitted: Admitted | None, send: Send) -> None:
@@ -135,15 +132,9 @@ class Answer:
         return build_report(admitted.extra.policy, self.record)
 
     async def _take(self, admitted: Admitted) -> None:
-        """Take the record from the engine, once.
-
-        The answer is there by now, and goes out without a record if the engine has died.
-        """
+        """Take the record, once; there is none if the engine has died."""
         if self.record is None:
-            try:
-                self.record = await self._edge.take_record(admitted.extra.request_key)
-            except Exception:
-                logger.exception("no routing record for a request that ran")
+            self.record = await self._edge.records.take(admitted.extra.request_key)
 
     async def count(self) -> None:
         """Observe the share of full depth's compute that the request took, if it ran."""

@@ -17,7 +17,9 @@ from sluice.models.profile.profile import PROFILE_ENV, Profile
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.presets import PresetsFileError, all_presets, check_presets
-from sluice.models.telemetry.counter_file import telemetry_folder
+from sluice.models.telemetry.module_cost import ModuleCost
+from sluice.models.telemetry.records import Records
+from sluice.models.vllm_adapter.patches.api_telemetry import inbox_of
 from sluice.models.vllm_adapter.patches.tracing import RequestSpans
 from sluice.server.access.authentication import CallerMiddleware
 from sluice.server.access.keys import Keys
@@ -37,6 +39,7 @@ from sluice.server.http.startup import (
 from sluice.server.http.state import Edge
 from sluice.server.telemetry.audit import show_audit_log
 from sluice.server.telemetry.build_info import BuildInfoCollector
+from sluice.server.telemetry.engines import Engines
 from sluice.server.telemetry.expert_metrics import ExpertCollector
 from sluice.server.telemetry.metrics import LayerCollector, RequestMetrics
 
@@ -54,19 +57,16 @@ class RoutingPlugin:
 
         Raises:
             KeysFileError: the keys file cannot be used.
-            RuntimeError: the server was not started with `sluice serve`.
         """
         from vllm.v1.metrics.prometheus import get_prometheus_registry
 
         registry = get_prometheus_registry()
-        folder = telemetry_folder()
-        if folder is None:
-            raise RuntimeError("start the server with `sluice serve`: no telemetry folder is set")
         args: Namespace = app.state.args
+        engines = app.state.sluice_engines = Engines()
         registry.register(BuildInfoCollector())
-        registry.register(LayerCollector(folder))
-        registry.register(ExpertCollector(folder, per_expert=args.expert_metrics))
-        app.include_router(build_router(registry, folder))
+        registry.register(LayerCollector(engines))
+        registry.register(ExpertCollector(engines, per_expert=args.expert_metrics))
+        app.include_router(build_router(registry, engines))
         if args.console:
             app.include_router(build_console_router())
         keys = None if args.keys is None else Keys.load(args.keys)
@@ -90,8 +90,9 @@ class RoutingPlugin:
         profile_folder = os.environ.get(PROFILE_ENV)
         profile = Profile.load(Path(profile_folder)) if profile_folder else None
         presets = all_presets(args.presets, profile)
-        # Every rank has the same routers, so the first answer serves.
+        # Every rank has the same model, so the first answer serves.
         expert_answer = (await engine_client.collective_rpc("describe_experts"))[0]
+        cost = (await engine_client.collective_rpc("describe_cost"))[0]
         capabilities = Capabilities.of(
             engine_client.vllm_config, served, profile, expert_answer, args.expert_routing
         )
@@ -105,7 +106,11 @@ class RoutingPlugin:
             ) from None
         metrics, spans = RequestMetrics(presets, REGISTRY), RequestSpans.attach(engine_client)
         admission = Admission(capabilities, presets, os.environ[CACHE_SECRET_ENV])
-        state.sluice = Edge(admission, metrics, engine_client, spans)
+        inbox, shape = inbox_of(engine_client.output_processor), capabilities.expert_shape
+        indices = engine_client.engine_core.engine_ranks_managed
+        state.sluice_engines.attach(inbox, indices, capabilities.layers, shape)
+        records = Records(inbox, None if cost is None else ModuleCost.from_wire(cost), shape)
+        state.sluice = Edge(admission, metrics, records, spans)
         if engine_client.vllm_config.parallel_config._api_process_rank == 0:
             context = shortened_context(engine_client.vllm_config.model_config)
             line = ready_line(args, served[0], len(presets), context)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 
 from sluice.models.routing.combining import combining_fields
 from sluice.models.routing.errors import RoutingError
@@ -15,17 +14,19 @@ from sluice.server.admission import Admission
 from sluice.server.http.examples import example_prompts
 from sluice.server.http.listing import capabilities_listing
 from sluice.server.http.state import Edge
+from sluice.server.telemetry.engines import Engines
+from sluice.server.telemetry.exposition import Exposition
 from sluice.server.telemetry.utilization import utilization
 
 
-def build_router(registry: CollectorRegistry, folder: Path) -> APIRouter:
+def build_router(registry: CollectorRegistry, engines: Engines) -> APIRouter:
     """Routes of one app.
 
     Args:
         registry: what `/metrics` shows.
-        folder: of the engines' counter files.
+        engines: what they counted.
     """
-    router = APIRouter()
+    router, exposition = APIRouter(), Exposition(registry)
 
     @router.get("/v1/routing/capabilities")
     async def capabilities(request: Request) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def build_router(registry: CollectorRegistry, folder: Path) -> APIRouter:
 
     @router.get("/v1/routing/utilization")
     def layers_and_experts() -> dict[str, Any]:
-        return utilization(folder)
+        return utilization(engines)
 
     @router.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -60,8 +61,9 @@ def build_router(registry: CollectorRegistry, folder: Path) -> APIRouter:
         return wire
 
     @router.get("/metrics", include_in_schema=False)
-    def metrics() -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    async def metrics(request: Request) -> Response:
+        fresh = "no-cache" in request.headers.get("cache-control", "")
+        return Response(await exposition.text(fresh=fresh), media_type=CONTENT_TYPE_LATEST)
 
     return router
 

@@ -1,17 +1,14 @@
 """Names, labels and sources of the `sluice_*` series.
 
-Series about requests are counted here, in the HTTP server. Series about layers are read from the
-workers' counter files at the moment of a scrape.
+Series about requests are counted here, in the HTTP server. Series about layers are what the engines
+have told by the moment of a scrape; their label `engine` is that of vLLM's own series.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -19,36 +16,7 @@ from prometheus_client.registry import Collector
 from sluice.models.policy.axes import EXECUTED, MODULES, OUTCOMES, IntArray
 from sluice.models.routing.errors import REASONS, Reason
 from sluice.models.routing.presets import RESERVED_NAMES
-from sluice.models.telemetry.counter_file import at_work
-from sluice.models.telemetry.layer_counters import SUFFIX, LayerCounters
-
-
-@dataclass(frozen=True, slots=True)
-class LayerUse:
-    """What the engines that write into a folder have counted, summed.
-
-    Attributes:
-        totals: int64, (layers, 2 modules, 3 outcomes), token rows since start.
-        window: int64, (layers, 2 modules, 3 outcomes), in the last one to two windows,
-            of the engines that worked in them.
-        exits: int64, (layers,), generated tokens since start by the last layer that they ran.
-    """
-
-    totals: IntArray
-    window: IntArray
-    exits: IntArray
-
-    @classmethod
-    def read(cls, folder: Path) -> Self | None:
-        """Sum over the engines; None before an engine has started."""
-        engines = [LayerCounters.read(path) for path in sorted(folder.glob(f"*{SUFFIX}"))]
-        if not engines:
-            return None
-        return cls(
-            totals=np.sum([engine.totals for engine in engines], axis=0),
-            window=np.sum([engine.window for engine in at_work(engines)], axis=0),
-            exits=np.sum([engine.exits for engine in engines], axis=0),
-        )
+from sluice.server.telemetry.engines import Engines
 
 
 def by_outcome(counts: IntArray) -> dict[str, dict[str, int]]:
@@ -123,41 +91,43 @@ class RequestMetrics:
 
 
 class LayerCollector(Collector):
-    """Per-layer series, summed over the engines that write into a folder."""
+    """Series by layer."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
 
     def collect(self) -> Iterator[Metric]:
-        """Read the counter files; an engine that has not started yet has none."""
-        use = LayerUse.read(self._folder)
+        """What the engines have told; one that has not started has told nothing."""
         tokens = CounterMetricFamily(
             "sluice_layer_tokens",
             "Token rows by layer, module and what became of them.",
-            labels=["layer", "module", "outcome"],
+            labels=["engine", "layer", "module", "outcome"],
         )
         ratio = GaugeMetricFamily(
             "sluice_layer_utilization_ratio",
             "Share of token rows that executed a module in the last window of work.",
-            labels=["layer", "module"],
+            labels=["engine", "layer", "module"],
         )
         exits = CounterMetricFamily(
             "sluice_exit_tokens",
             "Generated tokens by the last layer that they ran anything in.",
-            labels=["layer"],
+            labels=["engine", "layer"],
         )
-        if use is not None:
-            for layer, (totals, window) in enumerate(zip(use.totals, use.window, strict=True)):
-                modules = by_outcome(totals).items()
+        for index, reading in self._engines.read().items():
+            engine, total = str(index), reading.total
+            for layer, (counts, window) in enumerate(
+                zip(total.layers, reading.window.layers, strict=True)
+            ):
+                modules = by_outcome(counts).items()
                 for (module, outcomes), recent in zip(modules, window, strict=True):
-                    labels = [str(layer), module]
+                    labels = [engine, str(layer), module]
                     for outcome, count in outcomes.items():
                         tokens.add_metric([*labels, outcome], float(count))
                     rows = recent.sum()
                     share = recent[EXECUTED] / rows if rows else float("nan")
                     ratio.add_metric(labels, float(share))
-            for layer, count in enumerate(use.exits):
-                exits.add_metric([str(layer)], float(count))
+            for layer, count in enumerate(total.exits):
+                exits.add_metric([engine, str(layer)], float(count))
         yield tokens
         yield exits
         yield ratio

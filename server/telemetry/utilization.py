@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import reduce
+from operator import add
 from typing import Any
 
-from sluice.models.telemetry.counter_file import WINDOW_SECONDS
-from sluice.server.telemetry.expert_metrics import ExpertUse
-from sluice.server.telemetry.metrics import LayerUse, by_outcome
+from sluice.models.telemetry.counts import Counts
+from sluice.models.telemetry.engine_counters import at_work
+from sluice.models.telemetry.ledger import WINDOW_SECONDS
+from sluice.server.telemetry.engines import Engines
+from sluice.server.telemetry.metrics import by_outcome
 
 
-def utilization(folder: Path) -> dict[str, Any]:
-    """Counts since start and in the last one to two windows, summed over engines.
-
-    Args:
-        folder: of the engines' counter files.
-    """
-    use = LayerUse.read(folder)
+def utilization(engines: Engines) -> dict[str, Any]:
+    """Counts since start and in the last one to two windows, summed over engines."""
+    readings = [*engines.read().values()]
     layers: list[dict[str, Any]] = []
     exits: list[dict[str, Any]] = []
-    if use is not None:
+    experts = None
+    if readings:
+        total = reduce(add, [reading.total for reading in readings])
+        window = reduce(add, [reading.window for reading in at_work(readings)])
         layers = [
-            {"layer": layer, **by_outcome(totals), "window": by_outcome(window)}
-            for layer, (totals, window) in enumerate(zip(use.totals, use.window, strict=True))
+            {"layer": layer, **by_outcome(counts), "window": by_outcome(recent)}
+            for layer, (counts, recent) in enumerate(zip(total.layers, window.layers, strict=True))
         ]
-        exits = [{"layer": layer, "tokens": int(tokens)} for layer, tokens in enumerate(use.exits)]
+        exits = [{"layer": layer, "tokens": int(n)} for layer, n in enumerate(total.exits)]
+        if engines.expert_layers:
+            experts = _experts(engines.expert_layers, total, window)
     return {
         "object": "routing.utilization",
         "window_seconds": WINDOW_SECONDS,
         "layers": layers,
         "exits": exits,
-        "experts": _experts(ExpertUse.read(folder)),
+        "experts": experts,
     }
 
 
-def _experts(use: ExpertUse | None) -> dict[str, Any] | None:
-    if use is None:
-        return None
+def _experts(layers: tuple[int, ...], total: Counts, window: Counts) -> dict[str, Any]:
     return {
-        "layers": list(use.layers),
-        "experts": use.selections.shape[1],
-        "selections": use.selections.tolist(),
-        "window": use.window.tolist(),
-        "window_rows": use.window_rows.tolist(),
-        "masked": use.masked.tolist(),
+        "layers": list(layers),
+        "experts": total.by_expert.shape[1],
+        "selections": total.by_expert.tolist(),
+        "window": window.by_expert.tolist(),
+        "window_rows": window.routed_rows.tolist(),
+        "masked": total.masked.tolist(),
     }

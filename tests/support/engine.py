@@ -14,6 +14,11 @@ from sluice.models.depth.prefix_sharing import cache_salt
 from sluice.models.engine.workers import CPU_WORKER
 from sluice.models.policy.extra_args import EXTRA_ARGS_KEY, RoutingExtraArgs
 from sluice.models.policy.policy import RoutingPolicy, SkipSet
+from sluice.models.telemetry.counts import Counts
+from sluice.models.telemetry.inbox import Inbox
+from sluice.models.telemetry.records import Records
+from sluice.models.telemetry.request_record import RoutingRecord
+from sluice.models.vllm_adapter.patches.api_telemetry import inbox_of
 
 STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 BLOCK = 32
@@ -137,6 +142,31 @@ class Engine:
                 )
             )
         return requests, params
+
+    def settle(self) -> None:
+        """Step until the engine has told all: vLLM's `LLM` stops at the last answer."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        while self.scheduler.has_requests() or core.batch_queue:
+            self.llm.llm_engine.step()
+
+    def counts(self) -> Counts:
+        """What the engine has counted since its start."""
+        self.settle()
+        routed, engines = self.runner.core.routed, self._inbox.engines
+        shape = routed.expert_shape
+        experts = (0, 0) if shape is None else (len(shape.layers), shape.experts)
+        zeros = Counts.zeros(len(routed.stack.layers), *experts)
+        return zeros + engines[0].read().total if engines else zeros
+
+    def take_record(self, name: str) -> RoutingRecord | None:
+        """What an ended request ran, once."""
+        self.settle()
+        core = self.runner.core
+        return Records(self._inbox, core.routed.cost, core.routed.expert_shape).take_now(name)
+
+    @property
+    def _inbox(self) -> Inbox:
+        return inbox_of(self.llm.llm_engine.output_processor)
 
     def close(self) -> None:
         """End the engine."""

@@ -12,6 +12,8 @@ from typing import Any
 from support.mixed_load import Told
 from support.serving import Server
 
+from sluice.models.telemetry.ledger import FLUSH_SECONDS
+
 SETTLE_SECONDS = 30
 
 
@@ -31,9 +33,15 @@ class Gains:
         self._now, self._matrix_now = self._server.samples(), self._utilization()
 
     def of(self, name: str, **labels: str) -> float:
-        """Growth of a series; every one exists from the start."""
-        series = key(name, **labels)
-        return self._now[series] - self._samples[series]
+        """Growth of a series over all engines; every one exists from the start."""
+        wanted, grown = key(name, **labels), []
+        for series, value in self._samples.items():
+            name, given = series
+            own = frozenset(label for label in given if label[0] != "engine")
+            if (name, own) == wanted:
+                grown.append(self._now[series] - value)
+        assert grown, wanted
+        return sum(grown)
 
     def before(self, name: str, **labels: str) -> float:
         """A series' value at the beginning."""
@@ -56,6 +64,11 @@ class Gains:
         """Growth of a number of `/v1/routing/utilization`."""
         return read(self._matrix_now) - read(self._matrix)
 
+    @property
+    def matrix(self) -> dict[str, Any]:
+        """The latest answer of `/v1/routing/utilization`."""
+        return self._matrix_now
+
     def _utilization(self) -> dict[str, Any]:
         request = urllib.request.Request(
             f"{self._server.url}/v1/routing/utilization",
@@ -67,12 +80,21 @@ class Gains:
 
 
 def settled(gains: Gains, told: Told) -> None:
-    """Read again until all that ended has been counted.
+    """Read again until all that ended has been counted, and nothing more comes.
 
-    A compute fraction is observed once its record is there, after the answer has been sent.
+    A compute fraction is observed after the answer has been sent, and an engine tells what it has
+    selected a little after it has nothing left to run.
     """
     deadline = time.monotonic() + SETTLE_SECONDS
     ok = sum(count for (_, outcome), count in told.outcomes.items() if outcome == "ok")
+    generated = told.completion_tokens - told.samples
+    before = None
     gains.refresh()
-    while gains.of("sluice_request_compute_fraction_count") < ok and time.monotonic() < deadline:
+    while time.monotonic() < deadline and (
+        gains.of("sluice_request_compute_fraction_count") < ok
+        or gains.of_all("sluice_exit_tokens_total") < generated
+        or gains.matrix != before
+    ):
+        before = gains.matrix
+        time.sleep(2 * FLUSH_SECONDS)
         gains.refresh()

@@ -18,10 +18,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sluice.models.engine.runners.seams import BOTH, SCHEDULER, V1, V2
+from sluice.models.engine.runners.seams import BOTH, SCHEDULER, TELEMETRY, V1, V2
 from sluice.models.vllm_adapter.patches import (
+    api_telemetry,
     busy_wait,
     contrast_cache,
+    engine_telemetry,
     prefix_cache,
     sliding_window,
 )
@@ -39,7 +41,7 @@ def vllm_folder() -> Path:
 
 def all_seams() -> list[Seam]:
     """What the adapters of the runners and the scheduler use, and what the patches replace."""
-    return [*BOTH, *V1, *V2, *SCHEDULER, *_wrapped()]
+    return [*BOTH, *TELEMETRY, *V1, *V2, *SCHEDULER, *_wrapped()]
 
 
 def _wrapped() -> list[Seam]:
@@ -50,7 +52,15 @@ def _wrapped() -> list[Seam]:
         module = isinstance(owner, ModuleType)
         seams.append(Seam(file.as_posix(), "" if module else owner.__name__, (name,)))
 
-    for patch in (busy_wait, contrast_cache, prefix_cache, sliding_window):
+    patches = (
+        api_telemetry,
+        busy_wait,
+        contrast_cache,
+        engine_telemetry,
+        prefix_cache,
+        sliding_window,
+    )
+    for patch in patches:
         stock, patch.wrap_once = patch.wrap_once, note
         try:
             patch.install()

@@ -28,7 +28,7 @@ class Processes(Server):
 
     def metrics_text(self) -> str:
         connection = HTTPConnection(self.url.removeprefix("http://"), timeout=30)
-        connection.request("GET", "/metrics")
+        connection.request("GET", "/metrics", headers={"cache-control": "no-cache"})
         text = connection.getresponse().read().decode()
         port = connection.sock.getsockname()[1]
         self.answered.update(

@@ -49,7 +49,7 @@ class Server:
             return error.code, error.read()
 
     def metrics_text(self) -> str:
-        headers = {"authorization": f"Bearer {self.api_key}"}
+        headers = {"authorization": f"Bearer {self.api_key}", "cache-control": "no-cache"}
         request = urllib.request.Request(f"{self.url}/metrics", headers=headers)
         with urllib.request.urlopen(request, timeout=30) as response:
             return str(response.read().decode())

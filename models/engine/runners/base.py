@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sluice.models.engine.core import RoutingCore
 from sluice.models.engine.startup import RoutedModel
-from sluice.models.telemetry.request_record import RoutingRecord
 from sluice.models.vllm_adapter.patching import SeamMovedError
 from sluice.models.vllm_adapter.seams import Seam, moved
 
@@ -48,10 +47,6 @@ class RoutedRunner(_Runner):
     def expert_answer(self) -> dict[str, Any]:
         """The core's."""
         return self.core.expert_answer
-
-    def take_routing_record(self, request_key: str) -> RoutingRecord | None:
-        """The core's."""
-        return self.core.take_routing_record(request_key)
 
 
 @cache

@@ -73,10 +73,33 @@ BOTH = (
             "init_device",
             "_make_model_runner",
             "compile_or_warm_up_model",
+            "execute_model",
+            "sample_tokens",
         ),
     ),
 )
 """Of either runner."""
+
+TELEMETRY = (
+    Seam("v1/outputs.py", "", ("EMPTY_MODEL_RUNNER_OUTPUT",)),
+    Seam("v1/outputs.py", "AsyncModelRunnerOutput", ("get_output",)),
+    Seam("v1/core/sched/scheduler.py", "Scheduler", ("requests", "vllm_config")),
+    Seam("v1/core/sched/interface.py", "SchedulerInterface", ("has_unfinished_requests",)),
+    Seam("v1/request.py", "Request", ("request_id", "client_index", "is_finished")),
+    Seam(
+        "v1/engine/__init__.py",
+        "EngineCoreOutput",
+        ("request_id", "finish_reason", "kv_transfer_params"),
+    ),
+    Seam("v1/engine/__init__.py", "EngineCoreOutputs", ("outputs", "scheduler_stats")),
+    Seam("v1/metrics/stats.py", "SchedulerStats", ("kv_connector_stats",)),
+    Seam("v1/engine/core.py", "EngineCore", ("scheduler",)),
+    Seam("v1/engine/async_llm.py", "AsyncLLM", ("output_processor", "engine_core")),
+    Seam("v1/engine/llm_engine.py", "LLMEngine", ("output_processor",)),
+    Seam("v1/engine/core_client.py", "MPClient", ("engine_ranks_managed",)),
+    Seam("config/parallel.py", "ParallelConfig", ("data_parallel_index", "world_size")),
+)
+"""Of the way from a worker to the API servers, beside what its patches wrap."""
 
 V1 = (
     Seam(

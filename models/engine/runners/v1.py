@@ -15,14 +15,14 @@ import numpy as np
 from sluice.models.engine.attention import BatchBuffers, CacheGroup
 from sluice.models.engine.row_builders import RowBuilders
 from sluice.models.engine.runners.base import RoutedRunner
-from sluice.models.engine.runners.seams import BOTH, V1
+from sluice.models.engine.runners.seams import BOTH, TELEMETRY, V1
 from sluice.models.engine.step import RoutedStep, StepRequests
 
 
 class RoutedV1Runner(RoutedRunner):
     """Mixin for V1 model runners; see the module."""
 
-    seams = (*BOTH, *V1)
+    seams = (*BOTH, *TELEMETRY, *V1)
     _step: RoutedStep | None = None
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:

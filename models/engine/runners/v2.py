@@ -19,7 +19,7 @@ import torch
 from sluice.models.engine.attention import BatchBuffers, CacheGroup
 from sluice.models.engine.row_builders import RowBuilders
 from sluice.models.engine.runners.base import RoutedRunner
-from sluice.models.engine.runners.seams import BOTH, V2
+from sluice.models.engine.runners.seams import BOTH, TELEMETRY, V2
 from sluice.models.engine.runners.v2_graphs import StepGraphs
 from sluice.models.engine.step import RoutedStep, StepRequests
 
@@ -31,7 +31,7 @@ class RoutedV2Runner(RoutedRunner):
         planned_step: the core's step that is about to run; None is vLLM's.
     """
 
-    seams = (*BOTH, *V2)
+    seams = (*BOTH, *TELEMETRY, *V2)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,10 +1,14 @@
-"""What our CPU and CUDA workers have in common: the check of the runner, and calls by RPC."""
+"""What our CPU and CUDA workers have in common: the check of the runner, calls by RPC, and counts.
+
+vLLM takes the output of an engine's first rank only, and so that one alone counts.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from sluice.models.engine.runners.base import RoutedRunner
+from sluice.models.engine.workers.counted_output import with_counts
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
@@ -52,8 +56,22 @@ class RoutedWorker(_Worker):
         assert isinstance(self.model_runner, RoutedRunner)
         return self.model_runner.expert_answer
 
-    def take_routing_record(self, request_key: str) -> dict[str, Any] | None:
-        """RPC target: hand out the record of an ended request, `RoutingRecord.to_wire`."""
+    def describe_cost(self) -> dict[str, Any] | None:
+        """RPC target: `ModuleCost.to_wire` of the model; None where nothing is routed."""
         assert isinstance(self.model_runner, RoutedRunner)
-        record = self.model_runner.take_routing_record(request_key)
-        return None if record is None else record.to_wire()
+        return self.model_runner.core.cost_answer
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Run a step as vLLM does, and tell the scheduler what ran."""
+        output = super().execute_model(scheduler_output)
+        return self._with_counts(output, idle=not scheduler_output.total_num_scheduled_tokens)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample as vLLM does, and tell the scheduler what ran."""
+        return self._with_counts(super().sample_tokens(grammar_output), idle=False)
+
+    def _with_counts(self, output: Any, *, idle: bool) -> Any:
+        assert isinstance(self.model_runner, RoutedRunner)
+        # vLLM's runner says None where `sample_tokens` comes next.
+        counts = None if output is None else self.model_runner.core.take_counts(idle=idle)
+        return output if counts is None else with_counts(output, counts.read)

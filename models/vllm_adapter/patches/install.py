@@ -7,13 +7,24 @@ def register() -> None:
     """Install what the engine process needs; stock requests are not affected."""
     from sluice.models.vllm_adapter.patches import (
         amx,
+        api_telemetry,
         busy_wait,
         contrast_cache,
+        engine_telemetry,
         inductor_cache,
         prefix_cache,
         sliding_window,
     )
 
-    patches = (amx, busy_wait, contrast_cache, inductor_cache, prefix_cache, sliding_window)
+    patches = (
+        amx,
+        api_telemetry,
+        busy_wait,
+        contrast_cache,
+        engine_telemetry,
+        inductor_cache,
+        prefix_cache,
+        sliding_window,
+    )
     for patch in patches:
         patch.install()

@@ -174,7 +174,7 @@ class TestAddedMethods:
         strides = RoutingPolicy(adaptive=AdaptiveRule("stride", stride=3, side="last"))
         with engine(folder) as running:
             outputs = running.run([PROMPT, PROMPT], [leaves, strides], TOKENS, ("a", "b"))
-            records = [running.runner.take_routing_record(key) for key in ("a", "b")]
+            records = [running.take_record(key) for key in ("a", "b")]
         answers = [output.outputs[0].token_ids for output in outputs]
         # No difference of two probabilities lies below zero, so that every token leaves.
         always = RoutingPolicy(exit=ExitRule("confidence", (2,), threshold=0.0))

@@ -78,7 +78,7 @@ def test_the_deeper_neighbour_wins_until_it_ends(
     assert outputs[1].outputs[0].token_ids == expected
     assert expected != Reference(folder).greedy(PROMPTS[1], deep, 12)
     assert outputs[0].outputs[0].token_ids == Reference(folder).greedy(PROMPTS[0], shallow, 5)
-    counts = running.runner.take_routing_record("b").counts[1, :, ATTENTION]
+    counts = running.take_record("b").counts[1, :, ATTENTION]
     executed = counts[:, 0].tolist()
     assert executed[0] == executed[5] == 11
     assert executed[1] == executed[2] == together

@@ -220,7 +220,7 @@ def _check(served: Served, case: str) -> None:
     of_layer = {name: i for i, group in enumerate(groups) for name in group.layer_names}
     with record_writes(of_layer) as written:
         output = served.engine.run([PROMPT], [policy], TOKENS, records=[case])[0]
-    record = served.engine.runner.take_routing_record(case)
+    record = served.engine.take_record(case)
     assert output.outputs[0].token_ids == expected.tokens, f"margin {expected.margin}"
     exits = np.bincount([max(e, 0) for e in expected.exits], minlength=LAYERS)
     assert record.exits.tolist() == exits.tolist()
@@ -270,7 +270,7 @@ def test_sparing_tests_while_it_pays(
         for each in (policy, RoutingPolicy(exit=rule))
     )
     output = served.engine.run([PROMPT], [policy], LONG, records=["sparing"])[0]
-    record = served.engine.runner.take_routing_record("sparing")
+    record = served.engine.take_record("sparing")
     assert output.outputs[0].token_ids == expected.tokens, expected.margin
     exits = np.bincount([max(e, 0) for e in expected.exits], minlength=LAYERS)
     assert record.exits.tolist() == exits.tolist()
@@ -320,7 +320,7 @@ def test_first_masks_the_prompt_too(
         outputs = running.run(prompts, [policy] * 3, TOKENS, records=records)
         for output, run, record in zip(outputs, expected, records, strict=True):
             assert output.outputs[0].token_ids == run.tokens, run.margin
-            taken = running.runner.take_routing_record(record)
+            taken = running.take_record(record)
             assert taken.mask["mlp"] == sorted(run.mask)
             prefill = taken.counts[0, :, 0, 0]
             assert (prefill == 0).nonzero()[0].tolist() == sorted(run.mask)

@@ -18,6 +18,7 @@ from sluice.kernels.cpu import route_topk as cpu_routing
 from sluice.kernels.cpu import router_scores as cpu_scores
 from sluice.kernels.dispatch import AUTO, REFERENCE, TRITON, VARIABLE, KernelChoiceError
 from sluice.models.policy.policy import ExitRule, RoutingPolicy, SkipSet
+from sluice.models.telemetry.report import build_report
 
 TOKENS = 4
 DEPTH: dict[str, RoutingPolicy] = {
@@ -65,14 +66,16 @@ def test_tokens_and_reports_do_not_depend_on_the_choice(
         choosing.setenv(VARIABLE, choice)
         dispatch.chosen.cache_clear()
         tokens = running.generate(prompts, list(ASKED.values()), TOKENS, records=list(ASKED))
-        taken = {name: running.runner.take_routing_record(name) for name in ASKED}
+        taken = {name: running.take_record(name) for name in ASKED}
         # A request without a policy has no record.
-        records = {name: record and record.to_wire() for name, record in taken.items()}
-        found[choice] = (dict(zip(ASKED, tokens, strict=True)), records)
+        reports = {
+            name: policy and build_report(policy, taken[name]) for name, policy in ASKED.items()
+        }
+        found[choice] = (dict(zip(ASKED, tokens, strict=True)), reports)
     assert found[REFERENCE] == found[AUTO]
     assert found[TRITON] == found[AUTO]
-    _, records = found[AUTO]
-    left = {name: records[name]["exit_layers"] for name in DEPTH if name != "skip"}
+    _, reports = found[AUTO]
+    left = {name: reports[name]["exit_layers"] for name in DEPTH if name != "skip"}
     assert {layer for layers in left.values() for layer in layers} >= {1, LAYERS - 1}, left
 
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from sluice.models.depth.masks import DepthMask, MaskTable, Segment, phase_masks
 from sluice.models.engine.plan import build_plan
-from sluice.models.engine.recorder import count_outcomes
 from sluice.models.policy.axes import ATTENTION, DECODE, EXECUTED, FILLED, MLP, PREFILL, SKIPPED
 from sluice.models.policy.policy import Phase, SkipSet
+from sluice.models.telemetry.step_counts import count_outcomes
 
 LAYERS = 4
 flags = st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS)
@@ -44,7 +44,7 @@ def test_plan_equals_the_walk(step: tuple[list[Segment], list[DepthMask]]) -> No
     rows = [table.acquire(mask) for mask in palette]
     segments = [s._replace(mask=rows[s.mask]) for s in segments]
     plan = build_plan(segments, requests, table.skip, table.fill)
-    outcomes, exits = count_outcomes(segments, requests, table.skip, table.fill)
+    outcomes, exits = count_outcomes(np.array(segments), requests, table.skip, table.fill)
     tokens = [s for s in segments for _ in range(s.length)]
     assert plan.shape.requests.tolist() == [s.request for s in tokens]
     assert plan.shape.scheduled.tolist() == [i for i, s in enumerate(tokens) if not s.pending]

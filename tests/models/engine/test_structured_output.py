@@ -25,4 +25,4 @@ def test_answers_follow_the_grammar(overlapping: bool) -> None:
         outputs = running.llm.generate(requests, params, use_tqdm=False)
         answers = [tokenizer.decode(output.outputs[0].token_ids, True) for output in outputs]
         assert set(answers) <= {"yes", "no", "maybe"}, answers
-        assert running.runner.take_routing_record("a").exits[:-1].any()
+        assert running.take_record("a").exits[:-1].any()

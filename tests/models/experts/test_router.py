@@ -44,7 +44,6 @@ from sluice.models.policy.experts import (
     RemixMethod,
     RemixScope,
 )
-from sluice.models.telemetry.expert_counters import ExpertCounters
 
 LAYERS = 7
 BUDGETS = (
@@ -260,8 +259,7 @@ def test_steps_of_random_policies(seed: int) -> None:
     if experts is None:
         assert all(request.policy.empty for request in step.requests)
         return
-    counters = ExpertCounters.create(None, shape.layers, shape.experts)
-    router = ExpertRouter(model.specs, counters, device)
+    router = ExpertRouter(model.specs, shape, device)
     router.begin(experts)
     ran = np.zeros((len(step.rows), 3), dtype=np.int64)
     loaded, open_rows = 0, False
@@ -302,14 +300,14 @@ def test_steps_of_random_policies(seed: int) -> None:
                 assert found == pytest.approx(wanted.weights, abs=1e-5)
         loaded += len(seen)
     router.end()
-    sums = router.sums(experts)
+    sums = experts.counts.read()
     assert sums.ran[:, ACTIVE].tolist() == ran[:, 0].tolist()
     assert sums.ran[:, TAKEN].tolist() == ran[:, 1].tolist()
     assert sums.ran[:, ROUTED].tolist() == ran[:, 2].tolist()
     assert sums.loaded == loaded
-    assert counters.total[:, :-2].sum() == ran[:, 0].sum()
-    assert counters.total[:, MASKED].sum() == ran[:, 1].sum()
-    assert counters.total[:, ROWS].sum() == ran[:, 2].sum()
+    assert sums.selections[:, :-2].sum() == ran[:, 0].sum()
+    assert sums.selections[:, MASKED].sum() == ran[:, 1].sum()
+    assert sums.selections[:, ROWS].sum() == ran[:, 2].sum()
     assert math.isfinite(float(ran.sum()))
     for index in range(len(step.requests)):
         live.remove(str(index))

@@ -58,7 +58,7 @@ def test_tokens_are_those_of_any_engine(family: str, models_folder: Path, tmp_pa
         records = ["a", "b"]
         skip = POLICIES["decode skip"]
         plain.run(PROMPTS[:2], [skip] * 2, NEW_TOKENS, records)
-        work = Work.of_records([plain.runner.take_routing_record(name) for name in records])
+        work = Work.of_records([plain.take_record(name) for name in records])
     assert len({tuple(tokens) for tokens in expected.values()}) == len(expected)
     calibration = calibration_of(model, PROMPTS, tmp_path)
     with engine_of(calibration, 40, 3) as running:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 from support.edge import MOE, SMALL
@@ -19,24 +20,33 @@ from sluice.models.profile.profile import PROFILE_ENV
 from sluice.models.profile.writer import write_profile
 from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.presets import PresetsFileError, preset_policy
+from sluice.models.telemetry.module_cost import ModuleCost
 from sluice.server.access.capability import Caller, Capability, ForbiddenError
 from sluice.server.admission import CACHE_SECRET_ENV
 from sluice.server.http import plugin
+from sluice.server.telemetry.engines import Engines
 
 ADMIN = Caller(None, Capability.ADMIN)
 CONFIG = SimpleNamespace(
     observability_config=SimpleNamespace(otlp_traces_endpoint=None),
     parallel_config=SimpleNamespace(_api_process_rank=1),
 )
+COST = ModuleCost(np.ones((2, 2)), np.ones(2), 3.0, 4.0)
 FEW = {"model": "m", "routing": {"experts": {"top_k": 2}}}
 
 
 class FakeEngine:
-    """Two ranks that describe their routers."""
+    """Two ranks that describe their model, behind two engines."""
 
     vllm_config = CONFIG
+    engine_core = SimpleNamespace(engine_ranks_managed=[2, 3])
+
+    def __init__(self) -> None:
+        self.output_processor = SimpleNamespace()
 
     async def collective_rpc(self, name: str) -> list[dict[str, Any]]:
+        if name == "describe_cost":
+            return [COST.to_wire(), {}]
         assert name == "describe_experts"
         return [{"shape": "of the first rank", "refusal": None}, {}]
 
@@ -62,9 +72,13 @@ def started(
     monkeypatch.setattr(Capabilities, "of", of)
     monkeypatch.setattr(plugin, "REGISTRY", registry or CollectorRegistry())
     cards = [SimpleNamespace(name="m")]
-    state = SimpleNamespace(openai_serving_models=SimpleNamespace(base_model_paths=cards))
+    models = SimpleNamespace(base_model_paths=cards)
+    state = SimpleNamespace(openai_serving_models=models, sluice_engines=Engines())
     args = Namespace(presets=presets, expert_routing=flag)
     asyncio.run(plugin.RoutingPlugin().init_state(FakeEngine(), state, args))
+    assert state.sluice.records.cost.to_wire() == COST.to_wire()
+    assert [*state.sluice_engines.read()] == [2, 3]
+    assert state.sluice_engines.expert_layers == MOE.expert_shape.layers
     return state.sluice
 
 

@@ -134,16 +134,14 @@ class FakeAdmission:
         return self._answer
 
 
-class FakeEngine:
-    """Has a record of everything, or has died."""
+class FakeRecords:
+    """Has a record of everything, or of nothing."""
 
     def __init__(self, record: RoutingRecord | None) -> None:
         self._record = record
 
-    async def collective_rpc(self, name: str, args: tuple[str, ...]) -> list[Any]:
-        if self._record is None:
-            raise RuntimeError("dead")
-        return [self._record.to_wire()]
+    async def take(self, request_key: str) -> RoutingRecord | None:
+        return self._record
 
 
 def sent(
@@ -154,7 +152,7 @@ def sent(
 ) -> None:
     """One request through both middlewares to a route that answers, or breaks off."""
     registry = CollectorRegistry()
-    edge = Edge(FakeAdmission(answer), RequestMetrics([], registry), FakeEngine(record))  # type: ignore[arg-type]
+    edge = Edge(FakeAdmission(answer), RequestMetrics([], registry), FakeRecords(record))  # type: ignore[arg-type]
 
     async def route(scope: Any, receive: Any, send: Any) -> None:
         if fails:

@@ -1,128 +1,78 @@
-"""Expert series and the utilization matrix, read from counter files without a server."""
+"""Expert series and the utilization matrix of what engines told, without a server."""
 
 from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
+from support.engines import EXPERTS, LAYERS, SHAPE, ToldEngines, counts
 
-from sluice.kernels.ops.router_config import MASKED, ROWS
-from sluice.models.telemetry.counter_file import WINDOW_SECONDS
-from sluice.models.telemetry.expert_counters import ExpertCounters
-from sluice.models.telemetry.layer_counters import LayerCounters
+from sluice.models.telemetry import engine_counters
+from sluice.models.telemetry.ledger import WINDOW_SECONDS
+from sluice.server.telemetry.engines import Engines
 from sluice.server.telemetry.expert_metrics import ExpertCollector
 from sluice.server.telemetry.utilization import utilization
 
-LAYERS, EXPERTS = (1, 3), 4
 
-
-def series(folder: Path, *, per_expert: bool = False) -> CollectorRegistry:
+def series(engines: Engines, *, per_expert: bool = False) -> CollectorRegistry:
     registry = CollectorRegistry()
-    registry.register(ExpertCollector(folder, per_expert=per_expert))
+    registry.register(ExpertCollector(engines, per_expert=per_expert))
     return registry
 
 
-def counters(folder: Path, name: str, step: list[list[int]]) -> ExpertCounters:
-    """An engine whose only step selected, routed and masked that; the last two are extra."""
-    made = ExpertCounters.create(folder / f"{name}.experts", LAYERS, EXPERTS)
-    made.roll()
-    made.total[:] += np.array(step)
+@pytest.fixture
+def told() -> ToldEngines:
+    """Two engines; layer 2 has routed nothing."""
+    made = ToldEngines.started([0, 1], SHAPE)
+    made.tell(0, counts(selections={0: [6, 2, 0, 0, 4, 5]}))
+    made.tell(1, counts(selections={0: [2, 2, 3, 1, 4, 1]}))
     return made
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Two engines; layer 3 has routed nothing."""
-    counters(tmp_path, "a", [[6, 2, 0, 0, 4, 5], [0, 0, 0, 0, 0, 0]])
-    counters(tmp_path, "b", [[2, 2, 3, 1, 4, 1], [0, 0, 0, 0, 0, 0]])
-    return tmp_path
+def test_each_engine_has_its_own(told: ToldEngines) -> None:
+    registry = series(told.engines)
+    found = [
+        [
+            registry.get_sample_value(name, {"engine": engine, "layer": "0"})
+            for name in (
+                "sluice_experts_active_mean",
+                "sluice_expert_load_max_mean_ratio",
+                "sluice_expert_masked_total",
+            )
+        ]
+        for engine in "01"
+    ]
+    # 8 selections of 4 rows; the busiest of 4 experts has 6 of them, or 3.
+    assert found == [[2.0, 3.0, 5], [2.0, 1.5, 1]]
 
 
-def test_engines_are_summed_first(folder: Path) -> None:
-    registry = series(folder)
-    layer = {"layer": "1"}
-    # 16 selections of 8 rows; the busiest of 4 experts has 8 of them.
-    assert registry.get_sample_value("sluice_experts_active_mean", layer) == 2.0
-    assert registry.get_sample_value("sluice_expert_load_max_mean_ratio", layer) == 2.0
-    assert registry.get_sample_value("sluice_expert_masked_total", layer) == 6
-
-
-def test_layers_without_rows_have_no_ratio_and_dense_ones_no_series(folder: Path) -> None:
-    registry = series(folder)
+def test_layers_without_rows_have_no_ratio_and_dense_ones_no_series(told: ToldEngines) -> None:
+    registry = series(told.engines)
     for name in ("sluice_experts_active_mean", "sluice_expert_load_max_mean_ratio"):
-        value = registry.get_sample_value(name, {"layer": "3"})
+        value = registry.get_sample_value(name, {"engine": "0", "layer": "2"})
         assert value is not None
         assert math.isnan(value)
-        assert registry.get_sample_value(name, {"layer": "0"}) is None
-    assert registry.get_sample_value("sluice_expert_masked_total", {"layer": "3"}) == 0
+        assert registry.get_sample_value(name, {"engine": "0", "layer": "1"}) is None
+    masked = {"engine": "0", "layer": "2"}
+    assert registry.get_sample_value("sluice_expert_masked_total", masked) == 0
 
 
-def test_ratios_are_of_the_window_and_totals_of_all_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [1000.0]
-    monkeypatch.setattr("sluice.models.telemetry.counter_file.time.monotonic", lambda: now[0])
-    made = ExpertCounters.create(tmp_path / "a.experts", LAYERS, EXPERTS)
+def test_ratios_are_of_the_window_and_totals_of_all_time() -> None:
+    told = ToldEngines.started([0], SHAPE)
     for selected in ([9, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]):
-        made.roll()
-        made.total[0, :EXPERTS] += selected
-        made.total[0, ROWS] += 2
-        made.total[0, MASKED] += 1
-        now[0] += WINDOW_SECONDS
-    registry = series(tmp_path, per_expert=True)
-    assert registry.get_sample_value("sluice_experts_active_mean", {"layer": "1"}) == 1.0
-    assert registry.get_sample_value("sluice_expert_load_max_mean_ratio", {"layer": "1"}) == 1.0
-    assert registry.get_sample_value("sluice_expert_masked_total", {"layer": "1"}) == 3
-    total = {"layer": "1", "expert": "0"}
+        told.tell(0, counts(selections={0: [*selected, 2, 1]}))
+    registry, layer = series(told.engines, per_expert=True), {"engine": "0", "layer": "0"}
+    assert registry.get_sample_value("sluice_experts_active_mean", layer) == 1.0
+    assert registry.get_sample_value("sluice_expert_load_max_mean_ratio", layer) == 1.0
+    assert registry.get_sample_value("sluice_expert_masked_total", layer) == 3
+    total = {**layer, "expert": "0"}
     assert registry.get_sample_value("sluice_expert_selections_total", total) == 10
 
 
-def test_an_idle_engine_leaves_the_window_and_stays_in_the_totals(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [1000.0]
-    monkeypatch.setattr("sluice.models.telemetry.counter_file.time.monotonic", lambda: now[0])
-    registry = series(tmp_path)
-    layer = {"layer": "1"}
-    counters(tmp_path, "idle", [[8, 0, 0, 0, 8, 3], [0] * 6])
-    now[0] += 2 * WINDOW_SECONDS - 1
-    counters(tmp_path, "busy", [[2, 2, 2, 2, 4, 1], [0] * 6])
-    # 16 selections of 12 rows, and the busiest expert has 10 of them.
-    assert registry.get_sample_value("sluice_experts_active_mean", layer) == 16 / 12
-    assert registry.get_sample_value("sluice_expert_load_max_mean_ratio", layer) == 2.5
-    now[0] += 1
-    counters(tmp_path, "busy", [[2, 2, 2, 2, 4, 1], [0] * 6])
-    assert registry.get_sample_value("sluice_experts_active_mean", layer) == 2.0
-    assert registry.get_sample_value("sluice_expert_load_max_mean_ratio", layer) == 1.0
-    assert registry.get_sample_value("sluice_expert_masked_total", layer) == 5
-
-
-def test_a_restarted_engine_goes_on_counting(folder: Path) -> None:
-    registry = series(folder, per_expert=True)
-    masked, layer = "sluice_expert_masked_total", {"layer": "1"}
-    expert = {"layer": "1", "expert": "0"}
-    again = ExpertCounters.create(folder / "b.experts", LAYERS, EXPERTS)
-    assert registry.get_sample_value(masked, layer) == 6
-    assert registry.get_sample_value("sluice_expert_selections_total", expert) == 8
-    # Its window starts afresh: what is left is the other engine's.
-    assert again.window.sum() == 0
-    again.roll()
-    again.total[0, MASKED] += 1
-    assert registry.get_sample_value(masked, layer) == 7
-    assert again.window_rows.tolist() == [0, 0]
-
-
-def test_an_engine_of_another_shape_starts_from_zero(folder: Path) -> None:
-    other = ExpertCounters.create(folder / "b.experts", (0, 1), EXPERTS)
-    assert other.layers == (0, 1)
-    assert other.total.sum() == 0
-
-
-def test_single_experts_are_shown_on_demand_only(folder: Path) -> None:
+def test_single_experts_are_shown_on_demand_only(told: ToldEngines) -> None:
     def names(registry: CollectorRegistry) -> set[str]:
         return {family.name for family in registry.collect()}
 
@@ -131,23 +81,30 @@ def test_single_experts_are_shown_on_demand_only(folder: Path) -> None:
         "sluice_expert_load_max_mean_ratio",
         "sluice_expert_masked",
     }
-    assert names(series(folder)) == usual
-    registry = series(folder, per_expert=True)
+    assert names(series(told.engines)) == usual
+    registry = series(told.engines, per_expert=True)
     assert names(registry) == {*usual, "sluice_expert_selections"}
-    labels = [{"layer": str(layer), "expert": str(e)} for layer in LAYERS for e in range(EXPERTS)]
-    values = [registry.get_sample_value("sluice_expert_selections_total", one) for one in labels]
-    assert values == [8, 4, 3, 1, 0, 0, 0, 0]
+    values = [
+        registry.get_sample_value(
+            "sluice_expert_selections_total",
+            {"engine": "1", "layer": str(layer), "expert": str(expert)},
+        )
+        for layer in SHAPE.layers
+        for expert in range(EXPERTS)
+    ]
+    assert values == [2, 2, 3, 1, 0, 0, 0, 0]
 
 
-def test_a_dense_model_has_no_expert_values(tmp_path: Path) -> None:
-    registry = series(tmp_path, per_expert=True)
+def test_a_dense_model_has_no_expert_values() -> None:
+    told = ToldEngines.started([0])
+    told.tell(0, counts(np.ones((LAYERS, 2, 3), dtype=np.int64)))
+    registry = series(told.engines, per_expert=True)
     assert [sample for family in registry.collect() for sample in family.samples] == []
-    LayerCounters.create(tmp_path / "a.counts", 2)
-    assert utilization(tmp_path)["experts"] is None
+    assert utilization(told.engines)["experts"] is None
 
 
-def test_utilization_before_an_engine_has_started(tmp_path: Path) -> None:
-    assert utilization(tmp_path) == {
+def test_utilization_before_the_engines_are_known() -> None:
+    assert utilization(Engines()) == {
         "object": "routing.utilization",
         "window_seconds": WINDOW_SECONDS,
         "layers": [],
@@ -156,18 +113,13 @@ def test_utilization_before_an_engine_has_started(tmp_path: Path) -> None:
     }
 
 
-def test_utilization_sums_engines_and_tells_the_window(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [1000.0]
-    monkeypatch.setattr("sluice.models.telemetry.counter_file.time.monotonic", lambda: now[0])
-    counts = np.array([[[5, 1, 0], [3, 3, 0]], [[2, 2, 2], [6, 0, 0]]])
-    engines = [LayerCounters.create(folder / f"{name}.counts", 2) for name in "ab"]
-    for _ in range(3):
-        for engine in engines:
-            engine.add(counts, np.array([1, 4]))
-        now[0] += WINDOW_SECONDS
-    body = utilization(folder)
+def test_utilization_sums_engines_and_tells_the_window(told: ToldEngines) -> None:
+    layer = [[5, 1, 0], [3, 3, 0]]
+    ran = np.array([layer, [[2, 2, 2], [6, 0, 0]], layer])
+    for new_window in (False, True, True):
+        for engine in (0, 1):
+            told.tell(engine, counts(ran, [1, 0, 4]), new_window=new_window)
+    body = utilization(told.engines)
     json.dumps(body, allow_nan=False)
     assert body["layers"][1] == {
         "layer": 1,
@@ -178,13 +130,29 @@ def test_utilization_sums_engines_and_tells_the_window(
             "mlp": {"executed": 24, "skipped": 0},
         },
     }
-    assert body["exits"] == [{"layer": 0, "tokens": 6}, {"layer": 1, "tokens": 24}]
-    selections = [[8, 4, 3, 1], [0, 0, 0, 0]]
+    exits = [{"layer": layer, "tokens": tokens} for layer, tokens in enumerate((6, 0, 24))]
+    assert body["exits"] == exits
     assert body["experts"] == {
-        "layers": [1, 3],
+        "layers": [0, 2],
         "experts": 4,
-        "selections": selections,
-        "window": selections,
-        "window_rows": [8, 0],
+        "selections": [[8, 4, 3, 1], [0, 0, 0, 0]],
+        "window": [[0, 0, 0, 0]] * 2,
+        "window_rows": [0, 0],
         "masked": [6, 0],
     }
+
+
+def test_an_idle_engine_leaves_the_window_and_stays_in_the_totals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(engine_counters.time, "monotonic", lambda: now[0])
+    told = ToldEngines.started([0, 1], SHAPE)
+    told.tell(0, counts(selections={0: [8, 0, 0, 0, 8, 3]}))
+    now[0] += 2 * WINDOW_SECONDS + 1
+    told.tell(1, counts(selections={0: [2, 2, 2, 2, 4, 1]}))
+    experts = utilization(told.engines)["experts"]
+    assert experts["window"] == [[2, 2, 2, 2], [0] * 4]
+    assert experts["window_rows"] == [4, 0]
+    assert experts["selections"] == [[10, 2, 2, 2], [0] * 4]
+    assert experts["masked"] == [4, 0]

@@ -68,12 +68,13 @@ def test_every_known_series_is_there(server: Server, client: openai.OpenAI) -> N
     for reason in REASONS:
         assert key("sluice_policy_rejections_total", reason=reason) in there
     for layer in map(str, range(8)):
-        assert key("sluice_exit_tokens_total", layer=layer) in there
-        assert key("sluice_expert_masked_total", layer=layer) in there
+        where = {"engine": "0", "layer": layer}
+        assert key("sluice_exit_tokens_total", **where) in there
+        assert key("sluice_expert_masked_total", **where) in there
         for name in ("sluice_experts_active_mean", "sluice_expert_load_max_mean_ratio"):
-            assert key(name, layer=layer) in there
+            assert key(name, **where) in there
         for module in ("attention", "mlp"):
-            assert key("sluice_layer_utilization_ratio", layer=layer, module=module) in there
+            assert key("sluice_layer_utilization_ratio", **where, module=module) in there
 
 
 def test_vllms_own_series_are_there(server: Server) -> None:
@@ -102,6 +103,7 @@ def test_layer_tokens_agree_with_reports(server: Server, client: openai.OpenAI) 
             for outcome in outcomes:
                 series = key(
                     "sluice_layer_tokens_total",
+                    engine="0",
                     layer=str(layer),
                     module=module,
                     outcome=outcome,
@@ -125,7 +127,7 @@ def test_exit_tokens_agree_with_reports(server: Server, client: openai.OpenAI) -
     plain = ask(client)
     after = server.samples()
     for layer in range(8):
-        series = key("sluice_exit_tokens_total", layer=str(layer))
+        series = key("sluice_exit_tokens_total", engine="0", layer=str(layer))
         expected = sum(report["exits"][layer]["tokens"] for report in reports)
         expected += (plain.usage.completion_tokens - 1) * (layer == 7)
         assert after[series] - before[series] == expected, series
@@ -152,8 +154,10 @@ def test_the_effort_that_requests_ask_for(server: Server, client: openai.OpenAI)
 def test_utilization_is_a_ratio_of_the_window(server: Server, client: openai.OpenAI) -> None:
     ask(client, extra_body={"routing": {"depth": {"skip": {"mlp": [6]}}}})
     samples = server.samples()
-    ratio = samples[key("sluice_layer_utilization_ratio", layer="6", module="mlp")]
-    other = samples[key("sluice_layer_utilization_ratio", layer="0", module="mlp")]
+    ratio, other = (
+        samples[key("sluice_layer_utilization_ratio", engine="0", layer=layer, module="mlp")]
+        for layer in "60"
+    )
     assert 0 <= ratio < other == 1
 
 

@@ -27,12 +27,11 @@ from support.expert_policies import (
 from support.planning import plan_by
 from support.tiny import make_model
 
-from sluice.kernels.ops.router_config import MASKED, ROWS
+from sluice.kernels.ops.router_config import EXTRA, MASKED, ROWS
 from sluice.kernels.ops.router_scores import plain_scores, selection_scores
 from sluice.models.engine.plan import LayerNeeds, LayerPlan, StepShape, Work, compact
 from sluice.models.policy.experts import ExpertPolicy
 from sluice.models.policy.policy import RoutingPolicy, SkipSet
-from sluice.models.telemetry.expert_counters import ExpertCounters
 from sluice.models.telemetry.request_record import RoutingRecord
 
 TOKENS = 6
@@ -44,7 +43,8 @@ class Seen:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self._step: Any = None
-        self.total = np.zeros_like(runner.routed.router._counters.total)
+        shape = runner.routed.expert_shape
+        self.total = np.zeros((len(shape.layers), shape.experts + EXTRA), dtype=np.int64)
         self.active: dict[str, list[int]] = defaultdict(list)
         self.taken: dict[str, int] = defaultdict(int)
         self.loaded: dict[str, list[int]] = defaultdict(list)
@@ -90,9 +90,7 @@ class Seen:
 
 
 def counted(running: Engine) -> np.ndarray:
-    """The counters, with a step that has not been summed up yet."""
-    running.runner.take_routing_record("nobody")
-    return np.array(running.runner.routed.router._counters.total)
+    return running.counts().selections
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3"])
@@ -114,7 +112,7 @@ def test_counters_and_reports_are_what_ran(running: Engine) -> None:
     for name, policy in asked.items():
         if policy is None:
             continue
-        record = running.runner.take_routing_record(name)
+        record = running.take_record(name)
         assert record is not None
         if policy.experts.empty:
             assert record.experts is None
@@ -174,7 +172,7 @@ def fraction(running: Engine, policy: RoutingPolicy, neighbours: int = 0) -> Rou
     policies = [policy, *[RoutingPolicy()] * neighbours]
     names = ["own", *[f"other {index}" for index in range(neighbours)]]
     running.generate(prompts, policies, TOKENS, records=names)
-    record = running.runner.take_routing_record("own")
+    record = running.take_record("own")
     assert record is not None
     return record
 
@@ -220,37 +218,3 @@ def test_rows_that_are_kept_in_a_layer_save_nothing_there(
     left -= (len(shape.layers) - 2) * (shape.top_k - 1) * cost.expert
     for record in records:
         assert record.compute_fraction == pytest.approx(left / full)
-
-
-def test_a_reader_sees_what_the_writer_adds(tmp_path: Path) -> None:
-    writer = ExpertCounters.create(tmp_path / "engine-0.experts", (1, 3, 4), 5)
-    reader = ExpertCounters.read(tmp_path / "engine-0.experts")
-    assert reader.layers == (1, 3, 4)
-    assert not reader.selections.any()
-    writer.total[1, 2] += 7
-    writer.total[2, ROWS] += 4
-    writer.total[0, MASKED] += 3
-    assert reader.selections[1].tolist() == [0, 0, 7, 0, 0]
-    assert reader.selections.sum() == 7
-    assert reader.masked.tolist() == [3, 0, 0]
-    assert reader.window_rows.tolist() == [0, 0, 4]
-    assert reader.window.sum() == 7
-    with pytest.raises(ValueError, match="read-only"):
-        reader.total[0, 0] = 1
-
-
-def test_the_window_forgets_and_the_total_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sluice.models.telemetry import counter_file
-
-    now = [100.0]
-    monkeypatch.setattr(counter_file.time, "monotonic", lambda: now[0])
-    counters = ExpertCounters.create(None, (0,), 3)
-    for seconds, window in ((0, 1), (5, 2), (11, 3), (4, 4), (12, 3), (40, 2), (40, 1)):
-        now[0] += seconds
-        counters.roll()
-        counters.total[0, 1] += 1
-        assert counters.window[0].tolist()[1] <= counters.total[0, 1]
-        assert counters.window[0, 1] >= 1
-        assert window >= 1
-    assert counters.selections[0].tolist() == [0, 7, 0]
-    assert counters.window[0, 1] < 7
