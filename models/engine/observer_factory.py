@@ -88,9 +88,8 @@ class ObserverFactory:
             if rule is None:
                 continue
             tensors = self._tensors_of(rule.method)
-            start = int(step.requests.computed[index])
-            end = start + int(step.requests.scheduled[index])
-            first_row = int(step.first_rows[index]) - start
+            span = step.positions(index)
+            start, end = span.start, span.stop
             match adaptive_method(rule):
                 case PromptTokenMethod():
                     continue  # Its masks were there before the prompt ran.
@@ -99,16 +98,14 @@ class ObserverFactory:
                     if step.new_token_row(index) is not None:
                         fresh = np.append(fresh, end - 1)
                     if len(fresh):
-                        yield VoidLayerObserver(
-                            rule, method, tensors, first_row + fresh, self._num_layers
-                        )
+                        rows = step.rows(index, fresh)
+                        yield VoidLayerObserver(rule, method, tensors, rows, self._num_layers)
                 case PromptMethod() as method:
                     first = state.prompt_tokens - 1 if method.pool == "last" else state.counted
                     fresh = np.arange(max(first, start), min(end, state.prompt_tokens))
                     if not state.decided and len(fresh):
-                        yield PromptObserver(
-                            state, method, tensors, first_row + fresh, self._num_layers
-                        )
+                        rows = step.rows(index, fresh)
+                        yield PromptObserver(state, method, tensors, rows, self._num_layers)
                 case method:
                     assert_never(method)
 
@@ -118,16 +115,11 @@ class ObserverFactory:
             skip = state.extra.policy.skip
             if not skip.adapter:
                 continue
-            start = int(step.requests.computed[index])
-            end = start + int(step.requests.scheduled[index])
-            first_generated = min(max(state.prompt_tokens, start), end)
-            if skip.phase is Phase.DECODE:
-                start = first_generated
-            elif skip.phase is Phase.PREFILL:
-                end = first_generated
-            own = np.arange(start, end) - int(step.requests.computed[index])
+            own = np.array(step.positions(index))
+            if skip.phase is not Phase.BOTH:
+                own = own[(own >= state.prompt_tokens) == (skip.phase is Phase.DECODE)]
             if len(own):
-                groups.setdefault(skip.adapter, []).append(int(step.first_rows[index]) + own)
+                groups.setdefault(skip.adapter, []).append(step.rows(index, own))
         for name, rows in groups.items():
             yield AdapterObserver(np.sort(np.concatenate(rows)), self._adapter(name))
 

@@ -22,7 +22,6 @@ from sluice.models.policy.axes import DECODE, PHASES, PREFILL, BoolArray, IntArr
 from sluice.models.telemetry.ledger import FLUSH_SECONDS
 from sluice.models.telemetry.request_sums import ExpertSums
 from sluice.models.telemetry.step_counts import (
-    SEGMENT_FIELDS,
     RequestStep,
     RoutedStepCounts,
     StockStep,
@@ -89,7 +88,7 @@ class Recorder:
         """
         self._alone = len(step.requests.ids) == 1
         counts = RoutedStepCounts(
-            segments=np.array(outcome.segments, dtype=np.int64).reshape(-1, len(SEGMENT_FIELDS)),
+            segments=np.array(outcome.segments, dtype=np.int64).reshape(-1, len(Segment._fields)),
             passes=step.passes,
             masks=self._new_masks(outcome.segments),
             requests=tuple(self._requests(step, outcome)),

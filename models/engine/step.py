@@ -106,6 +106,15 @@ class RoutedStep:
         """Position of a request's last token in this step."""
         return int(self.requests.computed[index] + self.requests.scheduled[index]) - 1
 
+    def positions(self, index: int) -> range:
+        """Positions of a request's tokens in this step."""
+        start = int(self.requests.computed[index])
+        return range(start, start + int(self.requests.scheduled[index]))
+
+    def rows(self, index: int, positions: IntArray) -> IntArray:
+        """Rows of a request's tokens at some of these positions."""
+        return int(self.first_rows[index]) - int(self.requests.computed[index]) + positions
+
     def new_token_row(self, index: int) -> int | None:
         """Row of a request's generated token that runs for the first time, if there is one."""
         scheduled = int(self.requests.scheduled[index])

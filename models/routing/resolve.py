@@ -15,12 +15,10 @@ from sluice.models.routing.capabilities import Capabilities
 from sluice.models.routing.checks import combination, invalid
 from sluice.models.routing.depth.adaptive import ADAPTIVE, adaptive_rule
 from sluice.models.routing.depth.exit import exit_control, is_static
-from sluice.models.routing.depth.skip import EFFORT, SKIP, effort_set, skip_set
+from sluice.models.routing.depth.skip import EFFORT, PHASE, SKIP, effort_set, skip_set
 from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.experts.controls import CONTRAST, expert_rule, merge_experts
 from sluice.models.routing.schema import DepthFields, PresetFields, RoutingFields
-
-_PHASE = "routing.depth.phase"
 
 
 def merge_preset(
@@ -117,11 +115,11 @@ def _check_phase(fields: RoutingFields) -> None:
     if depth.phase is None:
         return
     if depth.adaptive is not None:
-        raise combination("an adaptive method has its own phases", _PHASE)
+        raise combination("an adaptive method has its own phases", PHASE)
     if depth.skip is None and fields.effort is None and not is_static(depth.exit):
         static = [name for name, m in offered_exits().items() if isinstance(m, StaticExit)]
         raise invalid(
             "depth.phase has nothing to act on without depth.skip, depth.exit of method "
             f"{' or '.join(map(repr, static))} or effort",
-            _PHASE,
+            PHASE,
         )

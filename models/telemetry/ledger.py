@@ -46,6 +46,7 @@ class Ledger:
         self._num_layers = num_layers
         self._nothing = Counts.zeros(num_layers)
         self._counts = self._nothing
+        self._stock_rows = self._stock_generated = 0
         self._skip: BoolArray = np.zeros((0, num_layers, len(MODULES)), dtype=np.bool_)
         self._fill: BoolArray = np.zeros((0, num_layers), dtype=np.bool_)
         self._requests: dict[str, RequestSums] = {}
@@ -61,7 +62,9 @@ class Ledger:
         """
         for step in told.steps:
             if isinstance(step, StockStep):
-                self._add_stock(step)
+                # Two numbers: most steps are these, and arrays are made once a flush.
+                self._stock_rows += step.rows
+                self._stock_generated += step.generated
             else:
                 self._add_routed(step, runs)
         if told.selections is not None:
@@ -79,20 +82,19 @@ class Ledger:
             idle: no request is left, so that no step may come for long.
         """
         now = time.monotonic()
-        if self._counts is self._nothing or not (idle or now - self._flushed >= FLUSH_SECONDS):
+        nothing = self._counts is self._nothing and not self._stock_rows
+        if nothing or not (idle or now - self._flushed >= FLUSH_SECONDS):
             return None
         new_window = now >= self._window_ends
         if new_window:
             self._window_ends = now + WINDOW_SECONDS
-        flush = Flush(self._counts, new_window)
+        stock = Counts.zeros(self._num_layers)
+        stock.layers[..., EXECUTED] = self._stock_rows
+        stock.exits[-1] = self._stock_generated
+        flush = Flush(self._counts + stock, new_window)
         self._counts, self._flushed = self._nothing, now
+        self._stock_rows = self._stock_generated = 0
         return flush
-
-    def _add_stock(self, step: StockStep) -> None:
-        added = Counts.zeros(self._num_layers)
-        added.layers[..., EXECUTED] = step.rows
-        added.exits[-1] = step.generated
-        self._counts = self._counts + added
 
     def _add_routed(self, step: RoutedStepCounts, runs: Callable[[str], bool]) -> None:
         for row, (skip, fill) in step.masks.items():

@@ -24,9 +24,6 @@ from sluice.models.policy.axes import (
 )
 from sluice.models.telemetry.request_sums import ExpertSums
 
-SEGMENT_FIELDS = ("request", "phase", "mask", "length", "pending", "weak")
-"""Columns of `RoutedStepCounts.segments`, those of `sluice.models.depth.masks.Segment`."""
-
 
 @dataclass(frozen=True, slots=True)
 class StockStep:
@@ -72,7 +69,8 @@ class RoutedStepCounts:
     """A step with routed requests.
 
     Attributes:
-        segments: int64, (segments, 6), with the masks that their tokens ran.
+        segments: int64, (segments, 6), fields of `sluice.models.depth.masks.Segment`, with the
+            masks that their tokens ran.
         passes: requests in the batch and weak passes behind them.
         masks: masks that a segment names for the first time: `skip` and `fill` by row.
         requests: the routed ones.

@@ -19,14 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from sluice.models.engine.runners.seams import BOTH, SCHEDULER, TELEMETRY, V1, V2
-from sluice.models.vllm_adapter.patches import (
-    api_telemetry,
-    busy_wait,
-    contrast_cache,
-    engine_telemetry,
-    prefix_cache,
-    sliding_window,
-)
+from sluice.models.vllm_adapter.patches.install import patches
 from sluice.models.vllm_adapter.seams import Seam, names_in
 
 NAMES = Path(__file__).with_name("next_vllm.json")
@@ -52,15 +45,9 @@ def _wrapped() -> list[Seam]:
         module = isinstance(owner, ModuleType)
         seams.append(Seam(file.as_posix(), "" if module else owner.__name__, (name,)))
 
-    patches = (
-        api_telemetry,
-        busy_wait,
-        contrast_cache,
-        engine_telemetry,
-        prefix_cache,
-        sliding_window,
-    )
-    for patch in patches:
+    for patch in patches():
+        if not hasattr(patch, "wrap_once"):
+            continue  # It sets options, and replaces nothing of vLLM's.
         stock, patch.wrap_once = patch.wrap_once, note
         try:
             patch.install()

@@ -14,6 +14,7 @@ from sluice.models.routing.errors import RoutingError
 from sluice.models.routing.schema import SkipFields
 
 SKIP = "routing.depth.skip"
+PHASE = "routing.depth.phase"
 EFFORT = "routing.effort"
 _LISTS = ("blocks", "attention", "mlp")
 _SubLayer = tuple[Unit, int]
@@ -90,7 +91,7 @@ def _adapted(
     if given_phase not in (None, adapter.phase):
         raise invalid(
             f"adapter {name!r} was trained for phase {adapter.phase.value!r}: leave the phase out",
-            "routing.depth.phase",
+            PHASE,
         )
     return SkipSet.of(
         attention=adapter.attention, mlp=adapter.mlp, phase=adapter.phase, adapter=name

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 
 def register() -> None:
     """Install what the engine process needs; stock requests are not affected."""
+    for patch in patches():
+        patch.install()
+
+
+def patches() -> tuple[ModuleType, ...]:
+    """The modules of the patches, imported when they are asked for: they import vLLM."""
     from sluice.models.vllm_adapter.patches import (
         amx,
         api_telemetry,
@@ -16,7 +24,7 @@ def register() -> None:
         sliding_window,
     )
 
-    patches = (
+    return (
         amx,
         api_telemetry,
         busy_wait,
@@ -26,5 +34,3 @@ def register() -> None:
         prefix_cache,
         sliding_window,
     )
-    for patch in patches:
-        patch.install()
